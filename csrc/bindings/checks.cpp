@@ -1,0 +1,281 @@
+#include "checks.h"
+
+#include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <sstream>
+
+namespace kvc {
+namespace {
+
+const char* dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return "torch.float32";
+    case at::kHalf: return "torch.float16";
+    case at::kBFloat16: return "torch.bfloat16";
+    case at::kDouble: return "torch.float64";
+    case at::kLong: return "torch.int64";
+    case at::kInt: return "torch.int32";
+    case at::kBool: return "torch.bool";
+    default: return c10::toString(dtype);
+  }
+}
+
+// Does memory of `t` lie within that of `whole`? By the extent of each, so a tensor that only straddles counts too.
+bool shares_memory(const at::Tensor& t, const at::Tensor& whole) {
+  if (t.numel() == 0 || whole.numel() == 0) return false;
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const char* begin = static_cast<const char*>(t.const_data_ptr());
+  const char* end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
+  const char* whole_begin = static_cast<const char*>(whole.const_data_ptr());
+  const char* whole_end = whole_begin + whole.numel() * static_cast<int64_t>(whole.element_size());
+  return begin < whole_end && whole_begin < end;
+}
+
+void check_storage(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache) {
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ",
+                   t.layout());
+  const c10::Device device = cache.tensors.k_cache.device();
+  TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " must be on the cache's device ", device, ", got ",
+                    t.device());
+  TORCH_CHECK_VALUE(!t.is_neg(), op, ": ", name,
+                    " must be a plain tensor, got a lazily negated view; call .resolve_neg()");
+  TORCH_CHECK_VALUE(t.numel() == 0 || t.const_data_ptr() != nullptr, op, ": ", name,
+                    " must have memory of its own, got a tensor without any");
+}
+
+void check_no_grad(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(!(t.requires_grad() && at::GradMode::is_enabled()), op, ": ", name,
+                    " must not require grad, as a cache records no gradients, got requires_grad=True; call it under "
+                    "torch.no_grad() or pass .detach()");
+}
+
+void check_unit_stride(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.size(-1) <= 1 || t.stride(-1) == 1 || t.numel() == 0, op, ": ", name,
+                    " must have a stride of 1 in head_dim, its last dimension, got strides ", shape_text(t.strides()),
+                    "; call .contiguous()");
+}
+
+std::string input_shapes(const CacheView& c, int64_t layers) {
+  const std::string lead = layers > 0 ? std::to_string(layers) + ", " : "";
+  const std::string h = std::to_string(c.heads);
+  const std::string d = std::to_string(c.head_dim);
+  std::string text = "[" + lead + std::to_string(c.batch) + ", T, " + h + ", " + d + "]";
+  if (c.batch == 1) {
+    text += ", [" + lead + "T, " + h + ", " + d + "], [" + lead + h + ", " + d + "] or [" + lead +
+            std::to_string(c.heads * c.head_dim) + "]";
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string shape_text(at::IntArrayRef sizes) {
+  std::ostringstream text;
+  text << sizes;
+  return text.str();
+}
+
+DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return DType::f32;
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    default: break;
+  }
+  TORCH_CHECK_TYPE(false, op, ": ", name, " must be torch.float32, torch.float16 or torch.bfloat16, got ",
+                   dtype_name(dtype));
+}
+
+CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(of)) {
+  const CacheTensors& t = tensors;
+  TORCH_CHECK_TYPE(t.k_cache.scalar_type() == at::kHalf && t.v_cache.scalar_type() == at::kHalf, op,
+                   ": k_cache and v_cache must be torch.float16, got ", dtype_name(t.k_cache.scalar_type()), " and ",
+                   dtype_name(t.v_cache.scalar_type()));
+  TORCH_CHECK_VALUE(t.k_cache.dim() == 5 && t.k_cache.sizes() == t.v_cache.sizes() && t.k_cache.is_contiguous() &&
+                        t.v_cache.is_contiguous(),
+                    op, ": k_cache and v_cache must be contiguous and of one shape [layers, batch_size, "
+                    "max_positions, num_heads, head_dim], got ",
+                    shape_text(t.k_cache.sizes()), " and ", shape_text(t.v_cache.sizes()));
+  const int64_t layers = t.k_cache.size(0);
+  const int64_t batch = t.k_cache.size(1);
+  const int64_t positions = t.k_cache.size(2);
+  TORCH_CHECK_VALUE(t.k_cache.numel() > 0, op, ": k_cache must not be empty, got ", shape_text(t.k_cache.sizes()));
+  TORCH_CHECK_TYPE(t.state.scalar_type() == at::kLong, op, ": state must be torch.int64, got ",
+                   dtype_name(t.state.scalar_type()));
+  const std::array<int64_t, 3> state_sizes = {3, layers, batch};
+  TORCH_CHECK_VALUE(t.state.sizes() == at::IntArrayRef(state_sizes) && t.state.is_contiguous(), op,
+                    ": state must be contiguous and [3, ", layers, ", ", batch, "], got ",
+                    shape_text(t.state.sizes()));
+  const c10::Device device = t.k_cache.device();
+  TORCH_CHECK_VALUE(t.v_cache.device() == device && t.state.device() == device, op,
+                    ": k_cache, v_cache and state must be on one device, got ", device, ", ", t.v_cache.device(),
+                    " and ", t.state.device());
+  if (t.overflow_counts.defined()) {
+    TORCH_CHECK_TYPE(t.overflow_counts.scalar_type() == at::kLong, op, ": overflow_counts must be torch.int64, got ",
+                     dtype_name(t.overflow_counts.scalar_type()));
+    TORCH_CHECK_VALUE(t.overflow_counts.dim() == 1 && t.overflow_counts.size(0) == layers &&
+                          t.overflow_counts.is_contiguous() && t.overflow_counts.device() == device,
+                      op, ": overflow_counts must be contiguous, [", layers, "] and on ", device, ", got ",
+                      shape_text(t.overflow_counts.sizes()), " on ", t.overflow_counts.device());
+  }
+  TORCH_CHECK_VALUE(t.sink_positions >= 0 && t.sink_positions < positions, op,
+                    ": sink_positions must be from 0 to max_positions - 1 = ", positions - 1, ", got ",
+                    t.sink_positions);
+  CacheView& c = view;
+  c.k_cache = static_cast<uint16_t*>(t.k_cache.data_ptr());
+  c.v_cache = static_cast<uint16_t*>(t.v_cache.data_ptr());
+  c.state = t.state.data_ptr<int64_t>();
+  c.layers = layers;
+  c.batch = batch;
+  c.positions = positions;
+  c.heads = t.k_cache.size(3);
+  c.head_dim = t.k_cache.size(4);
+  c.sinks = t.sink_positions;
+  c.ring = Divider::by(positions - t.sink_positions);
+}
+
+void check_layer(const char* op, int64_t layer, const CacheView& c) {
+  TORCH_CHECK_INDEX(layer >= 0 && layer < c.layers, op, ": layer must be from 0 to ", c.layers - 1,
+                    ", as the cache has ", c.layers, " layers, got ", layer);
+}
+
+Rows<const void*> checked_input(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                                int64_t layers, int64_t& rows, DType& dtype) {
+  const CacheView& c = cache.view;
+  check_storage(op, name, t, cache);
+  dtype = kernel_dtype(op, name, t.scalar_type());
+  check_no_grad(op, name, t);
+
+  const int64_t lead = layers > 0 ? 1 : 0;
+  const int64_t dims = t.dim() - lead;
+  bool fits = dims >= 1 && dims <= 4 && (dims == 4 || c.batch == 1) && (lead == 0 || t.size(0) == layers);
+  int64_t positions = 1;
+  if (fits) {
+    if (dims == 1) {
+      fits = t.size(lead) == c.heads * c.head_dim;
+    } else {
+      fits = t.size(-1) == c.head_dim && t.size(-2) == c.heads && (dims < 4 || t.size(lead) == c.batch);
+      if (dims >= 3) positions = t.size(-3);
+    }
+  }
+  TORCH_CHECK_VALUE(fits, op, ": ", name, " must have shape ", input_shapes(c, layers), ", got ",
+                    shape_text(t.sizes()));
+  if (rows < 0) rows = positions;
+  TORCH_CHECK_VALUE(rows == positions, op, ": ", name, " must have as many positions as key, ", rows, ", got ",
+                    positions);
+  check_unit_stride(op, name, t);
+  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache), op, ": ", name,
+                    " must not be a view of the cache that it is stored in; pass a copy");
+
+  Rows<const void*> r;
+  r.data = t.const_data_ptr();
+  r.layer_stride = lead ? t.stride(0) : 0;
+  r.batch_stride = dims == 4 ? t.stride(lead) : 0;
+  r.row_stride = dims >= 3 ? t.stride(-3) : 0;
+  r.head_stride = dims >= 2 ? t.stride(-2) : c.head_dim;
+  return r;
+}
+
+Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                           int64_t rows, at::ScalarType dtype) {
+  const CacheView& c = cache.view;
+  check_storage(op, name, t, cache);
+  check_no_grad(op, name, t);
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, op, ": ", name, " must have the dtype asked for, ", dtype_name(dtype),
+                   ", got ", dtype_name(t.scalar_type()));
+  const bool fits = (t.dim() == 4 ? t.size(0) == c.batch : t.dim() == 3 && c.batch == 1) && t.size(-3) == rows &&
+                    t.size(-2) == c.heads && t.size(-1) == c.head_dim;
+  TORCH_CHECK_VALUE(fits, op, ": ", name, " must have shape [", c.batch, ", ", rows, ", ", c.heads, ", ", c.head_dim,
+                    "]", c.batch == 1 ? ", with or without the 1," : "", " got ", shape_text(t.sizes()));
+  check_unit_stride(op, name, t);
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    TORCH_CHECK_VALUE(t.size(i) <= 1 || t.stride(i) != 0, op, ": ", name,
+                      " must not be an expanded tensor, whose elements share memory, got strides ",
+                      shape_text(t.strides()));
+  }
+  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache) &&
+                        !shares_memory(t, cache.tensors.state),
+                    op, ": ", name, " must not be a view of the cache that is read");
+  Rows<void*> r;
+  r.data = t.data_ptr();
+  r.layer_stride = 0;
+  r.batch_stride = t.dim() == 4 ? t.stride(0) : 0;
+  r.row_stride = t.stride(-3);
+  r.head_stride = t.stride(-2);
+  return r;
+}
+
+void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value) {
+  // Views that interleave (keys and values in one buffer) are fine, so extents decide only where both are dense.
+  const bool overlap = key.numel() > 0 &&
+                       (key.const_data_ptr() == value.const_data_ptr() ||
+                        (key.is_contiguous() && value.is_contiguous() && shares_memory(key, value)));
+  TORCH_CHECK_VALUE(!overlap, op, ": out must be two tensors of separate memory, got two that overlap");
+}
+
+AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
+                           const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths) {
+  AppendParams p;
+  p.cache = cache.view;
+  if (!all_layers) check_layer(op, first_layer, p.cache);
+  p.first_layer = first_layer;
+  p.layer_count = all_layers ? p.cache.layers : 1;
+  p.overflow_counts = cache.tensors.overflow_counts.data_ptr<int64_t>();
+  p.saturate = cache.tensors.saturate;
+  const int64_t lead = all_layers ? p.cache.layers : 0;
+  p.rows = -1;
+  p.key = checked_input(op, all_layers ? "keys" : "key", key, cache, lead, p.rows, p.dtype);
+  DType value_dtype;
+  p.value = checked_input(op, all_layers ? "values" : "value", value, cache, lead, p.rows, value_dtype);
+  TORCH_CHECK_TYPE(value_dtype == p.dtype, op, ": ", all_layers ? "values" : "value", " must have the dtype of ",
+                   all_layers ? "keys, " : "key, ", dtype_name(key.scalar_type()), ", got ",
+                   dtype_name(value.scalar_type()));
+  p.new_lengths = nullptr;
+  p.new_lengths_are_32_bit = false;
+  if (new_lengths != nullptr) {
+    const at::Tensor& n = *new_lengths;
+    TORCH_CHECK_TYPE(n.scalar_type() == at::kLong || n.scalar_type() == at::kInt, op,
+                     ": new_lengths must be torch.int64 or torch.int32, got ", dtype_name(n.scalar_type()));
+    check_storage(op, "new_lengths", n, cache);
+    TORCH_CHECK_VALUE(n.dim() == 1 && n.size(0) == p.cache.batch && (n.is_contiguous()), op,
+                      ": new_lengths must be contiguous and have shape [", p.cache.batch,
+                      "], one length a sequence, got ", shape_text(n.sizes()), " with strides ",
+                      shape_text(n.strides()));
+    TORCH_CHECK_VALUE(!shares_memory(n, cache.tensors.state), op, ": new_lengths must not be a view of the cache's own state; "
+                      "pass a copy");
+    p.new_lengths = n.const_data_ptr();
+    p.new_lengths_are_32_bit = n.scalar_type() == at::kInt;
+  }
+  return p;
+}
+
+GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices) {
+  GatherParams p;
+  p.cache = cache.view;
+  check_layer(op, layer, p.cache);
+  p.layer = layer;
+  p.start = 0;
+  p.rows = 0;
+  p.indices = nullptr;
+  p.indices_batch_stride = 0;
+  p.indices_stride = 0;
+  if (indices != nullptr) {
+    const at::Tensor& i = *indices;
+    TORCH_CHECK_TYPE(i.scalar_type() == at::kLong, op, ": indices must be torch.int64, got ",
+                     dtype_name(i.scalar_type()));
+    check_storage(op, "indices", i, cache);
+    TORCH_CHECK_VALUE(i.dim() == 1 || (i.dim() == 2 && i.size(0) == p.cache.batch), op,
+                      ": indices must have shape [n], the same for every sequence, or [", p.cache.batch,
+                      ", n], got ", shape_text(i.sizes()));
+    p.rows = i.size(-1);
+    p.indices = static_cast<const int64_t*>(i.const_data_ptr());
+    p.indices_stride = i.stride(-1);
+    p.indices_batch_stride = i.dim() == 2 ? i.stride(0) : 0;
+  }
+  return p;
+}
+
+}  // namespace kvc

@@ -1,0 +1,55 @@
+// From tensors to the kernels' structs, with every check on the way. A wrong argument becomes one sentence that names
+// the op, the argument, what it got and what it wants; nothing has been written by then.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "../kernels/params.h"
+
+namespace kvc {
+
+// The tensors and settings that make up a cache.
+struct CacheTensors {
+  at::Tensor k_cache;          // [L, B, N, H, D] FP16
+  at::Tensor v_cache;          // [L, B, N, H, D] FP16
+  at::Tensor state;            // [3, L, B] int64
+  at::Tensor overflow_counts;  // [L] int64; undefined for ops that count nothing
+  int64_t sink_positions;
+  bool saturate;
+};
+
+// A cache whose tensors have been found to fit each other, and what the kernels see of them.
+struct CheckedCache {
+  CheckedCache(const char* op, CacheTensors tensors);
+
+  CacheTensors tensors;
+  CacheView view;
+};
+
+void check_layer(const char* op, int64_t layer, const CacheView& cache);
+
+// A new key or value of one layer (`layers` 0) or of all (`layers` = L, a leading dimension). Fills in T and the dtype;
+// `rows` holds T or, where it is negative, receives it.
+Rows<const void*> checked_input(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                                int64_t layers, int64_t& rows, DType& dtype);
+
+// A tensor to gather into: [B, rows, H, D], or [rows, H, D] when B is 1.
+Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                           int64_t rows, at::ScalarType dtype);
+
+void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value);
+
+// The op's structs, whole.
+AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
+                           const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths);
+
+// `indices` is null for a range. The number of rows of the answer is left in `rows`; the outputs are set later.
+GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices);
+
+DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype);
+
+std::string shape_text(at::IntArrayRef sizes);
+
+}  // namespace kvc

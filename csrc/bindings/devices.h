@@ -1,0 +1,27 @@
+// Running an op's struct on a device: its current stream on a GPU, torch's thread pool on a CPU.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include "../kernels/params.h"
+
+namespace kvc {
+
+// ops_cpu.cpp
+void append_cpu(const AppendParams& params);
+void gather_cpu(const GatherParams& params);
+void truncate_cpu(const TruncateParams& params);
+
+// Replaces the CPU's ops by those of a shared library, or by the built-in ones again (an empty path). The tests run the
+// GPU kernels' source on a CPU this way (tests/emulator).
+void load_cpu_ops(const char* path);
+
+#if defined(KVC_WITH_CUDA)
+// ops_cuda.cpp
+void append_cuda(const AppendParams& params, c10::Device device);
+void gather_cuda(const GatherParams& params, c10::Device device);
+void truncate_cuda(const TruncateParams& params, c10::Device device);
+bool is_capturing_cuda(c10::Device device);  // is the current stream being captured into a graph?
+#endif
+
+}  // namespace kvc

@@ -1,0 +1,149 @@
+#include "host_lengths.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <mutex>
+#include <unordered_map>
+
+#include "../kernels/layout.h"
+#include "devices.h"
+
+namespace kvc {
+namespace {
+
+std::mutex registry_mutex;
+
+std::unordered_map<const void*, std::weak_ptr<HostLengths>>& registry() {
+  static auto* lengths = new std::unordered_map<const void*, std::weak_ptr<HostLengths>>();
+  return *lengths;
+}
+
+}  // namespace
+
+HostLengths::HostLengths(at::Tensor state, int64_t sinks, int64_t positions)
+    : state_(std::move(state)),
+      layers_(state_.size(1)),
+      batch_(state_.size(2)),
+      sinks_(sinks),
+      ring_(Divider::by(positions - sinks)) {
+  if (on_host()) {
+    seen_ = state_.data_ptr<int64_t>();
+  } else {
+    copy_.resize(static_cast<size_t>(2 * layers_ * batch_));
+    seen_ = copy_.data();
+    exact_ = false;
+  }
+  first_ = seen_ + layers_ * batch_;
+}
+
+std::shared_ptr<HostLengths> HostLengths::make(at::Tensor state, int64_t sinks, int64_t positions) {
+  auto lengths = std::make_shared<HostLengths>(std::move(state), sinks, positions);
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[lengths->state_.const_data_ptr()] = lengths;
+  return lengths;
+}
+
+HostLengths::~HostLengths() {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(state_.const_data_ptr());
+  if (found != registry().end() && found->second.expired()) registry().erase(found);
+}
+
+std::shared_ptr<HostLengths> HostLengths::of(const at::Tensor& state) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(state.const_data_ptr());
+  return found == registry().end() ? nullptr : found->second.lock();
+}
+
+bool HostLengths::capturing() const {
+#if defined(KVC_WITH_CUDA)
+  if (state_.is_cuda()) return is_capturing_cuda(state_.device());
+#endif
+  return false;
+}
+
+void HostLengths::note_launch() {
+  if (!captured_ && capturing()) captured_ = true;
+  if (captured_) exact_ = false;
+}
+
+void HostLengths::appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged) {
+  if (on_host()) return;
+  note_launch();
+  if (ragged) exact_ = false;
+  if (!exact_) return;
+  for (int64_t i = first_layer * batch_; i < (first_layer + layer_count) * batch_; ++i) {
+    const SequenceState next = state_after_append({seen_[i], first_[i]}, rows, ring_.divisor);
+    seen_[i] = next.seen;
+    first_[i] = next.first;
+  }
+}
+
+void HostLengths::truncated(int64_t length) {
+  if (on_host()) return;
+  note_launch();
+  if (!exact_) return;
+  for (int64_t i = 0; i < layers_ * batch_; ++i) {
+    const SequenceState next = state_after_truncate({seen_[i], first_[i]}, length, sinks_);
+    seen_[i] = next.seen;
+    first_[i] = next.first;
+  }
+}
+
+void HostLengths::cleared() {
+  if (on_host()) return;
+  note_launch();
+  if (captured_) return;
+  std::fill(seen_, seen_ + layers_ * batch_, 0);
+  std::fill(first_, first_ + layers_ * batch_, sinks_);
+  exact_ = true;
+}
+
+void HostLengths::refresh(const char* op) {
+  if (on_host()) return;
+  TORCH_CHECK(!capturing(), op,
+              " needs the cache's lengths on the host, which a CUDA graph capture cannot give: lengths change with "
+              "every replay; use gather with an index tensor, or cache_seqlens, inside the graph");
+  if (exact_) return;
+  const at::Tensor now = state_.to(at::kCPU);
+  std::copy_n(now.const_data_ptr<int64_t>(), copy_.size(), copy_.begin());
+  exact_ = !captured_;
+}
+
+int64_t HostLengths::held(int64_t layer, int64_t sequence) const {
+  const int64_t i = layer * batch_ + sequence;
+  return held_positions({seen_[i], first_[i]}, sinks_);
+}
+
+int64_t HostLengths::longest(int64_t layer) const {
+  int64_t n = 0;
+  for (int64_t b = 0; b < batch_; ++b) n = std::max(n, held(layer, b));
+  return n;
+}
+
+int64_t HostLengths::shortest() const {
+  int64_t n = held(0, 0);
+  for (int64_t i = 1; i < layers_ * batch_; ++i) n = std::min(n, held_positions({seen_[i], first_[i]}, sinks_));
+  return n;
+}
+
+int64_t HostLengths::position() const { return *std::max_element(seen_, seen_ + layers_ * batch_); }
+
+int64_t HostLengths::contiguous_slot(int64_t layer, int64_t start, int64_t end) const {
+  if (start == end) return 0;
+  CacheView c{};
+  c.sinks = sinks_;
+  c.ring = ring_;
+  int64_t slot = -1;
+  for (int64_t b = 0; b < batch_; ++b) {
+    const int64_t i = layer * batch_ + b;
+    const ReadPlan plan = ReadPlan::make({seen_[i], first_[i]}, c);
+    const int64_t from = plan.slot(start);
+    if (from < 0 || plan.slot(end - 1) != from + (end - 1 - start) || (b > 0 && from != slot)) return -1;
+    slot = from;
+  }
+  return slot;
+}
+
+}  // namespace kvc

@@ -1,0 +1,62 @@
+// What the host knows of lengths that live on a device.
+//
+// `len(cache)` and the like need numbers on the host. Each append moves a copy kept here, so that no synchronisation is
+// needed as long as the copy is exact. A device-side `new_lengths` makes it inexact until the device is read again; an
+// append captured into a CUDA graph makes it inexact for good, as replays are not seen from here.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "../kernels/params.h"
+
+namespace kvc {
+
+class HostLengths {
+ public:
+  // `state` [3, L, B] on any device.
+  HostLengths(at::Tensor state, int64_t sinks, int64_t positions);
+  ~HostLengths();
+  HostLengths(const HostLengths&) = delete;
+  HostLengths& operator=(const HostLengths&) = delete;
+
+  // The copy that belongs to a state tensor, or null. An op that reached its tensors through the dispatcher finds the
+  // lengths of the cache that they belong to this way.
+  static std::shared_ptr<HostLengths> of(const at::Tensor& state);
+  static std::shared_ptr<HostLengths> make(at::Tensor state, int64_t sinks, int64_t positions);
+
+  // After an op has been launched on the device.
+  void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged);
+  void truncated(int64_t length);
+  void cleared();
+
+  // Reads the device where the copy is not exact; raises RuntimeError during capture.
+  void refresh(const char* op);
+  int64_t held(int64_t layer, int64_t sequence) const;
+  int64_t longest(int64_t layer) const;  // the largest number held by a sequence of the layer
+  int64_t shortest() const;              // the smallest number held by any
+  int64_t position() const;              // the largest number seen by any
+  // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in every
+  // sequence; else -1.
+  int64_t contiguous_slot(int64_t layer, int64_t start, int64_t end) const;
+
+ private:
+  bool on_host() const { return state_.is_cpu(); }
+  bool capturing() const;
+  void note_launch();  // notices capture
+
+  at::Tensor state_;
+  int64_t layers_;
+  int64_t batch_;
+  int64_t sinks_;
+  Divider ring_;
+  std::vector<int64_t> copy_;   // [2, L, B]: seen, first; unused where the state itself is on the host
+  int64_t* seen_;               // the copy's, or the state's own memory on a CPU
+  int64_t* first_;
+  bool exact_ = true;
+  bool captured_ = false;
+};
+
+}  // namespace kvc

@@ -1,0 +1,198 @@
+// kvcache_ext._C: the object behind StreamingKVCacheFp16. Arguments are taken as plain Python objects and parsed here,
+// so that a wrong one gets a sentence of ours and not a listing of overloads.
+#include <c10/util/Exception.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "../kernels/cpu/cpu.h"
+#include "devices.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace kvc {
+namespace {
+
+const char* type_name(py::handle h) { return Py_TYPE(h.ptr())->tp_name; }
+
+const at::Tensor& tensor_argument(const char* op, const char* name, py::handle h) {
+  TORCH_CHECK_TYPE(THPVariable_Check(h.ptr()), op, ": ", name, " must be a torch.Tensor, got ", type_name(h));
+  return THPVariable_Unpack(h.ptr());
+}
+
+const at::Tensor* optional_tensor_argument(const char* op, const char* name, py::handle h) {
+  return h.is_none() ? nullptr : &tensor_argument(op, name, h);
+}
+
+int64_t integer_argument(const char* op, const char* name, py::handle h) {
+  TORCH_CHECK_TYPE(PyIndex_Check(h.ptr()) && !PyBool_Check(h.ptr()), op, ": ", name, " must be an int, got ",
+                   type_name(h));
+  const py::object number = py::reinterpret_steal<py::object>(PyNumber_Index(h.ptr()));
+  if (!number) throw py::error_already_set();
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  TORCH_CHECK_INDEX(overflow == 0, op, ": ", name, " must fit in 64 bits, got ", py::str(number).cast<std::string>());
+  return value;
+}
+
+at::ScalarType dtype_argument(const char* op, py::handle h) {
+  TORCH_CHECK_TYPE(THPDtype_Check(h.ptr()), op, ": dtype must be a torch.dtype, got ", type_name(h));
+  return reinterpret_cast<THPDtype*>(h.ptr())->scalar_type;
+}
+
+std::optional<TensorPair> out_argument(const char* op, py::handle h) {
+  if (h.is_none()) return std::nullopt;
+  TORCH_CHECK_TYPE((PyTuple_Check(h.ptr()) || PyList_Check(h.ptr())) && PySequence_Size(h.ptr()) == 2, op,
+                   ": out must be a pair (keys, values) of tensors, got ", type_name(h));
+  const auto pair = py::reinterpret_borrow<py::sequence>(h);
+  return TensorPair{tensor_argument(op, "out[0]", py::object(pair[0])),
+                    tensor_argument(op, "out[1]", py::object(pair[1]))};
+}
+
+class Cache {
+ public:
+  Cache(at::Tensor k_cache, at::Tensor v_cache, at::Tensor state, at::Tensor overflow_counts, int64_t sink_positions,
+        bool saturate)
+      : cache_("StreamingKVCacheFp16", {std::move(k_cache), std::move(v_cache), std::move(state),
+                                        std::move(overflow_counts), sink_positions, saturate}),
+        lengths_(HostLengths::make(cache_.tensors.state, sink_positions, cache_.view.positions)) {}
+
+  void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths) {
+    kvc::append(cache_, lengths_.get(), integer_argument("append", "layer", layer),
+                tensor_argument("append", "key", key), tensor_argument("append", "value", value),
+                optional_tensor_argument("append", "new_lengths", new_lengths));
+  }
+
+  void append_all(py::handle keys, py::handle values, py::handle new_lengths) {
+    kvc::append_all(cache_, lengths_.get(), tensor_argument("append_all", "keys", keys),
+                    tensor_argument("append_all", "values", values),
+                    optional_tensor_argument("append_all", "new_lengths", new_lengths));
+  }
+
+  TensorPair gather(py::handle layer, py::handle indices, py::handle dtype, py::handle out) {
+    const int64_t l = integer_argument("gather", "layer", layer);
+    const at::Tensor& i = tensor_argument("gather", "indices", indices);
+    const at::ScalarType type = dtype_argument("gather", dtype);
+    const auto to = out_argument("gather", out);
+    if (!to) return kvc::gather(cache_, l, i, type);
+    gather_out("gather", cache_, l, i, type, *to);
+    return *to;
+  }
+
+  TensorPair get_range_f32(py::handle layer, py::handle start, py::handle end, py::handle out) {
+    const char* op = "get_range_f32";
+    const int64_t l = checked_layer(op, layer);
+    const auto [from, to] = checked_range(op, l, start, end);
+    const auto pair = out_argument(op, out);
+    return gather_range(op, cache_, l, from, to, at::kFloat, pair ? &*pair : nullptr);
+  }
+
+  TensorPair get_valid_f32(py::handle layer, py::handle out) {
+    const char* op = "get_valid_f32";
+    const int64_t l = checked_layer(op, layer);
+    lengths_->refresh(op);
+    const auto pair = out_argument(op, out);
+    return gather_range(op, cache_, l, 0, lengths_->longest(l), at::kFloat, pair ? &*pair : nullptr);
+  }
+
+  TensorPair get_range_raw(py::handle layer, py::handle start, py::handle end) {
+    const char* op = "get_range_raw";
+    const int64_t l = checked_layer(op, layer);
+    const auto [from, to] = checked_range(op, l, start, end);
+    const int64_t slot = lengths_->contiguous_slot(l, from, to);
+    if (slot < 0) return gather_range(op, cache_, l, from, to, at::kHalf, nullptr);
+    const auto view = [&, from = from, to = to](const at::Tensor& storage) {
+      const at::Tensor rows = storage.select(0, l).narrow(1, slot, to - from);
+      return cache_.view.batch == 1 ? rows.select(0, 0) : rows;
+    };
+    return {view(cache_.tensors.k_cache), view(cache_.tensors.v_cache)};
+  }
+
+  int64_t shortest() {
+    lengths_->refresh("len");
+    return lengths_->shortest();
+  }
+
+  int64_t position() {
+    lengths_->refresh("position");
+    return lengths_->position();
+  }
+
+  void truncate(py::handle n) {
+    const int64_t length = integer_argument("truncate", "n", n);
+    lengths_->refresh("truncate");
+    const int64_t held = lengths_->shortest();
+    TORCH_CHECK_INDEX(length >= 0 && length <= held, "truncate: n must be from 0 to ", held,
+                      ", the number of positions held, got ", length);
+    kvc::truncate(cache_, lengths_.get(), length);
+  }
+
+  void clear() { kvc::clear(cache_, lengths_.get()); }
+
+ private:
+  int64_t checked_layer(const char* op, py::handle h) const {
+    const int64_t layer = integer_argument(op, "layer", h);
+    check_layer(op, layer, cache_.view);
+    return layer;
+  }
+
+  std::pair<int64_t, int64_t> checked_range(const char* op, int64_t layer, py::handle start, py::handle end) {
+    const int64_t from = integer_argument(op, "start", start);
+    const int64_t to = integer_argument(op, "end", end);
+    lengths_->refresh(op);
+    const int64_t held = lengths_->longest(layer);
+    TORCH_CHECK_INDEX(0 <= from && from <= to && to <= held, op, ": start and end must satisfy 0 <= start <= end <= ",
+                      held, ", the number of positions that layer ", layer, " holds, got ", from, " and ", to);
+    return {from, to};
+  }
+
+  CheckedCache cache_;
+  std::shared_ptr<HostLengths> lengths_;
+};
+
+#define KVC_TRANSLATE(Type, PythonType)                             \
+  catch (const c10::Type& e) {                                      \
+    PyErr_SetString(PythonType, e.what_without_backtrace());        \
+  }
+
+void translate(std::exception_ptr raised) {
+  try {
+    if (raised) std::rethrow_exception(raised);
+  }
+  KVC_TRANSLATE(TypeError, PyExc_TypeError)
+  KVC_TRANSLATE(ValueError, PyExc_ValueError)
+  KVC_TRANSLATE(IndexError, PyExc_IndexError)
+  KVC_TRANSLATE(Error, PyExc_RuntimeError)
+}
+
+#undef KVC_TRANSLATE
+
+}  // namespace
+}  // namespace kvc
+
+PYBIND11_MODULE(_C, m) {
+  using kvc::Cache;
+  py::register_local_exception_translator(kvc::translate);
+  py::class_<Cache>(m, "Cache")
+      .def(py::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, int64_t, bool>())
+      .def("append", &Cache::append)
+      .def("append_all", &Cache::append_all)
+      .def("gather", &Cache::gather)
+      .def("get_range_f32", &Cache::get_range_f32)
+      .def("get_valid_f32", &Cache::get_valid_f32)
+      .def("get_range_raw", &Cache::get_range_raw)
+      .def("shortest", &Cache::shortest)
+      .def("position", &Cache::position)
+      .def("truncate", &Cache::truncate)
+      .def("clear", &Cache::clear);
+  m.def("cpu_instruction_set", [] { return kvc::cpu::conversions().name; });
+  m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_conversions(name); });
+  m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });
+#if defined(KVC_WITH_CUDA)
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

@@ -1,0 +1,189 @@
+#include "ops.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include "devices.h"
+
+namespace kvc {
+namespace {
+
+template <typename Params>
+void run(const char* op, const Params& params, const at::Tensor& on, void (*on_cpu)(const Params&),
+         [[maybe_unused]] void (*on_cuda)(const Params&, c10::Device)) {
+  if (on.is_cpu()) return on_cpu(params);
+#if defined(KVC_WITH_CUDA)
+  if (on.is_cuda()) return on_cuda(params, on.device());
+#endif
+  TORCH_CHECK_VALUE(false, op, ": the cache must be on a device that this build supports, got ", on.device());
+}
+
+#if defined(KVC_WITH_CUDA)
+constexpr auto kAppendCuda = append_cuda;
+constexpr auto kGatherCuda = gather_cuda;
+constexpr auto kTruncateCuda = truncate_cuda;
+#else
+constexpr void (*kAppendCuda)(const AppendParams&, c10::Device) = nullptr;
+constexpr void (*kGatherCuda)(const GatherParams&, c10::Device) = nullptr;
+constexpr void (*kTruncateCuda)(const TruncateParams&, c10::Device) = nullptr;
+#endif
+
+void run_append(const char* op, const CheckedCache& cache, HostLengths* lengths, int64_t layer, bool all_layers,
+                const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths) {
+  const AppendParams p = append_params(op, cache, layer, all_layers, key, value, new_lengths);
+  run(op, p, cache.tensors.k_cache, append_cpu, kAppendCuda);
+  if (lengths != nullptr) lengths->appended(p.first_layer, p.layer_count, p.rows, new_lengths != nullptr);
+}
+
+TensorPair new_outputs(const CheckedCache& cache, int64_t rows, at::ScalarType dtype) {
+  const CacheView& c = cache.view;
+  const auto options = cache.tensors.k_cache.options().dtype(dtype);
+  if (c.batch == 1) {
+    return {at::empty({rows, c.heads, c.head_dim}, options), at::empty({rows, c.heads, c.head_dim}, options)};
+  }
+  return {at::empty({c.batch, rows, c.heads, c.head_dim}, options),
+          at::empty({c.batch, rows, c.heads, c.head_dim}, options)};
+}
+
+void run_gather(const char* op, GatherParams& p, const CheckedCache& cache, at::ScalarType dtype,
+                const TensorPair& out) {
+  p.dtype = kernel_dtype(op, "dtype", dtype);
+  p.key = checked_output(op, "out[0]", std::get<0>(out), cache, p.rows, dtype);
+  p.value = checked_output(op, "out[1]", std::get<1>(out), cache, p.rows, dtype);
+  check_outputs_apart(op, std::get<0>(out), std::get<1>(out));
+  run(op, p, cache.tensors.k_cache, gather_cpu, kGatherCuda);
+}
+
+}  // namespace
+
+void append(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& key,
+            const at::Tensor& value, const at::Tensor* new_lengths) {
+  run_append("append", cache, lengths, layer, false, key, value, new_lengths);
+}
+
+void append_all(const CheckedCache& cache, HostLengths* lengths, const at::Tensor& keys, const at::Tensor& values,
+                const at::Tensor* new_lengths) {
+  run_append("append_all", cache, lengths, 0, true, keys, values, new_lengths);
+}
+
+TensorPair gather(const CheckedCache& cache, int64_t layer, const at::Tensor& indices, at::ScalarType dtype) {
+  GatherParams p = gather_params("gather", cache, layer, &indices);
+  kernel_dtype("gather", "dtype", dtype);
+  const TensorPair out = new_outputs(cache, p.rows, dtype);
+  run_gather("gather", p, cache, dtype, out);
+  return out;
+}
+
+void gather_out(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& indices,
+                at::ScalarType dtype, const TensorPair& out) {
+  GatherParams p = gather_params(op, cache, layer, &indices);
+  run_gather(op, p, cache, dtype, out);
+}
+
+TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer, int64_t start, int64_t end,
+                        at::ScalarType dtype, const TensorPair* out) {
+  GatherParams p = gather_params(op, cache, layer, nullptr);
+  p.start = start;
+  p.rows = end - start;
+  const TensorPair to = out != nullptr ? *out : new_outputs(cache, p.rows, dtype);
+  run_gather(op, p, cache, dtype, to);
+  return to;
+}
+
+void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length) {
+  const CacheView& c = cache.view;
+  TORCH_CHECK_VALUE(length >= 0, "truncate: n must not be negative, got ", length);
+  run("truncate", TruncateParams{c.state, c.layers, c.batch, c.sinks, length}, cache.tensors.k_cache, truncate_cpu,
+      kTruncateCuda);
+  if (lengths != nullptr) lengths->truncated(length);
+}
+
+void clear(const CheckedCache& cache, HostLengths* lengths) {
+  cache.tensors.state.zero_();
+  if (cache.view.sinks > 0) cache.tensors.state.select(0, 1).fill_(cache.view.sinks);
+  cache.tensors.overflow_counts.zero_();
+  if (lengths != nullptr) lengths->cleared();
+}
+
+namespace {
+
+// The same ops for the dispatcher, over plain tensors: torch.compile, opcheck, whoever has no cache object.
+
+void op_append(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
+               int64_t layer, const at::Tensor& key, const at::Tensor& value,
+               const std::optional<at::Tensor>& new_lengths, int64_t sink_positions, bool saturate) {
+  append({"append", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}}, HostLengths::of(state).get(), layer,
+         key, value, new_lengths ? &*new_lengths : nullptr);
+}
+
+void op_append_all(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
+                   const at::Tensor& keys, const at::Tensor& values, const std::optional<at::Tensor>& new_lengths,
+                   int64_t sink_positions, bool saturate) {
+  append_all({"append_all", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}}, HostLengths::of(state).get(), keys,
+             values, new_lengths ? &*new_lengths : nullptr);
+}
+
+// Ops that touch no overflow counters.
+CheckedCache without_counters(const char* op, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                              const at::Tensor& state, int64_t sink_positions) {
+  return {op, {k_cache, v_cache, state, at::Tensor(), sink_positions, true}};
+}
+
+TensorPair op_gather(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state, int64_t layer,
+                     const at::Tensor& indices, int64_t sink_positions, at::ScalarType dtype) {
+  return gather(without_counters("gather", k_cache, v_cache, state, sink_positions), layer, indices, dtype);
+}
+
+void op_gather_out(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state, int64_t layer,
+                   const at::Tensor& indices, int64_t sink_positions, at::Tensor& key_out, at::Tensor& value_out) {
+  gather_out("gather", without_counters("gather", k_cache, v_cache, state, sink_positions), layer, indices,
+             key_out.scalar_type(), {key_out, value_out});
+}
+
+void op_truncate(const at::Tensor& k_cache, at::Tensor& state, int64_t length, int64_t sink_positions) {
+  truncate(without_counters("truncate", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length);
+}
+
+void op_clear(const at::Tensor& k_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t sink_positions) {
+  clear({"clear", {k_cache, k_cache, state, overflow_counts, sink_positions, true}}, HostLengths::of(state).get());
+}
+
+}  // namespace
+}  // namespace kvc
+
+TORCH_LIBRARY(kvcache_ext, m) {
+  m.set_python_module("kvcache_ext.ops");
+  m.def(
+      "append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor(d!) overflow_counts, int layer, "
+      "Tensor key, Tensor value, Tensor? new_lengths, int sink_positions, bool saturate) -> ()");
+  m.def(
+      "append_all(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor(d!) overflow_counts, Tensor keys, "
+      "Tensor values, Tensor? new_lengths, int sink_positions, bool saturate) -> ()");
+  m.def(
+      "gather(Tensor k_cache, Tensor v_cache, Tensor state, int layer, Tensor indices, int sink_positions, "
+      "ScalarType dtype) -> (Tensor, Tensor)");
+  m.def(
+      "gather_out(Tensor k_cache, Tensor v_cache, Tensor state, int layer, Tensor indices, int sink_positions, "
+      "Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
+  m.def("truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions) -> ()");
+  m.def("clear(Tensor k_cache, Tensor(a!) state, Tensor(b!) overflow_counts, int sink_positions) -> ()");
+}
+
+namespace {
+
+void register_for_device(torch::Library& m) {
+  m.impl("append", kvc::op_append);
+  m.impl("append_all", kvc::op_append_all);
+  m.impl("gather", kvc::op_gather);
+  m.impl("gather_out", kvc::op_gather_out);
+  m.impl("truncate", kvc::op_truncate);
+  m.impl("clear", kvc::op_clear);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(kvcache_ext, CPU, m) { register_for_device(m); }
+#if defined(KVC_WITH_CUDA)
+TORCH_LIBRARY_IMPL(kvcache_ext, CUDA, m) { register_for_device(m); }
+#endif

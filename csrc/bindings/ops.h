@@ -1,0 +1,35 @@
+// The ops over a cache's tensors: what the Python class and the dispatcher both end in. Check, run on the device, note
+// the new lengths on the host.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "host_lengths.h"
+
+namespace kvc {
+
+using TensorPair = std::tuple<at::Tensor, at::Tensor>;
+
+// `lengths` may be null: tensors that belong to no cache object.
+void append(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& key,
+            const at::Tensor& value, const at::Tensor* new_lengths);
+void append_all(const CheckedCache& cache, HostLengths* lengths, const at::Tensor& keys, const at::Tensor& values,
+                const at::Tensor* new_lengths);
+
+// Rows at `indices` ([n] or [B, n]) into new tensors or into `out`.
+TensorPair gather(const CheckedCache& cache, int64_t layer, const at::Tensor& indices, at::ScalarType dtype);
+void gather_out(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& indices,
+                at::ScalarType dtype, const TensorPair& out);
+
+// Rows [start, end), which the caller has checked, into new tensors or into `out`.
+TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer, int64_t start, int64_t end,
+                        at::ScalarType dtype, const TensorPair* out);
+
+void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length);
+void clear(const CheckedCache& cache, HostLengths* lengths);
+
+}  // namespace kvc

@@ -1,0 +1,74 @@
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+
+#include "../kernels/cpu/cpu.h"
+#include "devices.h"
+
+namespace kvc {
+namespace {
+
+// The ops of a library that load_cpu_ops() was given; each returns 0 or an error number.
+struct LoadedOps {
+  int (*append)(const AppendParams*) = nullptr;
+  int (*gather)(const GatherParams*) = nullptr;
+  int (*truncate)(const TruncateParams*) = nullptr;
+};
+LoadedOps loaded_ops;
+
+void check_loaded(int error) { TORCH_CHECK(error == 0, "the loaded CPU ops failed with error ", error); }
+
+// Below this many elements a thread's start costs more than its help.
+constexpr int64_t kElementsPerThread = int64_t{1} << 16;
+
+template <typename Run>
+void run_items(int64_t items, int64_t elements_per_item, const Run& run) {
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / elements_per_item);
+  if (items <= grain) {
+    run(0, items);
+  } else {
+    at::parallel_for(0, items, grain, run);
+  }
+}
+
+}  // namespace
+
+void append_cpu(const AppendParams& p) {
+  if (loaded_ops.append != nullptr) return check_loaded(loaded_ops.append(&p));
+  const int64_t items = cpu::append_items(p);
+  const int64_t elements = 2 * p.cache.heads * p.cache.head_dim;
+  const bool stream = items * elements * 2 > cpu::last_level_cache_bytes();
+  run_items(items, elements, [&](int64_t begin, int64_t end) { cpu::append(p, begin, end, stream); });
+  cpu::advance_state(p);
+}
+
+void gather_cpu(const GatherParams& p) {
+  if (loaded_ops.gather != nullptr) return check_loaded(loaded_ops.gather(&p));
+  const int64_t items = cpu::gather_items(p);
+  const int64_t elements = 2 * p.cache.heads * p.cache.head_dim;
+  const bool stream = items * elements * dtype_size(p.dtype) > cpu::last_level_cache_bytes();
+  run_items(items, elements, [&](int64_t begin, int64_t end) { cpu::gather(p, begin, end, stream); });
+}
+
+void truncate_cpu(const TruncateParams& p) {
+  if (loaded_ops.truncate != nullptr) return check_loaded(loaded_ops.truncate(&p));
+  cpu::truncate(p);
+}
+
+void load_cpu_ops(const char* path) {
+  loaded_ops = {};
+  if (path[0] == '\0') return;
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(library != nullptr, "load_cpu_ops: ", dlerror());
+  LoadedOps ops;
+  ops.append = reinterpret_cast<decltype(ops.append)>(dlsym(library, "kvc_append"));
+  ops.gather = reinterpret_cast<decltype(ops.gather)>(dlsym(library, "kvc_gather"));
+  ops.truncate = reinterpret_cast<decltype(ops.truncate)>(dlsym(library, "kvc_truncate"));
+  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.truncate != nullptr, "load_cpu_ops: ", path,
+              " lacks kvc_append, kvc_gather or kvc_truncate");
+  loaded_ops = ops;
+}
+
+}  // namespace kvc

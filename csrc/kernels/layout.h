@@ -1,0 +1,106 @@
+// Where a position lies: the ring, the sinks, and how appending and truncating move the state.
+//
+// A sequence of a layer has N slots. Its state is two numbers:
+//   seen   the positions ever appended (so the next position's number),
+//   first  the oldest position still readable that is not a sink; never below `sinks`.
+// Position p lies in slot p if p < sinks, else in slot sinks + (p - sinks) mod ring, ring = N - sinks.
+// Held are the positions [0, min(seen, sinks)) and [first, seen). Chronological index 0 is the oldest of them.
+//
+// The GPU kernels and the CPU kernels share these functions, so that what is tested on a CPU is what runs on a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "divide.h"
+#include "params.h"
+#include "portable.h"
+
+namespace kvc {
+
+constexpr int64_t kNoSlot = -1;   // nothing lies there: an index that is not held, or a row that a later one overwrites
+constexpr int64_t kPadding = -2;  // a row of left padding, which is not appended at all
+
+KVC_HD int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
+KVC_HD int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct SequenceState {
+  int64_t seen;
+  int64_t first;
+};
+
+KVC_HD SequenceState state_after_append(SequenceState s, int64_t appended, int64_t ring) {
+  const int64_t seen = s.seen + appended;
+  return {seen, imax(s.first, seen - ring)};
+}
+
+KVC_HD int64_t held_sinks(SequenceState s, int64_t sinks) { return imin(s.seen, sinks); }
+
+KVC_HD int64_t held_positions(SequenceState s, int64_t sinks) {
+  return held_sinks(s, sinks) + imax(s.seen - s.first, 0);
+}
+
+// Keeps the `length` oldest held positions. Evicted ones do not come back: `first` stays, unless sinks go too, and
+// then nothing that is not a sink is left and numbering goes on from there.
+KVC_HD SequenceState state_after_truncate(SequenceState s, int64_t length, int64_t sinks) {
+  if (length >= held_positions(s, sinks)) return s;
+  if (length < sinks) return {length, sinks};
+  return {s.first + (length - sinks), s.first};
+}
+
+// How many of T rows are appended to sequence b: the last new_lengths[b], clamped to 0..T.
+KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
+  if (p.new_lengths == nullptr) return p.rows;
+  const int64_t n = p.new_lengths_are_32_bit ? static_cast<const int32_t*>(p.new_lengths)[b]
+                                             : static_cast<const int64_t*>(p.new_lengths)[b];
+  return imin(imax(n, 0), p.rows);
+}
+
+// The slots of the rows of one append to one sequence.
+struct AppendPlan {
+  int64_t padding;  // rows before this one are left padding
+  int64_t base;     // what follows the sinks is counted from 0: the place of the first appended row, in [-sinks, ring)
+  int64_t lost;     // appended rows before this one are overwritten by later ones of the same call (sinks excepted)
+  int64_t sinks;
+  Divider ring;
+
+  KVC_HD static AppendPlan make(int64_t seen, int64_t rows, int64_t appended, const CacheView& c) {
+    const int64_t past_sinks = seen - c.sinks;
+    return {rows - appended, past_sinks < 0 ? past_sinks : c.ring.mod(past_sinks), appended - c.ring.divisor, c.sinks,
+            c.ring};
+  }
+
+  KVC_HD int64_t slot(int64_t row) const {
+    const int64_t j = row - padding;
+    if (j < 0) return kPadding;
+    int64_t place = base + j;
+    if (place >= 0) {
+      if (j < lost) return kNoSlot;
+      if (place >= ring.divisor) place = ring.mod(place);
+    }
+    return sinks + place;
+  }
+};
+
+// The slots of chronological indices of one sequence.
+struct ReadPlan {
+  int64_t held;
+  int64_t held_sinks;
+  int64_t base;  // the place of position `first` in the ring
+  int64_t sinks;
+  int64_t ring;
+
+  KVC_HD static ReadPlan make(SequenceState s, const CacheView& c) {
+    return {held_positions(s, c.sinks), kvc::held_sinks(s, c.sinks), c.ring.mod(s.first - c.sinks), c.sinks,
+            c.ring.divisor};
+  }
+
+  KVC_HD int64_t slot(int64_t index) const {
+    if (index < 0 || index >= held) return kNoSlot;
+    if (index < held_sinks) return index;
+    int64_t place = base + (index - held_sinks);
+    if (place >= ring) place -= ring;
+    return sinks + place;
+  }
+};
+
+}  // namespace kvc

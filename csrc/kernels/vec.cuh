@@ -1,0 +1,55 @@
+// Several elements moved by one memory instruction.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "convert.h"
+#include "params.h"
+
+namespace kvc {
+
+// N elements moved as one packet of sizeof(T) * N bytes (2, 4, 8 or 16); the address must be a multiple of that.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T x[N];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Vec<T, N> load(const T* address) {
+  return *reinterpret_cast<const Vec<T, N>*>(address);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* address, const Vec<T, N>& v) {
+  *reinterpret_cast<Vec<T, N>*>(address) = v;
+}
+
+// Element types as the kernels see them. FP16 and BF16 are both 16 bits, so each is a type of its own.
+template <DType>
+struct Element;
+template <>
+struct Element<DType::f32> {
+  using Type = float;
+  static __device__ __forceinline__ float to_float(float x) { return x; }
+  static __device__ __forceinline__ float from_half(uint16_t h) { return half_to_float(h); }
+};
+template <>
+struct Element<DType::bf16> {
+  using Type = uint16_t;
+  static __device__ __forceinline__ float to_float(uint16_t b) { return bf16_to_float(b); }
+  static __device__ __forceinline__ uint16_t from_half(uint16_t h) { return float_to_bf16(half_to_float(h)); }
+};
+template <>
+struct Element<DType::f16> {
+  using Type = uint16_t;
+  static __device__ __forceinline__ uint16_t from_half(uint16_t h) { return h; }
+};
+
+// The vector for converting between FP16 and another type: 16 bytes on its wider side. (Two 16-byte accesses a thread on
+// that side would leave each instruction of a warp touching half of every 32-byte sector.)
+template <DType T>
+constexpr int kVectorOf = 16 / (dtype_size(T) > 2 ? dtype_size(T) : 2);
+
+}  // namespace kvc

@@ -1,0 +1,347 @@
+"""The cache: storage, state and the calls of `StreamingKVCacheFp16`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import memory, ops
+from ._extension import build_info, extension
+
+_OVERFLOW_POLICIES = ("saturate", "inf")
+
+
+def _checked_int(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"StreamingKVCacheFp16: {name} must be an int, got {type(value).__name__}")
+    number = int(value.__index__())
+    if number < least:
+        raise ValueError(f"StreamingKVCacheFp16: {name} must be at least {least}, got {number}")
+    return number
+
+
+def _checked_device(device: Any) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"StreamingKVCacheFp16: device must name a CUDA device or the CPU, got {device!r}") from error
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type != "cuda":
+        raise ValueError(f"StreamingKVCacheFp16: device must be a CUDA device or the CPU, got {device!r}")
+    if not build_info.with_cuda:
+        raise ValueError(
+            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA build of kvcache_ext, and this is a CPU build, as "
+            f"{build_info.reason}; install a CUDA build of torch and a CUDA toolkit and run `pip install "
+            "--force-reinstall --no-deps .` (KVCACHE_EXT_CUDA=1 forces a CUDA build), or pass device='cpu'"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA GPU, and torch {torch.__version__} sees none here; "
+            "pass device='cpu'"
+        )
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"StreamingKVCacheFp16: device={str(device)!r} does not exist; there are {torch.cuda.device_count()} CUDA devices"
+        )
+    return torch.device("cuda", index)
+
+
+class StreamingKVCacheFp16:
+    """A preallocated key/value cache that stores FP16 and speaks FP32, FP16 and BF16; a ring when full.
+
+    Args:
+        num_layers: layers of the model, `L`.
+        max_positions: slots for each sequence of each layer, `N`. Position `N` overwrites the oldest one held.
+        num_heads: key/value heads, `H` (with grouped-query attention fewer than the query has).
+        head_dim: elements of a head, `D`.
+        batch_size: sequences, `B`.
+        device: a CUDA device or `"cpu"`.
+        sink_positions: the first positions of each sequence that are never overwritten, `0 <= sinks < N`. Keys are
+            kept as they came, rotated in most models; re-rotating them is the model's affair, so sinks alone are not
+            all of StreamingLLM (Xiao et al., 2023).
+        overflow: what becomes of a finite value that FP16 cannot hold (`|x| >= 65520`): `"saturate"` stores +-65504,
+            `"inf"` stores +-inf, as `.half()` does. Either way it is counted: see `overflow_counts()`.
+
+    Raises:
+        MemoryError: it does not fit on the device. Nothing has been allocated by then.
+        TypeError, ValueError: an argument is wrong.
+
+    Shapes. `key` and `value` are `[B, T, H, D]` for `T` new positions; with `batch_size` 1 also `[T, H, D]`, `[H, D]`
+    and the flat `[H * D]`. Any strides will do as long as the last dimension's is 1: model code's `[B, H, T, D]` comes
+    in as `tensor.transpose(1, 2)` and is read where it lies. What is read back is `[B, n, H, D]`, or `[n, H, D]` with
+    `batch_size` 1.
+
+    Order. Index 0 is the oldest position still held of that layer and sequence, and indices count up in the order of
+    appending, also after the ring has wrapped. Layers may be appended to in any order.
+
+    Storage. `k_cache` and `v_cache` are FP16 `[L, B, N, H, D]`. Their slots are in physical order and unwritten ones
+    hold anything; the methods answer in chronological order and from written slots only.
+
+    Conversion is IEEE round-to-nearest-even, bit for bit `tensor.to(torch.float16)`; NaN stays NaN, inf stays inf.
+
+    GPU. Calls run on the current stream of the cache's device and do not synchronise, except those that need a length
+    on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate`) after lengths have moved on
+    the device alone, which is after `new_lengths` or a captured graph. `append`, `append_all`, `gather` and `clear`
+    can be captured into a CUDA graph, and each replay moves the cache on. A cache is used by one stream at a time and
+    must outlive the graphs that were captured from it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        max_positions: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        batch_size: int = 1,
+        device: torch.device | str | int = "cuda",
+        sink_positions: int = 0,
+        overflow: str = "saturate",
+    ) -> None:
+        self.num_layers = _checked_int("num_layers", num_layers, 1)
+        self._max_positions = _checked_int("max_positions", max_positions, 1)
+        self.num_heads = _checked_int("num_heads", num_heads, 1)
+        self.head_dim = _checked_int("head_dim", head_dim, 1)
+        self.batch_size = _checked_int("batch_size", batch_size, 1)
+        self.sink_positions = _checked_int("sink_positions", sink_positions, 0)
+        if self.sink_positions >= self._max_positions:
+            raise ValueError(
+                f"StreamingKVCacheFp16: sink_positions must be less than max_positions, {self._max_positions}, "
+                f"got {self.sink_positions}"
+            )
+        if overflow not in _OVERFLOW_POLICIES:
+            raise ValueError(f"StreamingKVCacheFp16: overflow must be 'saturate' or 'inf', got {overflow!r}")
+        self.overflow = overflow
+        self.device = _checked_device(device)
+
+        shape = (self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
+        memory.check_fits(*shape, device=self.device)
+        self.k_cache: Tensor = torch.empty(shape, dtype=torch.float16, device=self.device)
+        self.v_cache: Tensor = torch.empty(shape, dtype=torch.float16, device=self.device)
+        self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
+        self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
+        self._connect()
+        self.clear()
+
+    def _connect(self) -> None:
+        """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
+        self._saturate = self.overflow == "saturate"
+        self._compiled = extension.Cache(
+            self.k_cache, self.v_cache, self._state, self._overflow_counts, self.sink_positions, self._saturate
+        )
+        for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts):
+            # What torch._dynamo.mark_static_address(tensor) does; importing torch._dynamo for it takes seconds.
+            tensor._dynamo_static_input_type = "guarded"  # type: ignore[attr-defined]
+
+    # Writing
+
+    def append(self, layer: int, key: Tensor, value: Tensor, *, new_lengths: Tensor | None = None) -> None:
+        """Converts `T` new positions of one layer to FP16 and stores them behind what each sequence has.
+
+        One kernel launch on a GPU. What the cache holds afterwards is what appending the positions one by one would
+        leave, also when there are more of them than slots.
+
+        Args:
+            layer: 0 to `num_layers - 1`.
+            key, value: `[B, T, H, D]` (short forms: see the class), FP32, FP16 or BF16, on the cache's device.
+            new_lengths: int64 or int32 `[B]` on the cache's device: only the *last* `new_lengths[b]` rows of sequence
+                `b` are appended (the rest is left padding); clamped to 0..T.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.append(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._overflow_counts,
+                layer,
+                key,
+                value,
+                new_lengths,
+                sink_positions=self.sink_positions,
+                saturate=self._saturate,
+            )
+        else:
+            self._compiled.append(layer, key, value, new_lengths)
+
+    def append_all(self, keys: Tensor, values: Tensor, *, new_lengths: Tensor | None = None) -> None:
+        """`append` to every layer in one launch: `keys` and `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
+        if is_compiling():
+            ops.append_all(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._overflow_counts,
+                keys,
+                values,
+                new_lengths,
+                sink_positions=self.sink_positions,
+                saturate=self._saturate,
+            )
+        else:
+            self._compiled.append_all(keys, values, new_lengths)
+
+    def truncate(self, n: int) -> None:
+        """Keeps the `n` oldest held positions of every layer and sequence, `0 <= n <= len(cache)`. No data moves.
+
+        Positions that the ring has evicted do not come back. The next position appended gets the number after the last
+        one kept.
+
+        Raises:
+            TypeError, IndexError: `n` is not an int, or out of range. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.truncate(self.k_cache, self._state, n, sink_positions=self.sink_positions)
+        else:
+            self._compiled.truncate(n)
+
+    def clear(self) -> None:
+        """Forgets every position and zeroes the overflow counters. No data moves."""
+        if is_compiling():
+            ops.clear(self.k_cache, self._state, self._overflow_counts, sink_positions=self.sink_positions)
+        else:
+            self._compiled.clear()
+
+    # Reading
+
+    def get_range_f32(
+        self, layer: int, start: int, end: int, *, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values at chronological indices `[start, end)` of one layer, as FP32.
+
+        Where sequences hold different numbers of positions, `end` may go up to the largest of them, and rows beyond a
+        sequence's own are zero.
+
+        Args:
+            out: a pair of FP32 tensors of the answer's shape to write into, with a stride of 1 in `head_dim`.
+
+        Returns:
+            keys, values: FP32 `[B, end - start, H, D]`, or without `B` when it is 1.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong.
+        """
+        return self._compiled.get_range_f32(layer, start, end, out)
+
+    def get_valid_f32(self, layer: int, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """All that one layer holds, oldest first, as FP32: `get_range_f32` from 0 to the largest number held."""
+        return self._compiled.get_valid_f32(layer, out)
+
+    def get_range_raw(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at chronological indices `[start, end)` of one layer, as the FP16 that is stored.
+
+        Views of the storage where the range lies in consecutive slots, the same ones for every sequence (until the
+        ring wraps it always does), else copies. Do not write to them.
+
+        Returns:
+            keys, values: FP16 `[B, end - start, H, D]`, or without `B` when it is 1.
+
+        Raises:
+            TypeError, IndexError: an argument is wrong.
+        """
+        return self._compiled.get_range_raw(layer, start, end)
+
+    def gather(
+        self,
+        layer: int,
+        indices: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values at any chronological indices of one layer, in one launch, without a length on the host.
+
+        Args:
+            indices: int64 `[n]`, the same for every sequence, or `[B, n]`, on the cache's device. An index that is
+                negative or not held gives rows of zeros.
+            dtype: FP32, FP16 or BF16.
+            out: a pair of tensors of the answer's shape and dtype to write into, with a stride of 1 in `head_dim`.
+
+        Returns:
+            keys, values: `[B, n, H, D]` of `dtype`, or without `B` when it is 1.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong.
+        """
+        if is_compiling():
+            return ops.gather(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                layer,
+                indices,
+                sink_positions=self.sink_positions,
+                dtype=dtype,
+                out=out,
+            )
+        return self._compiled.gather(layer, indices, dtype, out)
+
+    # Lengths and figures
+
+    def __len__(self) -> int:
+        """The number of positions held: the smallest over layers and sequences."""
+        return self._compiled.shortest()
+
+    def is_empty(self) -> bool:
+        """Whether `len(cache)` is 0."""
+        return len(self) == 0
+
+    @property
+    def max_positions(self) -> int:
+        """Slots for each sequence of each layer."""
+        return self._max_positions
+
+    @property
+    def position(self) -> int:
+        """The positions seen so far, evicted ones counted: the largest over layers and sequences."""
+        return self._compiled.position()
+
+    @property
+    def cache_seqlens(self) -> Tensor:
+        """Positions seen by each sequence of each layer: int64 `[L, B]` on the device, a live view; do not write to it.
+
+        Inside a captured graph this is where a model finds the position to rotate by.
+        """
+        return self._state[0]
+
+    def overflow_counts(self) -> Tensor:
+        """Finite values that FP16 could not hold, by layer, since the last `clear()`: int64 `[L]` on the device."""
+        return self._overflow_counts.clone()
+
+    def memory_bytes(self) -> int:
+        """Bytes of keys and values: exactly half of what FP32 would take."""
+        return memory.cache_bytes(
+            self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim
+        )
+
+    def memory_mb(self) -> float:
+        """`memory_bytes()` in units of 10^6 bytes."""
+        return self.memory_bytes() / 1e6
+
+    def __repr__(self) -> str:
+        return (
+            f"StreamingKVCacheFp16(num_layers={self.num_layers}, max_positions={self._max_positions}, "
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, batch_size={self.batch_size}, "
+            f"device='{self.device}', sink_positions={self.sink_positions}, overflow='{self.overflow}')"
+        )
+
+    # Copies (copy.copy, copy.deepcopy, pickle) have tensors and lengths of their own.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
+
+    def __copy__(self) -> StreamingKVCacheFp16:
+        import copy
+
+        return copy.deepcopy(self)

@@ -1,0 +1,118 @@
+"""The ops over plain tensors, as PyTorch's dispatcher knows them (`torch.ops.kvcache_ext.*`).
+
+`StreamingKVCacheFp16` calls its compiled half directly where it can; under `torch.compile` it calls these. They take a
+cache as its tensors:
+
+- `k_cache`, `v_cache`: FP16 `[layers, batch, positions, kv_heads, head_dim]`, contiguous.
+- `state`: int64 `[3, layers, batch]`: positions seen; the oldest position still readable that is not a sink; and a
+  scratch row that is zero between calls.
+- `overflow_counts`: int64 `[layers]`.
+
+`append`, `append_all`, `truncate` and `clear` change them in place and return nothing. Each op is written again in
+plain torch in `kvcache_ext.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._extension import extension as _extension  # noqa: F401  (loading it registers the ops)
+
+_ops = torch.ops.kvcache_ext
+
+
+def append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    overflow_counts: Tensor,
+    layer: int,
+    key: Tensor,
+    value: Tensor,
+    new_lengths: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+    saturate: bool = True,
+) -> None:
+    """Converts `key` and `value` (`[B, T, H, D]`, FP32, FP16 or BF16) to FP16 and stores them in one layer."""
+    _ops.append(
+        k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate
+    )
+
+
+def append_all(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    overflow_counts: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_lengths: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+    saturate: bool = True,
+) -> None:
+    """`append` to every layer at once: `keys` and `values` are `[layers, B, T, H, D]`."""
+    _ops.append_all(k_cache, v_cache, state, overflow_counts, keys, values, new_lengths, sink_positions, saturate)
+
+
+def gather(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    layer: int,
+    indices: Tensor,
+    *,
+    sink_positions: int = 0,
+    dtype: torch.dtype = torch.float32,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Copies the rows at chronological `indices` (int64 `[n]` or `[B, n]`) of one layer out, converted to `dtype`."""
+    if out is None:
+        return _ops.gather(k_cache, v_cache, state, layer, indices, sink_positions, dtype)
+    _ops.gather_out(k_cache, v_cache, state, layer, indices, sink_positions, out[0], out[1])
+    return out
+
+
+def truncate(k_cache: Tensor, state: Tensor, length: int, *, sink_positions: int = 0) -> None:
+    """Keeps the `length` oldest held positions of every layer and sequence (all of them where fewer are held)."""
+    _ops.truncate(k_cache, state, length, sink_positions)
+
+
+def clear(k_cache: Tensor, state: Tensor, overflow_counts: Tensor, *, sink_positions: int = 0) -> None:
+    """Forgets every position and zeroes the overflow counters. No data moves."""
+    _ops.clear(k_cache, state, overflow_counts, sink_positions)
+
+
+@torch.library.register_fake("kvcache_ext::append")
+def _(k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::append_all")
+def _(k_cache, v_cache, state, overflow_counts, keys, values, new_lengths, sink_positions, saturate):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::gather")
+def _(k_cache, v_cache, state, layer, indices, sink_positions, dtype):  # type: ignore[no-untyped-def]
+    shape = [indices.shape[-1], *k_cache.shape[3:]]
+    if k_cache.shape[1] != 1:
+        shape = [k_cache.shape[1], *shape]
+    return k_cache.new_empty(shape, dtype=dtype), v_cache.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("kvcache_ext::gather_out")
+def _(k_cache, v_cache, state, layer, indices, sink_positions, key_out, value_out):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::truncate")
+def _(k_cache, state, length, sink_positions):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::clear")
+def _(k_cache, state, overflow_counts, sink_positions):  # type: ignore[no-untyped-def]
+    return None
