@@ -39,7 +39,10 @@ void append_cpu(const AppendParams& p) {
   if (loaded_ops.append != nullptr) return check_loaded(loaded_ops.append(&p));
   const int64_t items = cpu::append_items(p);
   const int64_t elements = 2 * p.cache.heads * p.cache.head_dim;
-  const bool stream = items * elements * 2 > cpu::last_level_cache_bytes();
+  // Where the cache as a whole is larger than the processor's, a new row will not be read again before it has gone from
+  // there: even a single one is stored past it.
+  const int64_t cache_bytes = 2 * p.cache.layers * p.cache.batch * p.cache.positions * elements;
+  const bool stream = cache_bytes > cpu::last_level_cache_bytes();
   run_items(items, elements, [&](int64_t begin, int64_t end) { cpu::append(p, begin, end, stream); });
   cpu::advance_state(p);
 }

@@ -22,6 +22,12 @@ int64_t elements_before_alignment(const void* out, int64_t element_size, int64_t
   return before < n ? before : n;
 }
 
+// Asks for the input that a streaming loop will want in a while. Past the end of the input it asks in vain, harmlessly.
+KVC_AVX2 inline void prefetch(const char* at, int64_t bytes) {
+  constexpr int64_t kAhead = 1024;
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(at + kAhead + i, _MM_HINT_NTA);
+}
+
 template <DType kFrom>
 KVC_AVX2 inline __m256 load_floats(const void* in, int64_t i) {
   if constexpr (kFrom == DType::f32) {
@@ -34,49 +40,54 @@ KVC_AVX2 inline __m256 load_floats(const void* in, int64_t i) {
 
 // Eight elements as they are stored; their overflows are added to `overflows`.
 template <DType kFrom>
-KVC_AVX2 inline __m128i convert_eight(const void* in, int64_t i, bool saturate, int64_t& overflows) {
-  __m256 x = load_floats<kFrom>(in, i);
-  const __m256i bits = _mm256_castps_si256(x);
+KVC_AVX2 inline __m128i convert_checked(const void* in, int64_t i, bool saturate, int64_t& overflows) {
+  const __m256i bits = _mm256_castps_si256(load_floats<kFrom>(in, i));
   const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
   const __m256i over = _mm256_andnot_si256(_mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(kFloatInfBits - 1)),
                                            _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(kHalfOverflowBits - 1)));
-  const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(over));
-  if (__builtin_expect(mask != 0, 0)) {
-    overflows += __builtin_popcount(static_cast<unsigned>(mask));
-    if (saturate) {
-      const __m256i sign = _mm256_andnot_si256(_mm256_set1_epi32(0x7fffffff), bits);
-      const __m256i largest = _mm256_or_si256(sign, _mm256_set1_epi32(kHalfMaxBits));
-      x = _mm256_castsi256_ps(_mm256_blendv_epi8(bits, largest, over));
-    }
-  }
-  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  overflows += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(over))));
+  const __m256i sign = _mm256_andnot_si256(_mm256_set1_epi32(0x7fffffff), bits);
+  const __m256i largest = _mm256_or_si256(sign, _mm256_set1_epi32(kHalfMaxBits));
+  const __m256i limited = saturate ? _mm256_blendv_epi8(bits, largest, over) : bits;
+  return _mm256_cvtps_ph(_mm256_castsi256_ps(limited), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// Sixteen elements as they are stored. An overflow shows as an infinity in the result; only then is it worth asking
+// whether the input was one already.
+template <DType kFrom>
+KVC_AVX2 inline __m256i convert_sixteen(const void* in, int64_t i, bool saturate, int64_t& overflows) {
+  constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m256i halves = _mm256_set_m128i(_mm256_cvtps_ph(load_floats<kFrom>(in, i + 8), kRounding),
+                                          _mm256_cvtps_ph(load_floats<kFrom>(in, i), kRounding));
+  const __m256i magnitude = _mm256_and_si256(halves, _mm256_set1_epi16(0x7fff));
+  const __m256i infinite = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7c00));
+  if (__builtin_expect(_mm256_testz_si256(infinite, infinite), 1)) return halves;
+  const __m128i low = convert_checked<kFrom>(in, i, saturate, overflows);
+  return _mm256_set_m128i(convert_checked<kFrom>(in, i + 8, saturate, overflows), low);
 }
 
 template <DType kFrom>
 KVC_AVX2 int64_t to_half_from(const void* in, uint16_t* out, int64_t n, bool saturate, bool stream) {
-  const int64_t size = dtype_size(kFrom);
-  const char* bytes = static_cast<const char*>(in);
+  constexpr int64_t size = dtype_size(kFrom);
   int64_t i = 0;
   int64_t overflows = 0;
   if (stream) {
-    i = elements_before_alignment(out, 2, 32, n);
+    i = elements_before_alignment(out, 2, 64, n);
     overflows += kGeneric.to_half(kFrom, in, out, i, saturate, false);
-    for (; i + 16 <= n; i += 16) {
-      const __m128i low = convert_eight<kFrom>(in, i, saturate, overflows);
-      const __m128i high = convert_eight<kFrom>(in, i + 8, saturate, overflows);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), _mm256_set_m128i(high, low));
+    for (; i + 32 <= n; i += 32) {
+      prefetch(static_cast<const char*>(in) + i * size, 32 * size);
+      const __m256i low = convert_sixteen<kFrom>(in, i, saturate, overflows);
+      const __m256i high = convert_sixteen<kFrom>(in, i + 16, saturate, overflows);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), low);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i + 16), high);
     }
   } else {
     for (; i + 16 <= n; i += 16) {
-      const __m128i low = convert_eight<kFrom>(in, i, saturate, overflows);
-      const __m128i high = convert_eight<kFrom>(in, i + 8, saturate, overflows);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_set_m128i(high, low));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), convert_sixteen<kFrom>(in, i, saturate, overflows));
     }
   }
-  for (; i + 8 <= n; i += 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), convert_eight<kFrom>(in, i, saturate, overflows));
-  }
-  return overflows + kGeneric.to_half(kFrom, bytes + i * size, out + i, n - i, saturate, false);
+  const char* rest = static_cast<const char*>(in) + i * size;
+  return overflows + kGeneric.to_half(kFrom, rest, out + i, n - i, saturate, false);
 }
 
 KVC_AVX2 void copy_halves(const void* in, void* out, int64_t n, bool stream) {

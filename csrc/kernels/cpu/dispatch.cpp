@@ -1,8 +1,7 @@
 // Which conversions this machine uses.
-#include <unistd.h>
-
 #include <atomic>
 #include <cstring>
+#include <fstream>
 
 #include "cpu.h"
 
@@ -50,12 +49,13 @@ bool select_conversions(const char* name) {
 
 int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
-    long size = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size <= 0) size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return size > 0 ? static_cast<int64_t>(size) : int64_t{32} << 20;
+    // What the kernel says of the first CPU; sysconf() may name the whole socket's sum instead.
+    int64_t kilobytes = 0;
+    for (const char* path : {"/sys/devices/system/cpu/cpu0/cache/index3/size",
+                             "/sys/devices/system/cpu/cpu0/cache/index2/size"}) {
+      if (kilobytes <= 0) std::ifstream(path) >> kilobytes;
+    }
+    return kilobytes > 0 ? kilobytes * 1024 : int64_t{32} << 20;
   }();
   return bytes;
 }

@@ -19,58 +19,73 @@ void finish_streaming() {
 #endif
 }
 
-// A tensor's row as runs of unit stride: one for all heads where they lie side by side, else one a head.
-template <typename Pointer>
-bool heads_are_joined(const CacheView& c, const Rows<Pointer>& rows) {
-  return c.heads == 1 || rows.head_stride == c.head_dim;
-}
-
 int64_t* seen_of(const CacheView& c, int64_t entry) { return c.state + entry; }
 int64_t* first_of(const CacheView& c, int64_t entry) { return c.state + c.layers * c.batch + entry; }
 
-// Converts one row of K or V to FP16, into the cache or, for a row that is not kept, only to count its overflows.
-int64_t store_row(const Conversions& use, const AppendParams& p, const Rows<const void*>& rows, int64_t offset,
-                  uint16_t* to, bool stream) {
-  const CacheView& c = p.cache;
-  const char* from = static_cast<const char*>(rows.data) + offset * dtype_size(p.dtype);
-  if (heads_are_joined(c, rows)) return use.to_half(p.dtype, from, to, c.heads * c.head_dim, p.saturate, stream);
+// Rows are worked on in tiles: K's, then V's, and within each head after head where heads do not lie side by side, so
+// that reading and writing each go through memory in few long strides.
+constexpr int64_t kTileRows = 32;
+
+// A tensor's row as runs of unit stride: one for all heads where they lie side by side, else one a head.
+struct Runs {
+  int64_t count;
+  int64_t length;
+
+  template <typename Pointer>
+  static Runs of(const CacheView& c, const Rows<Pointer>& rows) {
+    const bool joined = c.heads == 1 || rows.head_stride == c.head_dim;
+    return {joined ? 1 : c.heads, joined ? c.heads * c.head_dim : c.head_dim};
+  }
+};
+
+// A row that later rows overwrite is not stored, but its overflows count.
+int64_t count_overflows(const Conversions& use, DType dtype, const char* from, int64_t n) {
+  constexpr int64_t kPiece = 512;
+  uint16_t discarded[kPiece];
   int64_t overflows = 0;
-  for (int64_t h = 0; h < c.heads; ++h) {
-    overflows += use.to_half(p.dtype, from + h * rows.head_stride * dtype_size(p.dtype), to + h * c.head_dim,
-                             c.head_dim, p.saturate, stream);
+  for (int64_t i = 0; i < n; i += kPiece) {
+    overflows += use.to_half(dtype, from + i * dtype_size(dtype), discarded, imin(kPiece, n - i), false, false);
   }
   return overflows;
 }
 
-int64_t count_row(const Conversions& use, const AppendParams& p, const Rows<const void*>& rows, int64_t offset) {
-  constexpr int64_t kPiece = 512;
-  uint16_t discarded[kPiece];
+// Stores a tile of rows of K or V. slots: where each goes. Returns how many values overflowed.
+int64_t store_tile(const Conversions& use, const AppendParams& p, const Rows<const void*>& rows, int64_t start,
+                   int64_t first_row, int64_t count, const int64_t* slots, uint16_t* cache, bool stream) {
   const CacheView& c = p.cache;
-  const char* from = static_cast<const char*>(rows.data) + offset * dtype_size(p.dtype);
+  const int64_t size = dtype_size(p.dtype);
+  const Runs runs = Runs::of(c, rows);
+  const char* data = static_cast<const char*>(rows.data) + start * size;
   int64_t overflows = 0;
-  for (int64_t h = 0; h < c.heads; ++h) {
-    for (int64_t d = 0; d < c.head_dim; d += kPiece) {
-      overflows += use.to_half(p.dtype, from + (h * rows.head_stride + d) * dtype_size(p.dtype), discarded,
-                               imin(kPiece, c.head_dim - d), p.saturate, false);
+  for (int64_t r = 0; r < runs.count; ++r) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (slots[i] == kPadding) continue;
+      const char* from = data + ((first_row + i) * rows.row_stride + r * rows.head_stride) * size;
+      if (slots[i] == kNoSlot) {
+        overflows += count_overflows(use, p.dtype, from, runs.length);
+      } else {
+        uint16_t* to = cache + slots[i] * c.heads * c.head_dim + r * runs.length;
+        overflows += use.to_half(p.dtype, from, to, runs.length, p.saturate, stream);
+      }
     }
   }
   return overflows;
 }
 
-void load_row(const Conversions& use, const GatherParams& p, const Rows<void*>& rows, int64_t offset,
-              const uint16_t* from, bool stream) {
+void load_tile(const Conversions& use, const GatherParams& p, const Rows<void*>& rows, int64_t start,
+               int64_t first_row, int64_t count, const int64_t* slots, const uint16_t* cache, bool stream) {
   const CacheView& c = p.cache;
   const int64_t size = dtype_size(p.dtype);
-  char* to = static_cast<char*>(rows.data) + offset * size;
-  const bool joined = heads_are_joined(c, rows);
-  const int64_t runs = joined ? 1 : c.heads;
-  const int64_t length = joined ? c.heads * c.head_dim : c.head_dim;
-  for (int64_t r = 0; r < runs; ++r) {
-    char* run = to + r * rows.head_stride * size;
-    if (from == nullptr) {
-      std::memset(run, 0, static_cast<size_t>(length * size));
-    } else {
-      use.from_half(p.dtype, from + r * length, run, length, stream);
+  const Runs runs = Runs::of(c, rows);
+  char* data = static_cast<char*>(rows.data) + start * size;
+  for (int64_t r = 0; r < runs.count; ++r) {
+    for (int64_t i = 0; i < count; ++i) {
+      char* to = data + ((first_row + i) * rows.row_stride + r * rows.head_stride) * size;
+      if (slots[i] == kNoSlot) {
+        std::memset(to, 0, static_cast<size_t>(runs.length * size));
+      } else {
+        use.from_half(p.dtype, cache + slots[i] * c.heads * c.head_dim + r * runs.length, to, runs.length, stream);
+      }
     }
   }
 }
@@ -82,7 +97,6 @@ int64_t append_items(const AppendParams& p) { return p.layer_count * p.cache.bat
 void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
   const Conversions& use = conversions();
-  const int64_t row_elements = c.heads * c.head_dim;
   while (begin < end) {  // a run of rows of one sequence of one layer
     const int64_t matrix = begin / p.rows;
     const int64_t first_row = begin - matrix * p.rows;
@@ -93,19 +107,14 @@ void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
     const AppendPlan plan = AppendPlan::make(*seen_of(c, entry), p.rows, appended_rows(p, sequence), c);
     const int64_t key_start = layer * p.key.layer_stride + sequence * p.key.batch_stride;
     const int64_t value_start = layer * p.value.layer_stride + sequence * p.value.batch_stride;
+    const int64_t cache_start = entry * c.positions * c.heads * c.head_dim;
     int64_t overflows = 0;
-    for (int64_t row = first_row; row < last_row; ++row) {
-      const int64_t slot = plan.slot(row);
-      if (slot == kPadding) continue;
-      const int64_t key = key_start + row * p.key.row_stride;
-      const int64_t value = value_start + row * p.value.row_stride;
-      if (slot == kNoSlot) {
-        overflows += count_row(use, p, p.key, key) + count_row(use, p, p.value, value);
-      } else {
-        const int64_t at = (entry * c.positions + slot) * row_elements;
-        overflows += store_row(use, p, p.key, key, c.k_cache + at, stream);
-        overflows += store_row(use, p, p.value, value, c.v_cache + at, stream);
-      }
+    for (int64_t row = first_row; row < last_row; row += kTileRows) {
+      const int64_t count = imin(kTileRows, last_row - row);
+      int64_t slots[kTileRows];
+      for (int64_t i = 0; i < count; ++i) slots[i] = plan.slot(row + i);
+      overflows += store_tile(use, p, p.key, key_start, row, count, slots, c.k_cache + cache_start, stream);
+      overflows += store_tile(use, p, p.value, value_start, row, count, slots, c.v_cache + cache_start, stream);
     }
     if (overflows != 0) __atomic_fetch_add(p.overflow_counts + p.first_layer + layer, overflows, __ATOMIC_RELAXED);
     begin += last_row - first_row;
@@ -131,23 +140,24 @@ int64_t gather_items(const GatherParams& p) { return p.cache.batch * p.rows; }
 void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
   const Conversions& use = conversions();
-  const int64_t row_elements = c.heads * c.head_dim;
   while (begin < end) {  // a run of rows of one sequence
     const int64_t sequence = begin / p.rows;
     const int64_t first_row = begin - sequence * p.rows;
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
     const int64_t entry = p.layer * c.batch + sequence;
     const ReadPlan plan = ReadPlan::make({*seen_of(c, entry), *first_of(c, entry)}, c);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      const int64_t index = p.indices == nullptr
-                                ? p.start + row
-                                : p.indices[sequence * p.indices_batch_stride + row * p.indices_stride];
-      const int64_t slot = plan.slot(index);
-      const int64_t at = (entry * c.positions + slot) * row_elements;
-      load_row(use, p, p.key, sequence * p.key.batch_stride + row * p.key.row_stride,
-               slot < 0 ? nullptr : c.k_cache + at, stream);
-      load_row(use, p, p.value, sequence * p.value.batch_stride + row * p.value.row_stride,
-               slot < 0 ? nullptr : c.v_cache + at, stream);
+    const int64_t cache_start = entry * c.positions * c.heads * c.head_dim;
+    for (int64_t row = first_row; row < last_row; row += kTileRows) {
+      const int64_t count = imin(kTileRows, last_row - row);
+      int64_t slots[kTileRows];
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = row + i;
+        slots[i] = plan.slot(p.indices == nullptr
+                                 ? p.start + at
+                                 : p.indices[sequence * p.indices_batch_stride + at * p.indices_stride]);
+      }
+      load_tile(use, p, p.key, sequence * p.key.batch_stride, row, count, slots, c.k_cache + cache_start, stream);
+      load_tile(use, p, p.value, sequence * p.value.batch_stride, row, count, slots, c.v_cache + cache_start, stream);
     }
     begin += last_row - first_row;
   }

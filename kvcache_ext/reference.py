@@ -1,0 +1,143 @@
+"""Every op once more in plain PyTorch, one position at a time: the truth that the tests compare with.
+
+Slow and short on purpose. The functions take a cache as its tensors, as `kvcache_ext.ops` does, and change them the
+same way. Read this to learn exactly what an op does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF_MAX = 65504.0
+HALF_OVERFLOW = 65520.0  # the smallest magnitude that rounds to more than HALF_MAX
+
+
+def to_half(x: Tensor, saturate: bool) -> tuple[Tensor, int]:
+    """`x` as it is stored, and how many of its finite values FP16 cannot hold."""
+    overflow = x.isfinite() & (x.float().abs() >= HALF_OVERFLOW)
+    half = x.to(torch.float16)
+    if saturate:
+        half = torch.where(overflow, torch.copysign(torch.full_like(half, HALF_MAX), x.to(half)), half)
+    return half, int(overflow.sum())
+
+
+def slot_of(position: int, positions: int, sink_positions: int) -> int:
+    """The slot in which a position lies: its own while it is a sink, else one of the ring's in turn."""
+    if position < sink_positions:
+        return position
+    return sink_positions + (position - sink_positions) % (positions - sink_positions)
+
+
+def held_positions(seen: int, first: int, sink_positions: int) -> list[int]:
+    """The positions a sequence holds, oldest first: chronological index i is the i-th of them."""
+    return [*range(min(seen, sink_positions)), *range(first, seen)]
+
+
+def append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    overflow_counts: Tensor,
+    layer: int,
+    key: Tensor,
+    value: Tensor,
+    new_lengths: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+    saturate: bool = True,
+) -> None:
+    """Appends `key` and `value`, `[B, T, H, D]`, to one layer."""
+    positions = k_cache.shape[2]
+    batch, rows = key.shape[:2]
+    for b in range(batch):
+        count = rows if new_lengths is None else min(max(int(new_lengths[b]), 0), rows)
+        for t in range(rows - count, rows):
+            seen = int(state[0, layer, b])
+            slot = slot_of(seen, positions, sink_positions)
+            for cache, new in ((k_cache, key), (v_cache, value)):
+                cache[layer, b, slot], overflows = to_half(new[b, t], saturate)
+                overflow_counts[layer] += overflows
+            state[0, layer, b] = seen + 1
+            state[1, layer, b] = max(int(state[1, layer, b]), seen + 1 - (positions - sink_positions))
+
+
+def append_all(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    overflow_counts: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_lengths: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+    saturate: bool = True,
+) -> None:
+    """Appends `keys` and `values`, `[L, B, T, H, D]`, to every layer."""
+    for layer in range(k_cache.shape[0]):
+        append(
+            k_cache,
+            v_cache,
+            state,
+            overflow_counts,
+            layer,
+            keys[layer],
+            values[layer],
+            new_lengths,
+            sink_positions=sink_positions,
+            saturate=saturate,
+        )
+
+
+def gather(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    layer: int,
+    indices: Tensor,
+    *,
+    sink_positions: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Rows at chronological `indices`, `[n]` or `[B, n]`, of one layer: `[B, n, H, D]`; zeros where nothing is held."""
+    batch, positions = k_cache.shape[1:3]
+    indices = indices.expand(batch, indices.shape[-1])
+    out = [
+        torch.zeros((*indices.shape, *k_cache.shape[3:]), dtype=dtype, device=k_cache.device) for _ in range(2)
+    ]
+    for b in range(batch):
+        held = held_positions(int(state[0, layer, b]), int(state[1, layer, b]), sink_positions)
+        for i, index in enumerate(indices[b].tolist()):
+            if 0 <= index < len(held):
+                slot = slot_of(held[index], positions, sink_positions)
+                out[0][b, i] = k_cache[layer, b, slot].to(dtype)
+                out[1][b, i] = v_cache[layer, b, slot].to(dtype)
+    return out[0], out[1]
+
+
+def truncate(state: Tensor, length: int, *, sink_positions: int = 0) -> None:
+    """Keeps the `length` oldest held positions of every layer and sequence.
+
+    What is kept is a prefix of the held positions, so the next position appended is the one after the last kept; with
+    sinks alone kept whole, it is the first of the rest. Evicted positions do not come back: `first` stays, unless
+    sinks are dropped too, for then nothing else is left.
+    """
+    _, layers, batch = state.shape
+    for layer in range(layers):
+        for b in range(batch):
+            seen, first = int(state[0, layer, b]), int(state[1, layer, b])
+            if length >= len(held_positions(seen, first, sink_positions)):
+                continue
+            if length < sink_positions:
+                seen, first = length, sink_positions
+            else:
+                seen = first + length - sink_positions
+            state[0, layer, b], state[1, layer, b] = seen, first
+
+
+def clear(state: Tensor, overflow_counts: Tensor, *, sink_positions: int = 0) -> None:
+    """Forgets every position."""
+    state.zero_()
+    state[1] = sink_positions
+    overflow_counts.zero_()

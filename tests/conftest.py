@@ -1,0 +1,214 @@
+"""Fixtures: the backends that every test of values runs on, and helpers to compare bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcache_ext import StreamingKVCacheFp16, build_info
+from kvcache_ext._extension import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "kernels"
+HAS_GPU = build_info.with_cuda and torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops: a device, and on the CPU which code serves it."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def slow(self) -> bool:
+        return self.name == "emulated"
+
+
+@pytest.fixture(scope="session")
+def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GPU kernels' own source, compiled to run on a CPU (tests/emulator), with misaligned access an error."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the emulator with")
+    library = tmp_path_factory.mktemp("emulator") / "libemulated.so"
+    folder = ROOT / "tests" / "emulator"
+    command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    command += ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
+    command += ["-fno-sanitize-recover=all"]
+    command += [f"-I{folder}", f"-I{KERNELS}", "-o", str(library), str(folder / "emulator.cpp"), "-x", "c++"]
+    command += [str(source) for source in sorted(KERNELS.glob("*.cu"))]
+    subprocess.run(command, check=True)
+    return library
+
+
+def pytest_report_header() -> str:
+    gpu = torch.cuda.get_device_name() if HAS_GPU else "none: what needs one is left out"
+    return f"kvcache_ext: {build_info.reason}; GPU: {gpu}"
+
+
+BACKENDS = ["cpu-generic", "cpu-avx2", "emulated"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
+DEVICES = ["cpu"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each implementation in turn: the CPU's instruction sets, the GPU kernels emulated on the CPU, and the GPU."""
+    name = request.param
+    if name == "cuda":
+        yield Backend(name, torch.device("cuda", torch.cuda.current_device()))
+        return
+    device = torch.device("cpu")
+    if name == "emulated":
+        extension.load_cpu_ops(str(request.getfixturevalue("emulator_library")))
+        yield Backend(name, device)
+        extension.load_cpu_ops("")
+        return
+    chosen = extension.cpu_instruction_set()
+    if not extension.select_cpu_instruction_set(name.removeprefix("cpu-")):
+        pytest.skip(f"this CPU has no {name.removeprefix('cpu-')}")
+    yield Backend(name, device)
+    assert extension.select_cpu_instruction_set(chosen)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device there is, with the implementation that it uses by itself."""
+    return torch.device(request.param, torch.cuda.current_device() if request.param == "cuda" else None)
+
+
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a CPU build")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor on the CPU, with every NaN made the same one: its payload is nobody's promise."""
+    t = torch.where(t.isnan(), torch.full_like(t, float("nan")), t).cpu().contiguous()
+    return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    differing = (bits(got) != bits(want)).nonzero()
+    assert len(differing) == 0, f"{len(differing)} elements differ, the first at {differing[0].tolist()}"
+
+
+def poison(cache: StreamingKVCacheFp16) -> None:
+    """Fills the whole storage with NaN, so that whatever reads a slot that was not written shows."""
+    cache.k_cache.fill_(float("nan"))
+    cache.v_cache.fill_(float("nan"))
+
+
+def make_cache(device: torch.device | Backend, **arguments: object) -> StreamingKVCacheFp16:
+    """A poisoned cache; small unless told otherwise."""
+    on = device.device if isinstance(device, Backend) else device
+    shape = {"num_layers": 2, "max_positions": 8, "num_heads": 2, "head_dim": 8} | arguments
+    cache = StreamingKVCacheFp16(**shape, device=on)  # type: ignore[arg-type]
+    poison(cache)
+    return cache
+
+
+class Twin:
+    """A cache and its reference: each call is made on both, and `check` compares all there is, bit for bit."""
+
+    def __init__(self, device: torch.device | Backend, **arguments: object) -> None:
+        from kvcache_ext import reference
+
+        self.reference = reference
+        self.cache = make_cache(device, **arguments)
+        self.k_cache = self.cache.k_cache.cpu().clone()
+        self.v_cache = self.cache.v_cache.cpu().clone()
+        self.state = torch.zeros((3, self.cache.num_layers, self.cache.batch_size), dtype=torch.int64)
+        self.state[1] = self.cache.sink_positions
+        self.overflow_counts = torch.zeros(self.cache.num_layers, dtype=torch.int64)
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        return {"sink_positions": self.cache.sink_positions, "saturate": self.cache.overflow == "saturate"}
+
+    def append(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, new_lengths: torch.Tensor | None = None
+    ) -> None:
+        """`key`, `value`: `[B, T, H, D]` on the cache's device, any strides."""
+        self.cache.append(layer, key, value, new_lengths=new_lengths)
+        self.reference.append(
+            self.k_cache,
+            self.v_cache,
+            self.state,
+            self.overflow_counts,
+            layer,
+            key.cpu(),
+            value.cpu(),
+            None if new_lengths is None else new_lengths.cpu(),
+            **self._settings,
+        )
+
+    def append_all(
+        self, keys: torch.Tensor, values: torch.Tensor, new_lengths: torch.Tensor | None = None
+    ) -> None:
+        self.cache.append_all(keys, values, new_lengths=new_lengths)
+        self.reference.append_all(
+            self.k_cache,
+            self.v_cache,
+            self.state,
+            self.overflow_counts,
+            keys.cpu(),
+            values.cpu(),
+            None if new_lengths is None else new_lengths.cpu(),
+            **self._settings,
+        )
+
+    def truncate(self, n: int) -> None:
+        self.cache.truncate(n)
+        self.reference.truncate(self.state, n, sink_positions=self.cache.sink_positions)
+
+    def clear(self) -> None:
+        self.cache.clear()
+        self.reference.clear(self.state, self.overflow_counts, sink_positions=self.cache.sink_positions)
+
+    def held(self, layer: int, sequence: int) -> list[int]:
+        return self.reference.held_positions(
+            int(self.state[0, layer, sequence]), int(self.state[1, layer, sequence]), self.cache.sink_positions
+        )
+
+    def gather(self, layer: int, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+        """What the reference answers, in the cache's own shape."""
+        keys, values = self.reference.gather(
+            self.k_cache,
+            self.v_cache,
+            self.state,
+            layer,
+            indices.cpu(),
+            sink_positions=self.cache.sink_positions,
+            dtype=dtype,
+        )
+        return (keys[0], values[0]) if self.cache.batch_size == 1 else (keys, values)
+
+    def check(self) -> None:
+        """Storage (untouched slots too), state, counters, lengths, and all that can be read back."""
+        cache = self.cache
+        assert_same_bits(cache.k_cache, self.k_cache)
+        assert_same_bits(cache.v_cache, self.v_cache)
+        assert torch.equal(cache._state.cpu(), self.state)
+        assert torch.equal(cache.overflow_counts().cpu(), self.overflow_counts)
+        held = [
+            [len(self.held(layer, b)) for b in range(cache.batch_size)] for layer in range(cache.num_layers)
+        ]
+        assert len(cache) == min(map(min, held))
+        assert cache.is_empty() == (len(cache) == 0)
+        assert cache.position == int(self.state[0].max())
+        for layer in range(cache.num_layers):
+            everything = torch.arange(max(held[layer]))
+            for got, want in zip(cache.get_valid_f32(layer), self.gather(layer, everything), strict=True):
+                assert_same_bits(got.cpu(), want)

@@ -1,0 +1,74 @@
+// As much of the CUDA language as the kernels use, in plain C++: put this folder first on the include path and a kernel
+// file compiles with g++ and runs on a CPU, thread by thread. Slow, and no substitute for a GPU (memory ordering, alignment
+// faults and speed do not show), but the arithmetic, the indexing, the barriers and the tickets are the kernel's own.
+//
+// Blocks run one after the other in a shuffled order. The threads of a block are fibers that run in a shuffled order until
+// each has reached the barrier or the warp operation that it waits for; a barrier that some thread of the block never
+// reaches ends the program with a message.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel);
+void block_barrier();
+// Waits for the warp, then returns the 32 values that its lanes brought.
+const uint64_t* warp_exchange(uint64_t value);
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __threadfence() {}
+
+template <typename T>
+inline T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  const uint64_t* lanes = emulator::warp_exchange(value);
+  unsigned sum = 0;
+  for (int i = 0; i < 32; ++i) sum += static_cast<unsigned>(lanes[i]);
+  return sum;
+}
+
+template <typename... Parameters, typename... Arguments>
+inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                                      Arguments&&... arguments) {
+  if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x % 32 != 0) {
+    return cudaErrorInvalidConfiguration;
+  }
+  emulator::run_grid(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

@@ -1,0 +1,133 @@
+// The fibers behind cuda_runtime.h, and the GPU ops as functions that kvcache_ext._C.load_cpu_ops() can load.
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "launch.h"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+enum class Waiting { no, block, warp, done };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Waiting waiting = Waiting::no;
+  uint64_t brought = 0;
+};
+
+ucontext_t scheduler;
+std::vector<Fiber> fibers;
+unsigned current;
+const std::function<void()>* running;
+std::vector<uint64_t> warp_values;
+uint32_t random_state = 12345;
+
+uint32_t random_below(uint32_t n) {
+  random_state = random_state * 1664525u + 1013904223u;
+  return static_cast<uint32_t>((static_cast<uint64_t>(random_state) * n) >> 32);
+}
+
+std::vector<unsigned> shuffled(unsigned n) {
+  std::vector<unsigned> order(n);
+  for (unsigned i = 0; i < n; ++i) order[i] = i;
+  for (unsigned i = n; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
+  return order;
+}
+
+void fiber_main() {
+  (*running)();
+  fibers[current].waiting = Waiting::done;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+void wait(Waiting kind) {
+  const unsigned self = current;
+  fibers[self].waiting = kind;
+  swapcontext(&fibers[self].context, &scheduler);
+}
+
+// Lets go of the threads from `begin` to `end` if each of them waits for `kind` (or is done).
+bool release(unsigned begin, unsigned end, Waiting kind) {
+  bool any = false;
+  for (unsigned i = begin; i < end; ++i) {
+    if (fibers[i].waiting != kind && fibers[i].waiting != Waiting::done) return false;
+    any = any || fibers[i].waiting == kind;
+  }
+  if (!any) return false;
+  for (unsigned i = begin; i < end; ++i) {
+    if (fibers[i].waiting == kind) fibers[i].waiting = Waiting::no;
+    if (kind == Waiting::warp) warp_values[i] = fibers[i].brought;
+  }
+  return true;
+}
+
+void run_block(unsigned threads) {
+  if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+  warp_values.assign(threads, 0);
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = fibers[i];
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStackBytes;
+    f.context.uc_link = nullptr;
+    f.waiting = Waiting::no;
+    makecontext(&f.context, fiber_main, 0);
+  }
+  for (;;) {
+    bool progress = false;
+    for (const unsigned i : shuffled(threads)) {
+      if (fibers[i].waiting != Waiting::no) continue;
+      current = i;
+      threadIdx = dim3(i);
+      swapcontext(&scheduler, &fibers[i].context);
+      progress = true;
+    }
+    for (unsigned warp = 0; warp < threads; warp += 32) progress = release(warp, warp + 32, Waiting::warp) || progress;
+    progress = release(0, threads, Waiting::block) || progress;
+    bool all_done = true;
+    for (unsigned i = 0; i < threads; ++i) all_done = all_done && fibers[i].waiting == Waiting::done;
+    if (all_done) return;
+    if (!progress) {
+      std::fprintf(stderr, "emulator: a thread waits for a barrier that another one never reaches\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+  gridDim = grid;
+  blockDim = block;
+  running = &kernel;
+  for (const unsigned b : shuffled(grid.x)) {
+    blockIdx = dim3(b);
+    run_block(block.x);
+  }
+}
+
+void block_barrier() { wait(Waiting::block); }
+
+const uint64_t* warp_exchange(uint64_t value) {
+  const unsigned self = current;
+  fibers[self].brought = value;
+  wait(Waiting::warp);
+  return warp_values.data() + self / 32 * 32;
+}
+
+}  // namespace emulator
+
+extern "C" {
+int kvc_append(const kvc::AppendParams* p) { return kvc::launch_append(*p, nullptr); }
+int kvc_gather(const kvc::GatherParams* p) { return kvc::launch_gather(*p, nullptr); }
+int kvc_truncate(const kvc::TruncateParams* p) { return kvc::launch_truncate(*p, nullptr); }
+}

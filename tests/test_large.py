@@ -1,0 +1,85 @@
+"""More than 2^31 elements in a layer: offsets are 64 bits wide everywhere.
+
+Storage is not touched where nothing is written, so that a CPU machine with some 10 GB of address room takes part.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Backend, assert_same_bits
+
+from kvcache_ext import StreamingKVCacheFp16
+from kvcache_ext.memory import cache_bytes, free_bytes
+
+
+def large_cache(device: torch.device, *shape: int, batch_size: int = 1) -> StreamingKVCacheFp16:
+    layers, positions, heads, head_dim = shape
+    assert batch_size * positions * heads * head_dim > 2**31
+    needed = cache_bytes(layers, batch_size, positions, heads, head_dim)
+    free = free_bytes(device)
+    if free is not None and free < needed:
+        pytest.skip(f"needs {needed / 1e9:.1f} GB")
+    return StreamingKVCacheFp16(layers, positions, heads, head_dim, batch_size=batch_size, device=device)
+
+
+def move_to(cache: StreamingKVCacheFp16, position: int) -> None:
+    """As if `position` positions had been appended, without writing gigabytes of them."""
+    first = max(cache.sink_positions, position - cache.max_positions)
+    cache._state[0] = position
+    cache._state[1] = first
+    cache._connect()  # lengths on the host start anew
+
+
+def test_the_far_end_of_a_layer(backend: Backend) -> None:
+    """The last slots of a layer of 2^31 + 2^20 elements, and the wrap to its first."""
+    heads, head_dim = 16, 128
+    positions = 2**31 // (heads * head_dim) + 512
+    cache = large_cache(backend.device, 1, positions, heads, head_dim)
+    move_to(cache, positions - 3)
+    key = torch.randn(6, heads, head_dim, device=backend.device)
+    cache.append(0, key, -key)
+    assert cache.position == positions + 3
+    want = key.half().float()
+    keys, values = cache.get_range_f32(0, positions - 6, positions)
+    assert_same_bits(keys, want)
+    assert_same_bits(values, -want)
+    assert_same_bits(cache.k_cache[0, 0, -3:].float(), want[:3])
+    assert_same_bits(cache.k_cache[0, 0, :3].float(), want[3:])
+    indices = torch.tensor([positions - 1, positions - 6, positions], device=backend.device)
+    keys, _ = cache.gather(0, indices)
+    assert_same_bits(keys, torch.stack([want[5], want[0], torch.zeros_like(want[0])]))
+
+
+def test_the_last_sequence_of_a_wide_batch(backend: Backend) -> None:
+    batch, heads, head_dim, positions = 3, 16, 128, 2**30 // 2048
+    cache = large_cache(backend.device, 1, positions, heads, head_dim, batch_size=batch)
+    key = torch.randn(batch, 2, heads, head_dim, device=backend.device)
+    cache.append(0, key, -key)
+    keys, values = cache.get_valid_f32(0)
+    assert_same_bits(keys, key.half().float())
+    assert_same_bits(values, -key.half().float())
+    assert_same_bits(cache.v_cache[0, 2, :2].float(), -key[2].half().float())
+
+
+def test_more_than_2_to_the_31_positions(backend: Backend) -> None:
+    """Position numbers beyond 32 bits, of a ring and of a cache with as many slots."""
+    if backend.name == "cuda" and (free_bytes(backend.device) or 0) < 10**10:
+        pytest.skip("needs 10 GB")
+    cache = StreamingKVCacheFp16(1, 1000, 2, 8, device=backend.device, sink_positions=3)
+    move_to(cache, 2**40 + 17)
+    key = torch.randn(5, 2, 8, device=backend.device)
+    cache.append(0, key, key)
+    assert cache.position == 2**40 + 22
+    assert_same_bits(cache.get_range_f32(0, 995, 1000)[0], key.half().float())
+    slot = 3 + (2**40 + 17 - 3) % 997
+    assert_same_bits(cache.k_cache[0, 0, slot].float(), key[0].half().float())
+
+    wide = large_cache(backend.device, 1, 2**31 + 10, 1, 1)
+    move_to(wide, 2**31 + 8)
+    key = torch.randn(4, 1, 1, device=backend.device)
+    wide.append(0, key, -key)
+    assert_same_bits(wide.k_cache[0, 0, -2:].float(), key[:2].half().float())
+    assert_same_bits(wide.v_cache[0, 0, :2].float(), -key[2:].half().float())
+    keys, _ = wide.get_range_f32(0, 2**31 + 6, 2**31 + 10)
+    assert_same_bits(keys, key.half().float())
