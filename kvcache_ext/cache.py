@@ -136,7 +136,7 @@ class StreamingKVCacheFp16:
         )
         for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts):
             # What torch._dynamo.mark_static_address(tensor) does; importing torch._dynamo for it takes seconds.
-            tensor._dynamo_static_input_type = "guarded"  # type: ignore[attr-defined]
+            tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
     # Writing
 

@@ -29,7 +29,8 @@ int64_t integer_argument(const char* op, const char* name, py::handle h) {
   TORCH_CHECK_TYPE(PyIndex_Check(h.ptr()) && !PyBool_Check(h.ptr()), op, ": ", name, " must be an int, got ",
                    type_name(h));
   const py::object number = py::reinterpret_steal<py::object>(PyNumber_Index(h.ptr()));
-  if (!number) throw py::error_already_set();
+  if (!number) PyErr_Clear();
+  TORCH_CHECK_TYPE(number, op, ": ", name, " must be an int, got a ", type_name(h), " that is none");
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();

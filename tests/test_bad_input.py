@@ -1,0 +1,226 @@
+"""Wrong calls: the right kind of error, one sentence that names the argument, and a cache that has not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import HAS_GPU, make_cache
+
+from kvcache_ext import StreamingKVCacheFp16, build_info
+
+NAN = float("nan")
+
+
+def t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+GOOD = (2, 8)  # [H, D]
+Call = Callable[[StreamingKVCacheFp16, torch.device], object]
+
+# what is wrong: (call, error, words of the sentence)
+CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
+    "layer too large": (lambda c, d: c.append(2, t(*GOOD).to(d), t(*GOOD).to(d)), IndexError, ["layer", "0 to 1", "2"]),
+    "layer negative": (lambda c, d: c.append(-1, t(*GOOD).to(d), t(*GOOD).to(d)), IndexError, ["layer", "-1"]),
+    "layer huge": (lambda c, d: c.append(2**70, t(*GOOD).to(d), t(*GOOD).to(d)), IndexError, ["layer", "64 bits"]),
+    "layer a float": (lambda c, d: c.append(0.0, t(*GOOD).to(d), t(*GOOD).to(d)), TypeError, ["layer", "int", "float"]),
+    "layer a bool": (lambda c, d: c.append(True, t(*GOOD).to(d), t(*GOOD).to(d)), TypeError, ["layer", "int", "bool"]),
+    "layer a string": (lambda c, d: c.append("0", t(*GOOD).to(d), t(*GOOD).to(d)), TypeError, ["layer", "str"]),
+    "layer None": (lambda c, d: c.append(None, t(*GOOD).to(d), t(*GOOD).to(d)), TypeError, ["layer", "NoneType"]),
+    "key a list": (lambda c, d: c.append(0, [1.0], t(*GOOD).to(d)), TypeError, ["key", "torch.Tensor", "list"]),
+    "value an array": (lambda c, d: c.append(0, t(*GOOD).to(d), t(*GOOD).numpy()), TypeError, ["value", "ndarray"]),
+    "key of other heads": (lambda c, d: c.append(0, t(3, 8).to(d), t(*GOOD).to(d)), ValueError, ["key", "[2, 8]", "[3, 8]"]),
+    "key of other head_dim": (lambda c, d: c.append(0, t(2, 9).to(d), t(*GOOD).to(d)), ValueError, ["key", "[2, 9]"]),
+    "key flat and short": (lambda c, d: c.append(0, t(15).to(d), t(16).to(d)), ValueError, ["key", "[16]", "[15]"]),
+    "key a scalar": (lambda c, d: c.append(0, t().to(d), t(16).to(d)), ValueError, ["key", "[]"]),
+    "key of 5 dimensions": (lambda c, d: c.append(0, t(1, 1, 1, 2, 8).to(d), t(16).to(d)), ValueError, ["key", "[1, 1, 1, 2, 8]"]),
+    "key of another batch": (lambda c, d: c.append(0, t(2, 1, 2, 8).to(d), t(2, 1, 2, 8).to(d)), ValueError, ["key", "[1, T, 2, 8]"]),
+    "value of another length": (lambda c, d: c.append(0, t(3, 2, 8).to(d), t(2, 2, 8).to(d)), ValueError, ["value", "3", "2"]),
+    "value of another shape": (lambda c, d: c.append(0, t(2, 8).to(d), t(8, 2).to(d)), ValueError, ["value", "[8, 2]"]),
+    "key float64": (lambda c, d: c.append(0, t(2, 8, dtype=torch.float64).to(d), t(2, 8).to(d)), TypeError, ["key", "float64"]),
+    "key int64": (lambda c, d: c.append(0, t(2, 8, dtype=torch.int64).to(d), t(2, 8).to(d)), TypeError, ["key", "int64"]),
+    "key bool": (lambda c, d: c.append(0, t(2, 8, dtype=torch.bool).to(d), t(2, 8).to(d)), TypeError, ["key", "bool"]),
+    "key complex": (lambda c, d: c.append(0, t(2, 8, dtype=torch.complex64).to(d), t(2, 8).to(d)), TypeError, ["key", "Complex"]),
+    "value of another dtype": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).half().to(d)), TypeError, ["value", "float16", "float32"]),
+    "key without unit stride": (lambda c, d: c.append(0, t(8, 2).to(d).T, t(2, 8).to(d)), ValueError, ["key", "stride", "contiguous"]),
+    "key strided in head_dim": (lambda c, d: c.append(0, t(2, 16).to(d)[:, ::2], t(2, 8).to(d)), ValueError, ["key", "stride"]),
+    "value expanded in head_dim": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 1).to(d).expand(2, 8)), ValueError, ["value", "stride"]),
+    "key requires grad": (lambda c, d: c.append(0, t(2, 8).to(d).requires_grad_(), t(2, 8).to(d)), ValueError, ["key", "grad", "detach"]),
+    "value requires grad": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d).requires_grad_() * 2), ValueError, ["value", "grad"]),
+    "key on meta": (lambda c, d: c.append(0, t(2, 8).to("meta"), t(2, 8).to(d)), ValueError, ["key", "device", "meta"]),
+    "value on meta": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to("meta")), ValueError, ["value", "meta"]),
+    "key sparse": (lambda c, d: c.append(0, t(2, 8).to(d).to_sparse(), t(2, 8).to(d)), TypeError, ["key", "dense", "Sparse"]),
+    "key quantised": (lambda c, d: c.append(0, torch.quantize_per_tensor(t(2, 8), 0.1, 0, torch.qint8), t(2, 8)), (TypeError, ValueError), ["key"]),
+    "key a view of the cache": (lambda c, d: c.append(0, c.k_cache[0, 0, :2], t(2, 2, 8, dtype=torch.float16).to(d)), ValueError, ["key", "view of the cache"]),
+    "value a view of the cache": (lambda c, d: c.append(0, t(2, 2, 8, dtype=torch.float16).to(d), c.get_range_raw(0, 0, 2)[1]), ValueError, ["value", "view of the cache"]),
+    "key a negated view": (lambda c, d: c.append(0, torch._neg_view(t(2, 8).to(d)), t(2, 8).to(d)), ValueError, ["key", "negated"]),
+    "too few arguments": (lambda c, d: c.append(0, t(2, 8).to(d)), TypeError, ["value"]),
+    "too many arguments": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), None), TypeError, ["append"]),
+    "new_lengths a list": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), new_lengths=[1]), TypeError, ["new_lengths", "list"]),
+    "new_lengths float": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), new_lengths=t(1).to(d)), TypeError, ["new_lengths", "int"]),
+    "new_lengths too many": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), new_lengths=t(2, dtype=torch.int64).to(d)), ValueError, ["new_lengths", "[1]", "[2]"]),
+    "new_lengths a scalar": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), new_lengths=torch.tensor(1).to(d)), ValueError, ["new_lengths", "[1]", "[]"]),
+    "new_lengths on meta": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), new_lengths=t(1, dtype=torch.int64).to("meta")), ValueError, ["new_lengths", "device"]),
+    "new_lengths the state": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), new_lengths=c.cache_seqlens[0]), ValueError, ["new_lengths", "state"]),
+    "all: layers missing": (lambda c, d: c.append_all(t(1, 2, 8).to(d), t(1, 2, 8).to(d)), ValueError, ["keys", "[2, 1, T, 2, 8]", "[1, 2, 8]"]),
+    "all: one layer's shape": (lambda c, d: c.append_all(t(2, 8).to(d), t(2, 8).to(d)), ValueError, ["keys", "[2, 8]"]),
+    "all: values differ": (lambda c, d: c.append_all(t(2, 3, 2, 8).to(d), t(2, 2, 8).to(d)), ValueError, ["values"]),
+    "all: float64": (lambda c, d: c.append_all(t(2, 2, 8).double().to(d), t(2, 2, 8).to(d)), TypeError, ["keys", "float64"]),
+    "all: not a tensor": (lambda c, d: c.append_all(None, t(2, 2, 8).to(d)), TypeError, ["keys", "NoneType"]),
+    "range: end past what is held": (lambda c, d: c.get_range_f32(0, 0, 6), IndexError, ["end", "5", "6"]),
+    "range: start past end": (lambda c, d: c.get_range_f32(0, 3, 2), IndexError, ["start", "3", "2"]),
+    "range: negative start": (lambda c, d: c.get_range_f32(0, -1, 2), IndexError, ["start", "-1"]),
+    "range: layer": (lambda c, d: c.get_range_f32(2, 0, 1), IndexError, ["layer"]),
+    "range: float": (lambda c, d: c.get_range_f32(0, 0.0, 1), TypeError, ["start", "int", "float"]),
+    "range: tensor of floats": (lambda c, d: c.get_range_f32(0, 0, torch.tensor(1.0)), TypeError, ["end"]),
+    "range: huge": (lambda c, d: c.get_range_f32(0, 0, 2**64), IndexError, ["end", "64 bits"]),
+    "raw: end": (lambda c, d: c.get_range_raw(0, 0, 6), IndexError, ["end"]),
+    "raw: layer": (lambda c, d: c.get_range_raw(9, 0, 1), IndexError, ["layer"]),
+    "valid: layer": (lambda c, d: c.get_valid_f32(-2), IndexError, ["layer", "-2"]),
+    "valid: layer a tensor": (lambda c, d: c.get_valid_f32(torch.ones(2)), TypeError, ["layer"]),
+    "gather: layer": (lambda c, d: c.gather(2, t(1, dtype=torch.int64).to(d)), IndexError, ["layer"]),
+    "gather: indices a list": (lambda c, d: c.gather(0, [0, 1]), TypeError, ["indices", "list"]),
+    "gather: indices int32": (lambda c, d: c.gather(0, t(2, dtype=torch.int32).to(d)), TypeError, ["indices", "int64", "int32"]),
+    "gather: indices float": (lambda c, d: c.gather(0, torch.tensor([NAN]).to(d)), TypeError, ["indices", "int64"]),
+    "gather: indices a scalar": (lambda c, d: c.gather(0, torch.tensor(1).to(d)), ValueError, ["indices", "[n]"]),
+    "gather: indices of 3 dimensions": (lambda c, d: c.gather(0, t(1, 1, 1, dtype=torch.int64).to(d)), ValueError, ["indices"]),
+    "gather: indices of another batch": (lambda c, d: c.gather(0, t(2, 3, dtype=torch.int64).to(d)), ValueError, ["indices", "[1, n]", "[2, 3]"]),
+    "gather: indices on meta": (lambda c, d: c.gather(0, t(2, dtype=torch.int64).to("meta")), ValueError, ["indices", "device"]),
+    "gather: dtype float64": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), dtype=torch.float64), TypeError, ["dtype", "float64"]),
+    "gather: dtype a string": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), dtype="float32"), TypeError, ["dtype", "str"]),
+    "gather: out one tensor": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=t(1, 2, 8).to(d)), TypeError, ["out", "pair"]),
+    "gather: out of three": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=(t(1, 2, 8),) * 3), TypeError, ["out", "pair"]),
+    "gather: out of lists": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=([1], [2])), TypeError, ["out[0]", "list"]),
+    "gather: out too short": (lambda c, d: c.gather(0, t(2, dtype=torch.int64).to(d), out=(t(1, 2, 8).to(d), t(1, 2, 8).to(d))), ValueError, ["out[0]", "[1, 2, 2, 8]", "[1, 2, 8]"]),
+    "gather: out of another dtype": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=(t(1, 2, 8).to(d), t(1, 2, 8).half().to(d))), TypeError, ["out[1]", "float32", "float16"]),
+    "gather: out without unit stride": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=(t(1, 8, 2).to(d).transpose(1, 2), t(1, 2, 8).to(d))), ValueError, ["out[0]", "stride"]),
+    "gather: out expanded": (lambda c, d: c.gather(0, t(2, dtype=torch.int64).to(d), out=(t(1, 2, 8).to(d).expand(2, 2, 8), t(2, 2, 8).to(d))), ValueError, ["out[0]", "expanded"]),
+    "gather: out the same tensor twice": (lambda c, d: (lambda o: c.gather(0, t(1, dtype=torch.int64).to(d), out=(o, o)))(t(1, 2, 8).to(d)), ValueError, ["out", "overlap"]),
+    "gather: out overlapping": (lambda c, d: (lambda o: c.gather(0, t(2, dtype=torch.int64).to(d), out=(o[:2], o[1:])))(t(3, 2, 8).to(d)), ValueError, ["out", "overlap"]),
+    "gather: out the cache itself": (lambda c, d: c.gather(0, t(2, dtype=torch.int64).to(d), dtype=torch.float16, out=(c.k_cache[0, 0, :2], c.v_cache[0, 0, :2])), ValueError, ["out[0]", "view of the cache"]),
+    "gather: out on meta": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=(t(1, 2, 8).to("meta"), t(1, 2, 8).to(d))), ValueError, ["out[0]", "device"]),
+    "gather: out requires grad": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=(t(1, 2, 8).to(d).requires_grad_(), t(1, 2, 8).to(d))), ValueError, ["out[0]", "grad"]),
+    "range: out of another length": (lambda c, d: c.get_range_f32(0, 0, 3, out=(t(2, 2, 8).to(d), t(2, 2, 8).to(d))), ValueError, ["out[0]"]),
+    "truncate past what is held": (lambda c, d: c.truncate(6), IndexError, ["n", "5", "6"]),
+    "truncate negative": (lambda c, d: c.truncate(-1), IndexError, ["n", "-1"]),
+    "truncate float": (lambda c, d: c.truncate(1.0), TypeError, ["n", "int", "float"]),
+    "truncate None": (lambda c, d: c.truncate(None), TypeError, ["n", "NoneType"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", CALLS)
+def test_wrong_calls(device: torch.device, wrong: str) -> None:
+    call, error, words = CALLS[wrong]
+    cache = make_cache(device)
+    for layer in range(2):
+        cache.append(layer, torch.randn(5, 2, 8, device=device) * 4e4, torch.randn(5, 2, 8, device=device))
+    before = [x.clone() for x in (cache.k_cache, cache.v_cache, cache._state, cache._overflow_counts)]
+    with pytest.raises(error) as raised:
+        call(cache, device)
+    sentence = str(raised.value)
+    for word in words:
+        assert word in sentence, sentence
+    assert "\n" not in sentence and "incompatible function arguments" not in sentence
+    after = (cache.k_cache, cache.v_cache, cache._state, cache._overflow_counts)
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+    assert (len(cache), cache.position) == (5, 5)
+    cache.append(0, torch.randn(2, 8, device=device), torch.randn(2, 8, device=device))  # it still works
+    assert cache.position == 6
+
+
+def test_grad_is_no_matter_without_grad_mode(device: torch.device) -> None:
+    cache = make_cache(device)
+    key = torch.randn(2, 8, device=device, requires_grad=True)
+    with torch.no_grad():
+        cache.append(0, key, key)
+    with torch.inference_mode():
+        cache.append(0, key * 2, key * 2)
+    cache.append(0, key.detach(), key.detach())
+    assert cache.position == 3
+
+
+GOOD_ARGUMENTS = {"num_layers": 2, "max_positions": 8, "num_heads": 2, "head_dim": 8, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        ({"num_layers": 0}, ValueError, ["num_layers", "0"]),
+        ({"num_layers": -1}, ValueError, ["num_layers", "-1"]),
+        ({"max_positions": 0}, ValueError, ["max_positions"]),
+        ({"num_heads": 0}, ValueError, ["num_heads"]),
+        ({"head_dim": -8}, ValueError, ["head_dim"]),
+        ({"batch_size": 0}, ValueError, ["batch_size"]),
+        ({"num_layers": 1.0}, TypeError, ["num_layers", "int", "float"]),
+        ({"max_positions": "8"}, TypeError, ["max_positions", "str"]),
+        ({"head_dim": None}, TypeError, ["head_dim", "NoneType"]),
+        ({"batch_size": True}, TypeError, ["batch_size", "bool"]),
+        ({"sink_positions": 8}, ValueError, ["sink_positions", "8"]),
+        ({"sink_positions": -1}, ValueError, ["sink_positions"]),
+        ({"sink_positions": 0.5}, TypeError, ["sink_positions"]),
+        ({"overflow": "x"}, ValueError, ["overflow", "saturate", "inf", "x"]),
+        ({"overflow": None}, ValueError, ["overflow"]),
+        ({"overflow": ["inf"]}, ValueError, ["overflow"]),
+        ({"device": "meta"}, ValueError, ["device", "meta"]),
+        ({"device": "nonsense"}, ValueError, ["device", "nonsense"]),
+        ({"device": 1.5}, ValueError, ["device"]),
+        ({"device": "cuda:99"}, ValueError, ["device", "cuda:99"]),
+        ({"max_positions": 2**40}, MemoryError, ["max_positions", "GB"]),
+        ({"max_positions": 2**62, "num_heads": 2**40}, MemoryError, ["GB"]),
+        ({"num_heads": 2**40}, MemoryError, ["GB"]),
+    ],
+)
+def test_wrong_construction(wrong: dict[str, object], error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as raised:
+        StreamingKVCacheFp16(**(GOOD_ARGUMENTS | wrong))  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU to use")
+def test_cuda_that_is_not_there() -> None:
+    """The default device on a machine without one: the reason, and what to do."""
+    with pytest.raises(ValueError, match=r"device='cuda' needs a CUDA") as raised:
+        StreamingKVCacheFp16(2, 8, 2, 8)
+    assert "device='cpu'" in str(raised.value)
+    if not build_info.with_cuda:
+        assert build_info.reason in str(raised.value)
+        assert "KVCACHE_EXT_CUDA=1" in str(raised.value)
+
+
+def test_tensors_of_another_device(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("needs a second device")
+    cache = make_cache(device)
+    with pytest.raises(ValueError, match="key must be on the cache's device cuda"):
+        cache.append(0, torch.ones(2, 8), torch.ones(2, 8))
+    with pytest.raises(ValueError, match="indices must be on the cache's device cuda"):
+        cache.gather(0, torch.arange(2))
+    on_cpu = make_cache(torch.device("cpu"))
+    with pytest.raises(ValueError, match="value must be on the cache's device cpu"):
+        on_cpu.append(0, torch.ones(2, 8), torch.ones(2, 8, device=device))
+
+
+def test_bad_tensors_through_the_dispatcher(device: torch.device) -> None:
+    """The registered ops check the cache's own tensors too."""
+    c = make_cache(device)
+    key = torch.ones(1, 1, 2, 8, device=device)
+    append = torch.ops.kvcache_ext.append
+    with pytest.raises(TypeError, match="k_cache and v_cache must be torch.float16"):
+        append(c.k_cache.float(), c.v_cache.float(), c._state, c._overflow_counts, 0, key, key, None, 0, True)
+    with pytest.raises(ValueError, match="contiguous and of one shape"):
+        append(c.k_cache[:, :, ::2], c.v_cache[:, :, ::2], c._state, c._overflow_counts, 0, key, key, None, 0, True)
+    with pytest.raises(ValueError, match="state must be contiguous and"):
+        append(c.k_cache, c.v_cache, c._state[:2], c._overflow_counts, 0, key, key, None, 0, True)
+    with pytest.raises(ValueError, match="overflow_counts must be contiguous"):
+        append(c.k_cache, c.v_cache, c._state, c._overflow_counts[:1], 0, key, key, None, 0, True)
+    with pytest.raises(ValueError, match="sink_positions must be from 0 to"):
+        append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 0, key, key, None, 8, True)
+    with pytest.raises(IndexError, match="layer must be from 0 to 1"):
+        append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 2, key, key, None, 0, True)
+    with pytest.raises(ValueError, match="n must not be negative"):
+        torch.ops.kvcache_ext.truncate(c.k_cache, c._state, -1, 0)

@@ -1,0 +1,126 @@
+"""torch.compile(fullgraph=True) and opcheck: the registered ops are what the dispatcher needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_same_bits, make_cache
+
+from kvcache_ext import StreamingKVCacheFp16
+
+
+def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
+    c = make_cache(device, batch_size=2, sink_positions=1)
+    c.append_all(torch.randn(2, 2, 3, 2, 8, device=device), torch.randn(2, 2, 3, 2, 8, device=device))
+    c.k_cache.nan_to_num_(1.0)  # opcheck compares with ==
+    c.v_cache.nan_to_num_(1.0)
+    tensors = (c.k_cache, c.v_cache, c._state, c._overflow_counts)
+    key = torch.randn(2, 2, 3, 8, device=device).transpose(1, 2)
+    keys = torch.randn(2, 2, 4, 2, 8, device=device)
+    lengths = torch.tensor([1, 0], device=device)
+    indices = torch.tensor([[2, 0], [5, 1]], device=device)
+    out = (torch.zeros(2, 2, 2, 8, device=device), torch.zeros(2, 2, 2, 8, device=device))
+    return [
+        ("append", (*tensors, 1, key, key * 2, None, 1, True)),
+        ("append", (*tensors, 0, key.half(), key.half(), lengths, 1, False)),
+        ("append_all", (*tensors, keys, keys, None, 1, True)),
+        ("append_all", (*tensors, keys.bfloat16(), keys.bfloat16(), lengths, 1, True)),
+        ("gather", (c.k_cache, c.v_cache, c._state, 1, indices, 1, torch.float32)),
+        ("gather", (c.k_cache, c.v_cache, c._state, 0, indices[0], 1, torch.bfloat16)),
+        ("gather_out", (c.k_cache, c.v_cache, c._state, 1, indices, 1, *out)),
+        ("truncate", (c.k_cache, c._state, 2, 1)),
+        ("clear", (c.k_cache, c._state, c._overflow_counts, 1)),
+    ]
+
+
+@pytest.mark.parametrize("sample", range(9))
+def test_opcheck(device: torch.device, sample: int) -> None:
+    name, arguments = op_samples(device)[sample]
+    torch.library.opcheck(getattr(torch.ops.kvcache_ext, name).default, arguments)
+
+
+def test_every_op_is_checked(device: torch.device) -> None:
+    names = {name for name, _ in op_samples(device)}
+    registered = {
+        schema.name.removeprefix("kvcache_ext::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("kvcache_ext::")
+    }
+    assert names == registered
+
+
+def decoder_step(cache: StreamingKVCacheFp16, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Something like a model: every layer appends a function of its input and reads back what it holds."""
+    for layer in range(cache.num_layers):
+        key = torch.sin(hidden).view(1, 1, cache.num_heads, cache.head_dim)
+        cache.append(layer, key, key * 2 + cache.cache_seqlens[layer, 0])
+        keys, values = cache.gather(layer, indices)
+        hidden = hidden + (keys * values).sum(0).flatten().tanh()
+    return hidden
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_is_the_eager_one(device: torch.device, mode: str) -> None:
+    if mode == "reduce-overhead" and device.type == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    torch._dynamo.reset()
+    eager, compiled = (make_cache(device, sink_positions=1) for _ in range(2))
+    step = torch.compile(decoder_step, fullgraph=True, mode=mode)
+    indices = torch.arange(8, device=device)
+    addresses = compiled.k_cache.data_ptr(), compiled._state.data_ptr()
+    for i in range(20):
+        hidden = torch.randn(16, device=device)
+        want = decoder_step(eager, hidden, indices)
+        got = step(compiled, hidden, indices)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert compiled.position == eager.position == i + 1
+        assert len(compiled) == len(eager) == min(i + 1, 8)
+    assert torch.equal(compiled._state, eager._state)
+    assert (compiled.k_cache.data_ptr(), compiled._state.data_ptr()) == addresses
+
+
+def test_compiled_code_does_not_copy_the_cache(device: torch.device) -> None:
+    """Inductor must change the cache in place: a clone of it would cost gigabytes a step."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    cache = make_cache(device, max_positions=4096)
+    indices = torch.arange(8, device=device)
+    step = torch.compile(decoder_step, fullgraph=True)
+    _, sources = run_and_get_code(step, cache, torch.randn(16, device=device), indices)
+    source = "\n".join(sources)
+    assert "kvcache_ext.append" in source
+    assert f"empty_strided_{device.type}((2, 1, 4096, 2, 8)" not in source  # a buffer of the cache's shape
+    assert str(cache.k_cache.numel()) not in source  # a loop over the cache's elements
+
+
+def test_the_other_methods_compile(device: torch.device) -> None:
+    torch._dynamo.reset()
+    cache, eager = make_cache(device, batch_size=2), make_cache(device, batch_size=2)
+
+    def calls(c: StreamingKVCacheFp16, keys: torch.Tensor, lengths: torch.Tensor, out: tuple[torch.Tensor, ...]) -> None:
+        c.clear()
+        c.append_all(keys, keys, new_lengths=lengths)
+        c.truncate(2)
+        c.append(1, keys[0], keys[1].half().float(), new_lengths=lengths)
+        c.gather(1, torch.arange(6, device=keys.device), out=(out[0], out[1]))
+
+    keys = torch.randn(2, 2, 5, 2, 8, device=device)
+    lengths = torch.tensor([4, 2], device=device)
+    outs = [tuple(torch.zeros(2, 6, 2, 8, device=device) for _ in range(2)) for _ in range(2)]
+    calls(eager, keys, lengths, outs[0])
+    torch.compile(calls, fullgraph=True)(cache, keys, lengths, outs[1])
+    assert cache.cache_seqlens.tolist() == eager.cache_seqlens.tolist() == [[2, 2], [6, 4]]
+    assert_same_bits(cache.k_cache, eager.k_cache)
+    for a, b in zip(*outs, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_storage_is_marked_as_static() -> None:
+    """What the cache does by hand is what torch's own function does."""
+    import torch._dynamo
+
+    cache = make_cache(torch.device("cpu"))
+    marked = torch.empty(1)
+    torch._dynamo.mark_static_address(marked)
+    assert cache.k_cache._dynamo_static_input_type == marked._dynamo_static_input_type

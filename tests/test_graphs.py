@@ -1,0 +1,215 @@
+"""CUDA graphs, streams and devices: captured calls move the cache on, replay after replay. Needs a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Twin, assert_same_bits, make_cache, needs_gpu
+
+from kvcache_ext import StreamingKVCacheFp16
+
+pytestmark = [needs_gpu, pytest.mark.gpu]
+GPU = torch.device("cuda")
+
+
+def capture(call: object, warm_up: int = 0) -> torch.cuda.CUDAGraph:
+    """Captures call() after running it `warm_up` times on the capturing stream's side."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            call()  # type: ignore[operator]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()  # type: ignore[operator]
+    return graph
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_replayed_appends_are_eager_ones(sinks: int, chunk: int) -> None:
+    """Bit for bit, across several wraps; and what the capture itself must not do: move the cache."""
+    captured, eager = (make_cache(GPU, num_layers=3, batch_size=2, sink_positions=sinks) for _ in range(2))
+    key = torch.empty(2, chunk, 2, 8, device=GPU)
+    value = torch.empty_like(key)
+
+    def step(cache: StreamingKVCacheFp16) -> None:
+        for layer in range(3):
+            cache.append(layer, key * (layer + 1), value)
+
+    graph = capture(lambda: step(captured))
+    assert captured.position == 0
+    for i in range(40):
+        key.copy_(torch.randn_like(key) * (1e5 if i % 7 == 0 else 1))
+        value.normal_()
+        graph.replay()
+        step(eager)
+        assert len(captured) == len(eager) == min((i + 1) * chunk, 8)
+        assert captured.position == eager.position == (i + 1) * chunk
+    assert_same_bits(captured.k_cache, eager.k_cache)
+    assert_same_bits(captured.v_cache, eager.v_cache)
+    assert torch.equal(captured._state, eager._state)
+    assert torch.equal(captured.overflow_counts(), eager.overflow_counts())
+    assert captured.overflow_counts().sum() > 0
+
+
+def test_append_all_with_device_side_lengths_in_a_graph() -> None:
+    """new_lengths is read at each replay: the same graph serves a ragged batch."""
+    twin = Twin(GPU, num_layers=2, batch_size=3, sink_positions=1)
+    keys = torch.empty(2, 3, 4, 2, 8, device=GPU)
+    lengths = torch.zeros(3, dtype=torch.int64, device=GPU)
+    graph = capture(lambda: twin.cache.append_all(keys, keys * 2, new_lengths=lengths))
+    for new in ([1, 2, 4], [0, 0, 3], [4, 4, 4], [7, -1, 1]):
+        keys.normal_()
+        lengths.copy_(torch.tensor(new))
+        graph.replay()
+        twin.reference.append_all(
+            twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, keys.cpu(), keys.cpu() * 2, lengths.cpu(),
+            sink_positions=1,
+        )  # fmt: skip
+        twin.check()
+
+
+def test_gather_in_a_graph_follows_the_cache() -> None:
+    twin = Twin(GPU, num_layers=1, sink_positions=2)
+    key = torch.empty(1, 1, 2, 8, device=GPU)
+    indices = torch.tensor([0, 3, 7, 1, 100], device=GPU)
+    out = tuple(torch.empty(5, 2, 8, device=GPU) for _ in range(2))
+
+    def step() -> None:
+        twin.cache.append(0, key, -key)
+        twin.cache.gather(0, indices, out=out)
+
+    graph = capture(step)
+    for _ in range(20):
+        key.normal_()
+        graph.replay()
+        twin.reference.append(
+            twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, key.cpu(), -key.cpu(), sink_positions=2
+        )
+        for o, w in zip(out, twin.gather(0, indices), strict=True):
+            assert_same_bits(o.cpu(), w)
+
+
+def test_clear_in_a_graph() -> None:
+    cache = make_cache(GPU, sink_positions=2)
+    cache.append_all(torch.full((2, 11, 2, 8), 1e6, device=GPU), torch.zeros(2, 11, 2, 8, device=GPU))
+    graph = capture(cache.clear)
+    assert len(cache) == 8 and cache.overflow_counts().sum() > 0
+    graph.replay()
+    assert (len(cache), cache.position, int(cache.overflow_counts().sum())) == (0, 0, 0)
+    cache.append_all(torch.ones(2, 3, 2, 8, device=GPU), torch.ones(2, 3, 2, 8, device=GPU))
+    assert len(cache) == 3
+
+
+def test_lengths_during_capture_raise() -> None:
+    cache = make_cache(GPU)
+    key = torch.ones(2, 8, device=GPU)
+    cache.append_all(key.expand(2, 2, 8), key.expand(2, 2, 8))
+    for call in (
+        lambda: len(cache),
+        lambda: cache.position,
+        cache.is_empty,
+        lambda: cache.get_valid_f32(0),
+        lambda: cache.get_range_f32(0, 0, 1),
+        lambda: cache.get_range_raw(0, 0, 1),
+        lambda: cache.truncate(0),
+    ):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            scratch = key * 2  # a capture of nothing would warn
+            with pytest.raises(RuntimeError, match="CUDA graph capture"):
+                call()
+        del scratch
+    assert len(cache) == 1
+
+
+def test_lengths_stay_exact_without_synchronising() -> None:
+    """On the usual path no call waits for the device; after a device-side length the first look does."""
+    cache = make_cache(GPU, batch_size=2, sink_positions=1)
+    key = torch.ones(2, 3, 2, 8, device=GPU)
+    lengths = torch.tensor([3, 1], device=GPU)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer in range(2):
+            cache.append(layer, key, key)
+        assert (len(cache), cache.position) == (3, 3)
+        cache.truncate(2)
+        cache.get_valid_f32(0)
+        cache.get_range_raw(1, 0, 2)
+        cache.gather(0, lengths)
+        cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
+        assert len(cache) == 5
+        cache.append(0, key, key, new_lengths=lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.cache_seqlens.tolist() == [[8, 6], [5, 5]]
+    assert (len(cache), cache.position) == (5, 8)
+    cache.append(1, key, key)
+    assert (len(cache), cache.position) == (6, 8)
+
+
+def test_out_calls_allocate_nothing() -> None:
+    cache = make_cache(GPU, num_layers=1, max_positions=64)
+    key = torch.ones(5, 2, 8, device=GPU)
+    indices = torch.arange(5, device=GPU)
+    out = (torch.empty(5, 2, 8, device=GPU), torch.empty(5, 2, 8, device=GPU))
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(3):
+        cache.append(0, key, key)
+        cache.gather(0, indices, out=out)
+        cache.get_range_f32(0, 0, 5, out=out)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_the_current_stream_is_used() -> None:
+    """Work queued behind a slow kernel on another stream waits for it, and only for it."""
+    cache = make_cache(GPU, num_layers=1, max_positions=64)
+    source = torch.zeros(16, 2, 8, device=GPU)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        source.fill_(3.0)
+        cache.append(0, source, source)
+        keys, _ = cache.get_valid_f32(0)
+    assert not stream.query()
+    stream.synchronize()
+    assert (keys == 3).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current() -> None:
+    with torch.cuda.device(0):
+        twin = Twin(torch.device("cuda:1"), sink_positions=1)
+        for _ in range(5):
+            twin.append(0, torch.randn(1, 3, 2, 8, device="cuda:1"), torch.randn(1, 3, 2, 8, device="cuda:1"))
+            twin.check()
+        assert torch.cuda.current_device() == 0
+
+
+def test_a_large_replay_run_is_eager_bit_for_bit() -> None:
+    """Ten thousand steps of a wrapping cache at the size of a real layer: the tickets and lengths never slip."""
+    captured, eager = (
+        make_cache(GPU, num_layers=4, max_positions=129, num_heads=32, head_dim=128, sink_positions=4) for _ in range(2)
+    )
+    pool = torch.randn(64, 4, 32, 128, device=GPU)
+    step = torch.zeros(1, dtype=torch.int64, device=GPU)
+
+    def run(cache: StreamingKVCacheFp16, counter: torch.Tensor) -> None:
+        rows = pool.index_select(0, counter % 64)[0]
+        for layer in range(4):
+            cache.append(layer, rows[layer], rows[layer - 1])
+        counter += 1
+
+    graph = capture(lambda: run(captured, step))
+    eager_step = torch.zeros_like(step)
+    for _ in range(10_000):
+        graph.replay()
+        run(eager, eager_step)
+    assert captured.position == eager.position == 10_000
+    assert torch.equal(captured._state, eager._state)
+    assert_same_bits(captured.k_cache, eager.k_cache)
+    assert_same_bits(captured.v_cache, eager.v_cache)
