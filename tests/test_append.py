@@ -47,9 +47,12 @@ def strided(base: torch.Tensor, kind: str) -> torch.Tensor:
         whole = torch.full((b, t, 3 * h * d), float("nan"), dtype=base.dtype, device=base.device)
         view = whole[..., h * d : 2 * h * d].view(b, t, h, d)
         return view.copy_(base)
-    if kind == "odd_offset":  # rows start at no multiple of a vector
-        whole = torch.full((b, t, h, d + 3), float("nan"), dtype=base.dtype, device=base.device)
+    if kind == "odd_offset":  # rows lie a multiple of a vector apart, and start at none
+        whole = torch.full((b, t, h, d + 8 + -d % 8), float("nan"), dtype=base.dtype, device=base.device)
         return whole[..., 1 : d + 1].copy_(base)
+    if kind == "odd_stride":  # the other way round
+        whole = torch.full((b, t, h, d + 3), float("nan"), dtype=base.dtype, device=base.device)
+        return whole[..., :d].copy_(base)
     if kind == "every_other":
         whole = torch.full((b, 2 * t, 2 * h, d), float("nan"), dtype=base.dtype, device=base.device)
         return whole[:, ::2, 1::2].copy_(base)
@@ -59,7 +62,7 @@ def strided(base: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["contiguous", "bhtd", "tbhd", "fused_qkv", "odd_offset", "every_other", "expanded"])
+@pytest.mark.parametrize("kind", ["contiguous", "bhtd", "tbhd", "fused_qkv", "odd_offset", "odd_stride", "every_other", "expanded"])
 @pytest.mark.parametrize("head_dim", [8, 7])
 def test_strides(backend: Backend, dtype: torch.dtype, kind: str, head_dim: int) -> None:
     twin = Twin(backend, batch_size=2, num_heads=3, head_dim=head_dim)

@@ -8,6 +8,11 @@
 #include "convert.h"
 #include "params.h"
 
+// A GPU faults on a misaligned access. The tests' emulator of one (tests/emulator) puts its own check here.
+#if !defined(KVC_CHECK_ALIGNMENT)
+#define KVC_CHECK_ALIGNMENT(address, bytes)
+#endif
+
 namespace kvc {
 
 // N elements moved as one packet of sizeof(T) * N bytes (2, 4, 8 or 16); the address must be a multiple of that.
@@ -18,11 +23,13 @@ struct alignas(sizeof(T) * N) Vec {
 
 template <typename T, int N>
 __device__ __forceinline__ Vec<T, N> load(const T* address) {
+  KVC_CHECK_ALIGNMENT(address, sizeof(Vec<T, N>));
   return *reinterpret_cast<const Vec<T, N>*>(address);
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T* address, const Vec<T, N>& v) {
+  KVC_CHECK_ALIGNMENT(address, sizeof(Vec<T, N>));
   *reinterpret_cast<Vec<T, N>*>(address) = v;
 }
 

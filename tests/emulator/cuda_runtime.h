@@ -1,6 +1,6 @@
 // As much of the CUDA language as the kernels use, in plain C++: put this folder first on the include path and a kernel
-// file compiles with g++ and runs on a CPU, thread by thread. Slow, and no substitute for a GPU (memory ordering, alignment
-// faults and speed do not show), but the arithmetic, the indexing, the barriers and the tickets are the kernel's own.
+// file compiles with g++ and runs on a CPU, thread by thread. Slow, and no substitute for a GPU (memory ordering and speed
+// do not show), but the arithmetic, the indexing, the alignment, the barriers and the tickets are the kernel's own.
 //
 // Blocks run one after the other in a shuffled order. The threads of a block are fibers that run in a shuffled order until
 // each has reached the barrier or the warp operation that it waits for; a barrier that some thread of the block never
@@ -41,10 +41,13 @@ namespace emulator {
 
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void block_barrier();
+void check_alignment(const void* address, size_t bytes);
 // Waits for the warp, then returns the 32 values that its lanes brought.
 const uint64_t* warp_exchange(uint64_t value);
 
 }  // namespace emulator
+
+#define KVC_CHECK_ALIGNMENT(address, bytes) (::emulator::check_alignment(address, bytes))
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __threadfence() {}

@@ -115,6 +115,12 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   }
 }
 
+void check_alignment(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  std::fprintf(stderr, "emulator: an access of %zu bytes at a misaligned address\n", bytes);
+  std::abort();
+}
+
 void block_barrier() { wait(Waiting::block); }
 
 const uint64_t* warp_exchange(uint64_t value) {
