@@ -80,7 +80,7 @@ def extension_and_commands() -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     bindings = ["checks.cpp", "host_lengths.cpp", "module.cpp", "ops.cpp", "ops_cpu.cpp"]
-    kernels = ["generic.cpp", "avx2.cpp", "dispatch.cpp", "ops.cpp"]
+    kernels = ["convert_generic.cpp", "convert_avx2.cpp", "attend_generic.cpp", "attend_avx2.cpp", "attend_avx512.cpp", "dispatch.cpp", "ops.cpp"]
     sources = [f"csrc/bindings/{name}" for name in bindings] + [f"csrc/kernels/cpu/{name}" for name in kernels]
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     if sys.platform.startswith("linux"):
@@ -89,7 +89,7 @@ def extension_and_commands() -> dict[str, object]:
     options: dict[str, object] = {"extra_compile_args": {"cxx": cxx}}
     if toolkit is not None:
         sources += ["csrc/bindings/ops_cuda.cpp"]
-        sources += [f"csrc/kernels/{name}.cu" for name in ("append", "gather", "truncate")]
+        sources += [f"csrc/kernels/{name}.cu" for name in ("append", "gather", "decode_attention", "truncate")]
         libraries = next((p for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir()), toolkit / "lib64")
         cxx.append("-DKVC_WITH_CUDA")
         options = {

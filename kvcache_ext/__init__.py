@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ._extension import build_info
+from .attention import merge_states
 from .cache import StreamingKVCacheFp16
 
-__all__ = ["StreamingKVCacheFp16", "__version__", "build_info"]
+__all__ = ["StreamingKVCacheFp16", "__version__", "build_info", "merge_states"]
 
 __version__ = "0.1.0"

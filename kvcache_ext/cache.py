@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import memory, ops
+from . import attention, memory, ops
 from ._extension import build_info, extension
 
 _OVERFLOW_POLICIES = ("saturate", "inf")
@@ -125,6 +125,9 @@ class StreamingKVCacheFp16:
         self.v_cache: Tensor = torch.empty(shape, dtype=torch.float16, device=self.device)
         self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
         self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
+        self._workspace = torch.zeros(
+            memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
+        )
         self._connect()
         self.clear()
 
@@ -132,9 +135,15 @@ class StreamingKVCacheFp16:
         """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
         self._saturate = self.overflow == "saturate"
         self._compiled = extension.Cache(
-            self.k_cache, self.v_cache, self._state, self._overflow_counts, self.sink_positions, self._saturate
+            self.k_cache,
+            self.v_cache,
+            self._state,
+            self._overflow_counts,
+            self._workspace,
+            self.sink_positions,
+            self._saturate,
         )
-        for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts):
+        for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts, self._workspace):
             # What torch._dynamo.mark_static_address(tensor) does; importing torch._dynamo for it takes seconds.
             tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
@@ -282,6 +291,118 @@ class StreamingKVCacheFp16:
                 out=out,
             )
         return self._compiled.gather(layer, indices, dtype, out)
+
+    # Attention
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Softmax attention of `query` over what one layer holds, read as FP16 where it lies, computed in FP32.
+
+        Causal, aligned to the end: the last of `T` queries sees everything held, the one before it all but the newest
+        position, and so on. Where nothing is seen the answer is zeros, its LSE -inf.
+
+        Args:
+            layer: 0 to `num_layers - 1`.
+            query: `[B, T, Hq, D]`, `Hq` a multiple of `num_heads` (query head j reads KV head `j // (Hq / H)`); with
+                `batch_size` 1 also `[T, Hq, D]`, `[Hq, D]` and `[Hq * D]`. FP32, FP16 or BF16, a stride of 1 in
+                head_dim. head_dim must be a multiple of 8, at most 512.
+            scale: of the scores; `head_dim ** -0.5` if None.
+            window: a query at position p sees the positions `p - window + 1` to p, and the sinks.
+            softcap: scores become `softcap * tanh(score / softcap)`.
+            return_lse: also return the natural log-sum-exp of the scaled and capped scores: FP32 of the query's shape
+                without head_dim.
+            out: a tensor of the query's shape and dtype to write into.
+
+        Returns:
+            The answer, of the query's shape and dtype; with `return_lse` a pair with the LSE.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong.
+
+        Up to 16 positions run in one kernel that reads each key and value once for every 8 queries that share it
+        (fewer for head_dim above 128); more of them run in blocks of keys through matmul and an online softmax (see
+        `kvcache_ext.attention.prefill`).
+        """
+        if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
+            if not is_compiling():
+                return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out)
+            out, lse = attention.outputs(query, self.head_dim, out, return_lse)
+            ops.attend(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._workspace,
+                layer,
+                query,
+                sink_positions=self.sink_positions,
+                scale=self.head_dim**-0.5 if scale is None else scale,
+                window=window or 0,
+                softcap=softcap or 0.0,
+                out=out,
+                lse=lse,
+            )
+            return out if lse is None else (out, lse)
+        return attention.prefill(self, layer, query, None, scale, window, softcap, return_lse, out)
+
+    def append_attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        new_lengths: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`append` and `attend` in one: each new position is appended, then attended to by its query.
+
+        For one position (`T` = 1) this is one kernel launch, and its answer is bit for bit that of `append` followed
+        by `attend`. For more, each query sees the ring as it stands at its turn, also the positions that later ones of
+        the same call evict. Queries of left padding (`new_lengths`) answer zeros with LSE -inf.
+
+        Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
+        """
+        if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
+            if not is_compiling():
+                return self._compiled.append_attend(
+                    layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out
+                )
+            out, lse = attention.outputs(query, self.head_dim, out, return_lse)
+            ops.append_attend(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._overflow_counts,
+                self._workspace,
+                layer,
+                query,
+                key,
+                value,
+                new_lengths,
+                sink_positions=self.sink_positions,
+                saturate=self._saturate,
+                scale=self.head_dim**-0.5 if scale is None else scale,
+                window=window or 0,
+                softcap=softcap or 0.0,
+                out=out,
+                lse=lse,
+            )
+            return out if lse is None else (out, lse)
+        new = (key, value, new_lengths)
+        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out)
 
     # Lengths and figures
 

@@ -15,6 +15,18 @@ def cache_bytes(num_layers: int, batch_size: int, max_positions: int, num_heads:
     return num_layers * batch_size * max_positions * num_heads * head_dim * 2 * BYTES_PER_ELEMENT
 
 
+def workspace_floats(device: torch.device, head_dim: int) -> int:
+    """FP32 elements of attention's workspace: 1,024 tickets, and what each block of the largest launch leaves.
+
+    A launch has at most two blocks a multiprocessor that leave anything: up to 8 queries' weighted sums, maxima and
+    sums of weights.
+    """
+    multiprocessors = 0
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return 1024 + 2 * max(multiprocessors, 8) * 8 * (head_dim + 2)
+
+
 def _read_number(path: str) -> int | None:
     try:
         return int(Path(path).read_text())

@@ -8,7 +8,7 @@ cache as its tensors:
   scratch row that is zero between calls.
 - `overflow_counts`: int64 `[layers]`.
 
-`append`, `append_all`, `truncate` and `clear` change them in place and return nothing. Each op is written again in
+`append`, `append_all`, `append_attend`, `truncate` and `clear` change them in place and return nothing. Each op is written again in
 plain torch in `kvcache_ext.reference`.
 """
 
@@ -75,6 +75,55 @@ def gather(
     return out
 
 
+def attend(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    workspace: Tensor,
+    layer: int,
+    query: Tensor,
+    *,
+    sink_positions: int = 0,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> None:
+    """Attention of up to 16 positions of `query`, `[B, T, Hq, D]`, over one layer, written to `out` and `lse`.
+
+    `window` and `softcap` 0 mean none. `workspace`: FP32, see `workspace_floats`, its first 1,024 elements zero.
+    """
+    _ops.attend(k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse)
+
+
+def append_attend(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    overflow_counts: Tensor,
+    workspace: Tensor,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    new_lengths: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+    saturate: bool = True,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> None:
+    """`append` and `attend` in one call, as if each position were appended and attended to in turn."""
+    _ops.append_attend(
+        k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
+        saturate, scale, window, softcap, out, lse,
+    )  # fmt: skip
+
+
 def truncate(k_cache: Tensor, state: Tensor, length: int, *, sink_positions: int = 0) -> None:
     """Keeps the `length` oldest held positions of every layer and sequence (all of them where fewer are held)."""
     _ops.truncate(k_cache, state, length, sink_positions)
@@ -105,6 +154,19 @@ def _(k_cache, v_cache, state, layer, indices, sink_positions, dtype):  # type: 
 
 @torch.library.register_fake("kvcache_ext::gather_out")
 def _(k_cache, v_cache, state, layer, indices, sink_positions, key_out, value_out):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::attend")
+def _(k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::append_attend")
+def _(  # type: ignore[no-untyped-def]
+    k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
+    saturate, scale, window, softcap, out, lse,
+):  # fmt: skip
     return None
 
 

@@ -116,6 +116,87 @@ def gather(
     return out[0], out[1]
 
 
+def attend(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    layer: int,
+    query: Tensor,
+    *,
+    sink_positions: int = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in FP64 of `query`, `[B, T, Hq, D]`, over one layer: the answer, and the LSE `[B, T, Hq]`.
+
+    Query t of T stands at the position T - 1 - t before the newest one, and sees the held positions up to its own.
+    """
+    batch, rows, query_heads, head_dim = query.shape
+    positions, heads = k_cache.shape[2:4]
+    scale = head_dim**-0.5 if scale is None else scale
+    out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64, device=query.device)
+    for b in range(batch):
+        seen = int(state[0, layer, b])
+        held = held_positions(seen, int(state[1, layer, b]), sink_positions)
+        for t in range(rows):
+            own = seen - rows + t
+            seen_by_it = [
+                p for p in held if p <= own and (window is None or p < sink_positions or p > own - window)
+            ]
+            if not seen_by_it:
+                continue
+            slots = [slot_of(p, positions, sink_positions) for p in seen_by_it]
+            keys = k_cache[layer, b, slots].double().repeat_interleave(query_heads // heads, dim=1)  # [n, Hq, D]
+            values = v_cache[layer, b, slots].double().repeat_interleave(query_heads // heads, dim=1)
+            scores = scale * torch.einsum("hd,nhd->hn", query[b, t].double(), keys)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            lse[b, t] = scores.logsumexp(-1)
+            out[b, t] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
+    return out, lse
+
+
+def append_attend(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    overflow_counts: Tensor,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    new_lengths: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+    saturate: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each new position appended, then attended to by its query; padding queries answer zeros with LSE -inf."""
+    out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64, device=query.device)
+    batch, rows = key.shape[:2]
+    for t in range(rows):
+        count = torch.ones(batch, dtype=torch.int64)
+        if new_lengths is not None:
+            count = (t >= rows - new_lengths.cpu().clamp(0, rows)).long()
+        append(
+            k_cache, v_cache, state, overflow_counts, layer, key[:, t : t + 1], value[:, t : t + 1], count,
+            sink_positions=sink_positions, saturate=saturate,
+        )  # fmt: skip
+        o, s = attend(
+            k_cache, v_cache, state, layer, query[:, t : t + 1],
+            sink_positions=sink_positions, scale=scale, window=window, softcap=softcap,
+        )  # fmt: skip
+        for b in range(batch):
+            if count[b]:
+                out[b, t], lse[b, t] = o[b, 0], s[b, 0]
+    return out, lse
+
+
 def truncate(state: Tensor, length: int, *, sink_positions: int = 0) -> None:
     """Keeps the `length` oldest held positions of every layer and sequence.
 

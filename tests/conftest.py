@@ -53,7 +53,7 @@ def pytest_report_header() -> str:
     return f"kvcache_ext: {build_info.reason}; GPU: {gpu}"
 
 
-BACKENDS = ["cpu-generic", "cpu-avx2", "emulated"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
+BACKENDS = ["cpu-generic", "cpu-avx2", "cpu-avx512", "emulated"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
 DEVICES = ["cpu"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
 
 

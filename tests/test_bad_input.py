@@ -103,6 +103,39 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "gather: out on meta": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=(t(1, 2, 8).to("meta"), t(1, 2, 8).to(d))), ValueError, ["out[0]", "device"]),
     "gather: out requires grad": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), out=(t(1, 2, 8).to(d).requires_grad_(), t(1, 2, 8).to(d))), ValueError, ["out[0]", "grad"]),
     "range: out of another length": (lambda c, d: c.get_range_f32(0, 0, 3, out=(t(2, 2, 8).to(d), t(2, 2, 8).to(d))), ValueError, ["out[0]"]),
+    "attend: layer": (lambda c, d: c.attend(2, t(2, 8).to(d)), IndexError, ["attend", "layer"]),
+    "attend: query a list": (lambda c, d: c.attend(0, [1.0]), TypeError, ["query", "list"]),
+    "attend: query of other head_dim": (lambda c, d: c.attend(0, t(2, 9).to(d)), ValueError, ["query", "query heads, 8", "[2, 9]"]),
+    "attend: query of an odd group": (lambda c, d: c.attend(0, t(3, 8).to(d)), ValueError, ["query", "2 heads", "3"]),
+    "attend: query without heads": (lambda c, d: c.attend(0, t(0, 8).to(d)), ValueError, ["query", "2 heads", "0"]),
+    "attend: query float64": (lambda c, d: c.attend(0, t(2, 8).double().to(d)), TypeError, ["query", "float64"]),
+    "attend: query strided": (lambda c, d: c.attend(0, t(8, 2).to(d).T), ValueError, ["query", "stride"]),
+    "attend: query requires grad": (lambda c, d: c.attend(0, t(2, 8).to(d).requires_grad_()), ValueError, ["query", "grad"]),
+    "attend: query on meta": (lambda c, d: c.attend(0, t(2, 8).to("meta")), ValueError, ["query", "device"]),
+    "attend: query of another batch": (lambda c, d: c.attend(0, t(3, 1, 2, 8).to(d)), ValueError, ["query", "[3, 1, 2, 8]"]),
+    "attend: window 0": (lambda c, d: c.attend(0, t(2, 8).to(d), window=0), ValueError, ["window", "0"]),
+    "attend: window a float": (lambda c, d: c.attend(0, t(2, 8).to(d), window=2.0), TypeError, ["window", "float"]),
+    "attend: softcap 0": (lambda c, d: c.attend(0, t(2, 8).to(d), softcap=0.0), ValueError, ["softcap"]),
+    "attend: softcap NaN": (lambda c, d: c.attend(0, t(2, 8).to(d), softcap=NAN), ValueError, ["softcap"]),
+    "attend: scale NaN": (lambda c, d: c.attend(0, t(2, 8).to(d), scale=NAN), ValueError, ["scale", "finite"]),
+    "attend: scale a string": (lambda c, d: c.attend(0, t(2, 8).to(d), scale="1"), TypeError, ["scale", "str"]),
+    "attend: out of another shape": (lambda c, d: c.attend(0, t(2, 8).to(d), out=t(4, 8).to(d)), ValueError, ["out", "[2, 8]", "[4, 8]"]),
+    "attend: out of another dtype": (lambda c, d: c.attend(0, t(2, 8).to(d), out=t(2, 8).half().to(d)), TypeError, ["out", "float32", "float16"]),
+    "attend: out expanded": (lambda c, d: c.attend(0, t(2, 8).to(d), out=t(1, 8).to(d).expand(2, 8)), ValueError, ["out", "expanded"]),
+    "attend: out the query": (lambda c, d: (lambda q: c.attend(0, q, out=q))(t(2, 8).to(d)), ValueError, ["out", "query"]),
+    "attend: out the cache": (lambda c, d: c.attend(0, t(2, 8).half().to(d), out=c.k_cache[0, 0, 0]), ValueError, ["out", "cache"]),
+    "attend long: query heads": (lambda c, d: c.attend(0, t(1, 30, 3, 8).to(d)), ValueError, ["query", "[1, 30, 3, 8]"]),
+    "attend long: query float64": (lambda c, d: c.attend(0, t(1, 30, 2, 8).double().to(d)), TypeError, ["query", "float64"]),
+    "attend long: layer": (lambda c, d: c.attend(5, t(1, 30, 2, 8).to(d)), IndexError, ["layer"]),
+    "attend long: window": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), window=-1), ValueError, ["window"]),
+    "attend long: out": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), out=t(1, 29, 2, 8).to(d)), ValueError, ["out"]),
+    "append_attend: key": (lambda c, d: c.append_attend(0, t(2, 8).to(d), t(3, 8).to(d), t(2, 8).to(d)), ValueError, ["append_attend", "key", "[3, 8]"]),
+    "append_attend: value": (lambda c, d: c.append_attend(0, t(2, 8).to(d), t(2, 8).to(d), None), TypeError, ["value", "NoneType"]),
+    "append_attend: query longer than key": (lambda c, d: c.append_attend(0, t(1, 3, 2, 8).to(d), t(2, 8).to(d), t(2, 8).to(d)), ValueError, ["query", "1", "3"]),
+    "append_attend: query heads": (lambda c, d: c.append_attend(0, t(3, 8).to(d), t(2, 8).to(d), t(2, 8).to(d)), ValueError, ["query", "heads"]),
+    "append_attend: new_lengths": (lambda c, d: c.append_attend(0, t(2, 8).to(d), t(2, 8).to(d), t(2, 8).to(d), new_lengths=3), TypeError, ["new_lengths", "int"]),
+    "append_attend long: key shorter": (lambda c, d: c.append_attend(0, t(1, 30, 2, 8).to(d), t(29, 2, 8).to(d), t(29, 2, 8).to(d)), ValueError, ["query", "29", "30"]),
+    "append_attend long: key dtype": (lambda c, d: c.append_attend(0, t(1, 30, 2, 8).to(d), t(30, 2, 8).double().to(d), t(30, 2, 8).to(d)), TypeError, ["key", "float64"]),
     "truncate past what is held": (lambda c, d: c.truncate(6), IndexError, ["n", "5", "6"]),
     "truncate negative": (lambda c, d: c.truncate(-1), IndexError, ["n", "-1"]),
     "truncate float": (lambda c, d: c.truncate(1.0), TypeError, ["n", "int", "float"]),
@@ -129,6 +162,13 @@ def test_wrong_calls(device: torch.device, wrong: str) -> None:
     assert (len(cache), cache.position) == (5, 5)
     cache.append(0, torch.randn(2, 8, device=device), torch.randn(2, 8, device=device))  # it still works
     assert cache.position == 6
+
+
+@pytest.mark.parametrize("head_dim", [7, 12, 520])
+def test_head_sizes_without_attention(device: torch.device, head_dim: int) -> None:
+    cache = make_cache(device, head_dim=head_dim)
+    with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 up to 512 for attention, and .* {head_dim}"):
+        cache.attend(0, torch.ones(2, head_dim, device=device))
 
 
 def test_grad_is_no_matter_without_grad_mode(device: torch.device) -> None:

@@ -15,12 +15,20 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     c.k_cache.nan_to_num_(1.0)  # opcheck compares with ==
     c.v_cache.nan_to_num_(1.0)
     tensors = (c.k_cache, c.v_cache, c._state, c._overflow_counts)
-    key = torch.randn(2, 2, 3, 8, device=device).transpose(1, 2)
+    key = torch.randn(2, 2, 2, 8, device=device).transpose(1, 2)
     keys = torch.randn(2, 2, 4, 2, 8, device=device)
     lengths = torch.tensor([1, 0], device=device)
     indices = torch.tensor([[2, 0], [5, 1]], device=device)
     out = (torch.zeros(2, 2, 2, 8, device=device), torch.zeros(2, 2, 2, 8, device=device))
+    query = torch.randn(2, 2, 4, 8, device=device)
+    answer, lse = torch.zeros_like(query), torch.zeros(2, 2, 4, device=device)
+    reading = (c.k_cache, c.v_cache, c._state, c._workspace)
+    writing = (*tensors, c._workspace)
     return [
+        ("attend", (*reading, 1, query, 1, 0.35, 0, 0.0, answer, lse)),
+        ("attend", (*reading, 1, query[:, :1], 1, 0.35, 3, 2.0, answer[:, :1].clone(), None)),
+        ("append_attend", (*writing, 1, query, key, key, None, 1, True, 0.35, 0, 0.0, answer, lse)),
+        ("append_attend", (*writing, 0, query, key, key, lengths, 1, False, 0.35, 2, 0.0, answer, None)),
         ("append", (*tensors, 1, key, key * 2, None, 1, True)),
         ("append", (*tensors, 0, key.half(), key.half(), lengths, 1, False)),
         ("append_all", (*tensors, keys, keys, None, 1, True)),
@@ -33,7 +41,7 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("sample", range(9))
+@pytest.mark.parametrize("sample", range(13))
 def test_opcheck(device: torch.device, sample: int) -> None:
     name, arguments = op_samples(device)[sample]
     torch.library.opcheck(getattr(torch.ops.kvcache_ext, name).default, arguments)
@@ -92,6 +100,44 @@ def test_compiled_code_does_not_copy_the_cache(device: torch.device) -> None:
     assert "kvcache_ext.append" in source
     assert f"empty_strided_{device.type}((2, 1, 4096, 2, 8)" not in source  # a buffer of the cache's shape
     assert str(cache.k_cache.numel()) not in source  # a loop over the cache's elements
+
+
+def attention_step(cache: StreamingKVCacheFp16, hidden: torch.Tensor) -> torch.Tensor:
+    """A small decoder: each layer appends, attends, and hands its answer on."""
+    for layer in range(cache.num_layers):
+        query = torch.sin(hidden).view(1, 1, 2 * cache.num_heads, cache.head_dim)
+        key = torch.cos(hidden).view(1, 1, 2 * cache.num_heads, cache.head_dim)[:, :, : cache.num_heads]
+        answer, lse = cache.append_attend(layer, query, key, key * 2, return_lse=True)
+        again = cache.attend(layer, query, window=3)
+        hidden = hidden + answer.flatten() + again.flatten() * lse.mean()
+    return hidden
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_attention_step_is_the_eager_one(device: torch.device, mode: str) -> None:
+    if mode == "reduce-overhead" and device.type == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    torch._dynamo.reset()
+    eager, compiled = (make_cache(device, sink_positions=1) for _ in range(2))
+    step = torch.compile(attention_step, fullgraph=True, mode=mode)
+    for i in range(20):
+        hidden = torch.randn(32, device=device)
+        torch.testing.assert_close(step(compiled, hidden), attention_step(eager, hidden), rtol=1e-4, atol=1e-4)
+        assert compiled.position == eager.position == i + 1
+    torch.testing.assert_close(compiled.k_cache, eager.k_cache, rtol=1e-2, atol=1e-3)
+
+
+def test_a_long_prompt_compiles(device: torch.device) -> None:
+    torch._dynamo.reset()
+    eager, compiled = (make_cache(device, max_positions=32) for _ in range(2))
+    query = torch.randn(1, 20, 4, 8, device=device)
+    key = torch.randn(1, 20, 2, 8, device=device)
+
+    def prompt(c: StreamingKVCacheFp16) -> torch.Tensor:
+        c.append(0, key, key)
+        return c.attend(0, query) + c.append_attend(0, query, key, key)
+
+    torch.testing.assert_close(torch.compile(prompt, fullgraph=True)(compiled), prompt(eager), rtol=1e-5, atol=1e-5)
 
 
 def test_the_other_methods_compile(device: torch.device) -> None:

@@ -92,6 +92,58 @@ def test_gather_in_a_graph_follows_the_cache() -> None:
             assert_same_bits(o.cpu(), w)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_replayed_attention_is_the_eager_one(rows: int) -> None:
+    """Bit for bit, across wraps: a graph of layers, each one's answer the next one's query."""
+    captured, eager = (
+        make_cache(GPU, num_layers=4, max_positions=50, batch_size=2, num_heads=2, head_dim=64, sink_positions=3)
+        for _ in range(2)
+    )
+    hidden = torch.empty(2, rows, 6, 64, device=GPU)
+    results: dict[str, torch.Tensor] = {}
+
+    def step(cache: StreamingKVCacheFp16, name: str) -> None:
+        x = hidden
+        for layer in range(4):
+            x = cache.append_attend(layer, x, x[:, :, :2] * (layer + 1), x[:, :, 2:4])
+            x = x + cache.attend(layer, x, window=20)
+        results[name] = x
+
+    graph = capture(lambda: step(captured, "captured"))
+    for i in range(200):
+        hidden.normal_()
+        graph.replay()
+        step(eager, "eager")
+        assert_same_bits(results["captured"], results["eager"])
+        assert captured.position == eager.position == (i + 1) * rows
+    assert_same_bits(captured.k_cache, eager.k_cache)
+    assert torch.equal(captured._state, eager._state)
+    assert not captured._workspace[:1024].any()
+
+
+def test_a_hundred_thousand_replays_of_attention() -> None:
+    """Tickets and lengths, which no sanitizer sees: every replay of a wrapping cache against eager, bit for bit."""
+    captured, eager = (
+        make_cache(GPU, num_layers=1, max_positions=777, num_heads=4, head_dim=128, sink_positions=4) for _ in range(2)
+    )
+    x = torch.randn(4, 128, device=GPU)
+    outs = [torch.empty_like(x) for _ in range(2)]
+    differing = torch.zeros((), dtype=torch.int64, device=GPU)
+
+    def step() -> None:
+        x.mul_(1.7).sin_()
+        captured.append_attend(0, x, x * 2, x * 3, out=outs[0])
+
+    graph = capture(step)
+    for _ in range(100_000):
+        graph.replay()
+        eager.append_attend(0, x, x * 2, x * 3, out=outs[1])
+        differing += (outs[0].view(torch.int32) != outs[1].view(torch.int32)).sum()
+    assert int(differing) == 0
+    assert captured.position == eager.position == 100_000
+    assert_same_bits(captured.v_cache, eager.v_cache)
+
+
 def test_clear_in_a_graph() -> None:
     cache = make_cache(GPU, sink_positions=2)
     cache.append_all(torch.full((2, 11, 2, 8), 1e6, device=GPU), torch.zeros(2, 11, 2, 8, device=GPU))

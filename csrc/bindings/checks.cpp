@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <array>
+#include <cmath>
 #include <sstream>
 
 namespace kvc {
@@ -249,6 +250,118 @@ AppendParams append_params(const char* op, const CheckedCache& cache, int64_t fi
     p.new_lengths = n.const_data_ptr();
     p.new_lengths_are_32_bit = n.scalar_type() == at::kInt;
   }
+  return p;
+}
+
+namespace {
+
+// The forms of a query and of an answer, which has the query's own.
+struct QueryForm {
+  int64_t rows;
+  int64_t heads;
+};
+
+QueryForm query_form(const char* op, const at::Tensor& t, const CacheView& c) {
+  const int64_t dims = t.dim();
+  QueryForm form{1, 0};
+  bool fits = dims >= 1 && dims <= 4 && (dims == 4 || c.batch == 1);
+  if (fits && dims == 1) {
+    fits = t.size(0) % c.head_dim == 0;
+    form.heads = t.size(0) / c.head_dim;
+  } else if (fits) {
+    fits = t.size(-1) == c.head_dim && (dims < 4 || t.size(0) == c.batch);
+    form.heads = t.size(-2);
+    if (dims >= 3) form.rows = t.size(-3);
+  }
+  const std::string d = std::to_string(c.head_dim);
+  TORCH_CHECK_VALUE(fits, op, ": query must have shape [", c.batch, ", T, query heads, ", d, "]",
+                    c.batch == 1 ? ", [T, query heads, " + d + "], [query heads, " + d + "] or [query heads * " + d + "]"
+                                 : std::string(),
+                    ", got ", shape_text(t.sizes()));
+  TORCH_CHECK_VALUE(form.heads > 0 && form.heads % c.heads == 0, op, ": query must have a multiple of the cache's ",
+                    c.heads, " heads, got ", form.heads);
+  return form;
+}
+
+template <typename Pointer>
+Rows<Pointer> query_rows(Pointer data, const at::Tensor& t, const CacheView& c) {
+  const int64_t dims = t.dim();
+  Rows<Pointer> r;
+  r.data = data;
+  r.layer_stride = 0;
+  r.batch_stride = dims == 4 ? t.stride(0) : 0;
+  r.row_stride = dims >= 3 ? t.stride(-3) : 0;
+  r.head_stride = dims >= 2 ? t.stride(-2) : c.head_dim;
+  return r;
+}
+
+}  // namespace
+
+AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
+                           const AttendOptions& options, const AppendParams* append, const at::Tensor& workspace,
+                           const at::Tensor& out, const at::Tensor& lse) {
+  AttendParams p;
+  p.cache = cache.view;
+  const CacheView& c = p.cache;
+  check_layer(op, layer, c);
+  TORCH_CHECK_VALUE(c.head_dim % 8 == 0 && c.head_dim <= 512, op,
+                    ": head_dim must be a multiple of 8 up to 512 for attention, and the cache's is ", c.head_dim);
+  check_storage(op, "query", query, cache);
+  p.dtype = kernel_dtype(op, "query", query.scalar_type());
+  check_no_grad(op, "query", query);
+  const QueryForm form = query_form(op, query, c);
+  check_unit_stride(op, "query", query);
+  TORCH_CHECK_VALUE(options.window >= 0, op, ": window must be positive, got ", options.window);
+  TORCH_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), op,
+                    ": softcap must be positive and finite, got ", options.softcap);
+  TORCH_CHECK_VALUE(std::isfinite(options.scale), op, ": scale must be finite, got ", options.scale);
+
+  check_storage(op, "out", out, cache);
+  check_no_grad(op, "out", out);
+  TORCH_CHECK_TYPE(out.scalar_type() == query.scalar_type(), op, ": out must have the dtype of query, ",
+                   dtype_name(query.scalar_type()), ", got ", dtype_name(out.scalar_type()));
+  TORCH_CHECK_VALUE(out.sizes() == query.sizes(), op, ": out must have the shape of query, ",
+                    shape_text(query.sizes()), ", got ", shape_text(out.sizes()));
+  check_unit_stride(op, "out", out);
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    TORCH_CHECK_VALUE(out.size(i) <= 1 || out.stride(i) != 0, op, ": out must not be an expanded tensor, got strides ",
+                      shape_text(out.strides()));
+  }
+  TORCH_CHECK_VALUE(!shares_memory(out, cache.tensors.k_cache) && !shares_memory(out, cache.tensors.v_cache), op,
+                    ": out must not be a view of the cache");
+  TORCH_CHECK_VALUE(!shares_memory(out, query), op, ": out must not share memory with query, which is still being read");
+  p.lse = nullptr;
+  if (lse.defined()) {
+    check_storage(op, "lse", lse, cache);
+    TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.is_contiguous() &&
+                          lse.numel() * c.head_dim == query.numel(),
+                      op, ": lse must be contiguous torch.float32, one number a query, got ", shape_text(lse.sizes()));
+    p.lse = lse.data_ptr<float>();
+  }
+  check_storage(op, "workspace", workspace, cache);
+  TORCH_CHECK_VALUE(workspace.scalar_type() == at::kFloat && workspace.is_contiguous() &&
+                        workspace.numel() >= kAttendTickets,
+                    op, ": workspace must be contiguous torch.float32 of at least ", kAttendTickets, " elements");
+
+  p.layer = layer;
+  p.rows = form.rows;
+  p.query_heads = form.heads;
+  p.query = query_rows<const void*>(query.const_data_ptr(), query, c);
+  p.out = query_rows<void*>(out.data_ptr(), out, c);
+  p.scale = static_cast<float>(options.scale);
+  p.softcap = static_cast<float>(options.softcap);
+  p.window = options.window;
+  p.appends = append != nullptr;
+  if (append != nullptr) {
+    TORCH_CHECK_VALUE(append->rows == form.rows, op, ": query must have as many positions as key, ", append->rows,
+                      ", got ", form.rows);
+    p.append = *append;
+  } else {
+    p.append = AppendParams{};
+  }
+  p.tickets = reinterpret_cast<uint32_t*>(workspace.data_ptr<float>());
+  p.partials = workspace.data_ptr<float>() + kAttendTickets;
+  p.partial_floats = workspace.numel() - kAttendTickets;
   return p;
 }
 

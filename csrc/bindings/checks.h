@@ -45,6 +45,21 @@ void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor
 AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
                            const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths);
 
+// What an attention call is told besides its tensors.
+struct AttendOptions {
+  double scale;
+  int64_t window;  // 0: none
+  double softcap;  // 0: none
+};
+
+// The largest T that the decode kernels take.
+constexpr int64_t kMostQueries = 16;
+
+// Attention of one layer, with an append in the same call where `append` is given. `lse` may be undefined.
+AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
+                           const AttendOptions& options, const AppendParams* append, const at::Tensor& workspace,
+                           const at::Tensor& out, const at::Tensor& lse);
+
 // `indices` is null for a range. The number of rows of the answer is left in `rows`; the outputs are set later.
 GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices);
 

@@ -122,6 +122,11 @@ int64_t HostLengths::longest(int64_t layer) const {
   return n;
 }
 
+int64_t HostLengths::longest_or_all(int64_t layer) const {
+  const bool known = on_host() || (exact_ && !capturing());
+  return known ? longest(layer) : sinks_ + ring_.divisor;
+}
+
 int64_t HostLengths::shortest() const {
   int64_t n = held(0, 0);
   for (int64_t i = 1; i < layers_ * batch_; ++i) n = std::min(n, held_positions({seen_[i], first_[i]}, sinks_));

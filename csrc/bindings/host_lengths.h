@@ -36,6 +36,8 @@ class HostLengths {
   void refresh(const char* op);
   int64_t held(int64_t layer, int64_t sequence) const;
   int64_t longest(int64_t layer) const;  // the largest number held by a sequence of the layer
+  // The same without looking at the device: all slots where the copy is not exact, or is about to be captured.
+  int64_t longest_or_all(int64_t layer) const;
   int64_t shortest() const;              // the smallest number held by any
   int64_t position() const;              // the largest number seen by any
   // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in every

@@ -1,9 +1,12 @@
 // kvcache_ext._C: the object behind StreamingKVCacheFp16. Arguments are taken as plain Python objects and parsed here,
 // so that a wrong one gets a sentence of ours and not a listing of overloads.
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <cmath>
 
 #include "../kernels/cpu/cpu.h"
 #include "devices.h"
@@ -52,12 +55,39 @@ std::optional<TensorPair> out_argument(const char* op, py::handle h) {
                     tensor_argument(op, "out[1]", py::object(pair[1]))};
 }
 
+// None: no such option, which the ops write as 0; else a positive number.
+int64_t window_argument(const char* op, py::handle h) {
+  if (h.is_none()) return 0;
+  const int64_t window = integer_argument(op, "window", h);
+  TORCH_CHECK_VALUE(window > 0, op, ": window must be positive or None, got ", window);
+  return window;
+}
+
+double number_argument(const char* op, const char* name, py::handle h) {
+  TORCH_CHECK_TYPE((PyFloat_Check(h.ptr()) || PyIndex_Check(h.ptr())) && !PyBool_Check(h.ptr()), op, ": ", name,
+                   " must be a number or None, got ", type_name(h));
+  const double value = PyFloat_AsDouble(h.ptr());
+  if (value == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    TORCH_CHECK_TYPE(false, op, ": ", name, " must be a number or None, got a ", type_name(h), " that is none");
+  }
+  return value;
+}
+
+double softcap_argument(const char* op, py::handle h) {
+  if (h.is_none()) return 0;
+  const double softcap = number_argument(op, "softcap", h);
+  TORCH_CHECK_VALUE(softcap > 0, op, ": softcap must be positive or None, got ", softcap);
+  return softcap;
+}
+
 class Cache {
  public:
-  Cache(at::Tensor k_cache, at::Tensor v_cache, at::Tensor state, at::Tensor overflow_counts, int64_t sink_positions,
-        bool saturate)
+  Cache(at::Tensor k_cache, at::Tensor v_cache, at::Tensor state, at::Tensor overflow_counts, at::Tensor workspace,
+        int64_t sink_positions, bool saturate)
       : cache_("StreamingKVCacheFp16", {std::move(k_cache), std::move(v_cache), std::move(state),
                                         std::move(overflow_counts), sink_positions, saturate}),
+        workspace_(std::move(workspace)),
         lengths_(HostLengths::make(cache_.tensors.state, sink_positions, cache_.view.positions)) {}
 
   void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths) {
@@ -111,6 +141,44 @@ class Cache {
     return {view(cache_.tensors.k_cache), view(cache_.tensors.v_cache)};
   }
 
+  py::object attend(py::handle layer, py::handle query, py::handle scale, py::handle window, py::handle softcap,
+                    bool return_lse, py::handle out) {
+    const char* op = "attend";
+    const int64_t l = integer_argument(op, "layer", layer);
+    const at::Tensor& q = tensor_argument(op, "query", query);
+    const AttendOptions options = attend_options(op, scale, window, softcap);
+    const at::Tensor to = attend_output(op, q, out);
+    const at::Tensor lse = return_lse ? new_lse(q) : at::Tensor();
+    kvc::attend(cache_, l, q, options, workspace_, to, lse);
+    return answer(to, lse);
+  }
+
+  py::object append_attend(py::handle layer, py::handle query, py::handle key, py::handle value,
+                           py::handle new_lengths, py::handle scale, py::handle window, py::handle softcap,
+                           bool return_lse, py::handle out) {
+    const char* op = "append_attend";
+    const int64_t l = integer_argument(op, "layer", layer);
+    const at::Tensor& q = tensor_argument(op, "query", query);
+    const at::Tensor& k = tensor_argument(op, "key", key);
+    const at::Tensor& v = tensor_argument(op, "value", value);
+    const at::Tensor* n = optional_tensor_argument(op, "new_lengths", new_lengths);
+    const AttendOptions options = attend_options(op, scale, window, softcap);
+    const at::Tensor to = attend_output(op, q, out);
+    const at::Tensor lse = return_lse ? new_lse(q) : at::Tensor();
+    kvc::append_attend(cache_, lengths_.get(), l, q, k, v, n, options, workspace_, to, lse);
+    return answer(to, lse);
+  }
+
+  // Raises what append would, and does nothing.
+  void check_append(const char* op, py::handle layer, py::handle key, py::handle value, py::handle new_lengths) const {
+    append_params(op, cache_, integer_argument(op, "layer", layer), false, tensor_argument(op, "key", key),
+                  tensor_argument(op, "value", value), optional_tensor_argument(op, "new_lengths", new_lengths));
+  }
+
+  int64_t longest_or_all(py::handle layer) const {
+    return lengths_->longest_or_all(checked_layer("attend", layer));
+  }
+
   int64_t shortest() {
     lengths_->refresh("len");
     return lengths_->shortest();
@@ -133,6 +201,30 @@ class Cache {
   void clear() { kvc::clear(cache_, lengths_.get()); }
 
  private:
+  AttendOptions attend_options(const char* op, py::handle scale, py::handle window, py::handle softcap) const {
+    return {scale.is_none() ? 1.0 / std::sqrt(static_cast<double>(cache_.view.head_dim))
+                            : number_argument(op, "scale", scale),
+            window_argument(op, window), softcap_argument(op, softcap)};
+  }
+
+  // A wrong query is reported as such by the checks, not by the allocation of an answer for it.
+  at::Tensor attend_output(const char* op, const at::Tensor& query, py::handle out) const {
+    if (!out.is_none()) return tensor_argument(op, "out", out);
+    kernel_dtype(op, "query", query.scalar_type());
+    return at::empty(query.sizes(), query.options().requires_grad(false));
+  }
+
+  at::Tensor new_lse(const at::Tensor& query) const {
+    const auto options = query.options().dtype(at::kFloat).requires_grad(false);
+    if (query.dim() == 1) return at::empty({query.size(0) / cache_.view.head_dim}, options);
+    return at::empty(query.sizes().slice(0, query.dim() > 0 ? query.dim() - 1 : 0), options);
+  }
+
+  static py::object answer(const at::Tensor& out, const at::Tensor& lse) {
+    if (!lse.defined()) return py::cast(out);
+    return py::make_tuple(out, lse);
+  }
+
   int64_t checked_layer(const char* op, py::handle h) const {
     const int64_t layer = integer_argument(op, "layer", h);
     check_layer(op, layer, cache_.view);
@@ -150,6 +242,7 @@ class Cache {
   }
 
   CheckedCache cache_;
+  at::Tensor workspace_;
   std::shared_ptr<HostLengths> lengths_;
 };
 
@@ -177,19 +270,23 @@ PYBIND11_MODULE(_C, m) {
   using kvc::Cache;
   py::register_local_exception_translator(kvc::translate);
   py::class_<Cache>(m, "Cache")
-      .def(py::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, int64_t, bool>())
+      .def(py::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, int64_t, bool>())
       .def("append", &Cache::append)
       .def("append_all", &Cache::append_all)
       .def("gather", &Cache::gather)
       .def("get_range_f32", &Cache::get_range_f32)
       .def("get_valid_f32", &Cache::get_valid_f32)
       .def("get_range_raw", &Cache::get_range_raw)
+      .def("attend", &Cache::attend)
+      .def("append_attend", &Cache::append_attend)
+      .def("check_append", &Cache::check_append)
+      .def("longest_or_all", &Cache::longest_or_all)
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
       .def("truncate", &Cache::truncate)
       .def("clear", &Cache::clear);
-  m.def("cpu_instruction_set", [] { return kvc::cpu::conversions().name; });
-  m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_conversions(name); });
+  m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
+  m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });
   m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });
 #if defined(KVC_WITH_CUDA)
   m.attr("with_cuda") = true;

@@ -22,10 +22,12 @@ void run(const char* op, const Params& params, const at::Tensor& on, void (*on_c
 #if defined(KVC_WITH_CUDA)
 constexpr auto kAppendCuda = append_cuda;
 constexpr auto kGatherCuda = gather_cuda;
+constexpr auto kAttendCuda = attend_cuda;
 constexpr auto kTruncateCuda = truncate_cuda;
 #else
 constexpr void (*kAppendCuda)(const AppendParams&, c10::Device) = nullptr;
 constexpr void (*kGatherCuda)(const GatherParams&, c10::Device) = nullptr;
+constexpr void (*kAttendCuda)(const AttendParams&, c10::Device) = nullptr;
 constexpr void (*kTruncateCuda)(const TruncateParams&, c10::Device) = nullptr;
 #endif
 
@@ -91,6 +93,34 @@ TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer
   return to;
 }
 
+namespace {
+
+void check_query_count(const char* op, int64_t rows) {
+  TORCH_CHECK_VALUE(rows <= kMostQueries, op, ": query must have at most ", kMostQueries,
+                    " positions here, got ", rows);
+}
+
+}  // namespace
+
+void attend(const CheckedCache& cache, int64_t layer, const at::Tensor& query, const AttendOptions& options,
+            const at::Tensor& workspace, const at::Tensor& out, const at::Tensor& lse) {
+  const AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, workspace, out, lse);
+  check_query_count("attend", p.rows);
+  run("attend", p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
+}
+
+void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
+                   const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
+                   const AttendOptions& options, const at::Tensor& workspace, const at::Tensor& out,
+                   const at::Tensor& lse) {
+  const char* op = "append_attend";
+  const AppendParams append = append_params(op, cache, layer, false, key, value, new_lengths);
+  const AttendParams p = attend_params(op, cache, layer, query, options, &append, workspace, out, lse);
+  check_query_count(op, p.rows);
+  run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
+  if (lengths != nullptr) lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr);
+}
+
 void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length) {
   const CacheView& c = cache.view;
   TORCH_CHECK_VALUE(length >= 0, "truncate: n must not be negative, got ", length);
@@ -141,6 +171,23 @@ void op_gather_out(const at::Tensor& k_cache, const at::Tensor& v_cache, const a
              key_out.scalar_type(), {key_out, value_out});
 }
 
+void op_attend(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state, at::Tensor& workspace,
+               int64_t layer, const at::Tensor& query, int64_t sink_positions, double scale, int64_t window,
+               double softcap, at::Tensor& out, const std::optional<at::Tensor>& lse) {
+  attend(without_counters("attend", k_cache, v_cache, state, sink_positions), layer, query, {scale, window, softcap},
+         workspace, out, lse.value_or(at::Tensor()));
+}
+
+void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
+                      at::Tensor& workspace, int64_t layer, const at::Tensor& query, const at::Tensor& key,
+                      const at::Tensor& value, const std::optional<at::Tensor>& new_lengths, int64_t sink_positions,
+                      bool saturate, double scale, int64_t window, double softcap, at::Tensor& out,
+                      const std::optional<at::Tensor>& lse) {
+  append_attend({"append_attend", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}},
+                HostLengths::of(state).get(), layer, query, key, value, new_lengths ? &*new_lengths : nullptr,
+                {scale, window, softcap}, workspace, out, lse.value_or(at::Tensor()));
+}
+
 void op_truncate(const at::Tensor& k_cache, at::Tensor& state, int64_t length, int64_t sink_positions) {
   truncate(without_counters("truncate", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length);
 }
@@ -166,6 +213,14 @@ TORCH_LIBRARY(kvcache_ext, m) {
   m.def(
       "gather_out(Tensor k_cache, Tensor v_cache, Tensor state, int layer, Tensor indices, int sink_positions, "
       "Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
+  m.def(
+      "attend(Tensor k_cache, Tensor v_cache, Tensor state, Tensor(a!) workspace, int layer, Tensor query, "
+      "int sink_positions, float scale, int window, float softcap, Tensor(b!) out, Tensor(c!)? lse) -> ()");
+  m.def(
+      "append_attend(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor(d!) overflow_counts, "
+      "Tensor(e!) workspace, int layer, Tensor query, Tensor key, Tensor value, Tensor? new_lengths, "
+      "int sink_positions, bool saturate, float scale, int window, float softcap, Tensor(f!) out, Tensor(g!)? lse) "
+      "-> ()");
   m.def("truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions) -> ()");
   m.def("clear(Tensor k_cache, Tensor(a!) state, Tensor(b!) overflow_counts, int sink_positions) -> ()");
 }
@@ -177,6 +232,8 @@ void register_for_device(torch::Library& m) {
   m.impl("append_all", kvc::op_append_all);
   m.impl("gather", kvc::op_gather);
   m.impl("gather_out", kvc::op_gather_out);
+  m.impl("attend", kvc::op_attend);
+  m.impl("append_attend", kvc::op_append_attend);
   m.impl("truncate", kvc::op_truncate);
   m.impl("clear", kvc::op_clear);
 }

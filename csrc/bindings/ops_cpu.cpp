@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "../kernels/cpu/cpu.h"
 #include "devices.h"
@@ -14,6 +15,7 @@ namespace {
 struct LoadedOps {
   int (*append)(const AppendParams*) = nullptr;
   int (*gather)(const GatherParams*) = nullptr;
+  int (*attend)(const AttendParams*) = nullptr;
   int (*truncate)(const TruncateParams*) = nullptr;
 };
 LoadedOps loaded_ops;
@@ -55,6 +57,43 @@ void gather_cpu(const GatherParams& p) {
   run_items(items, elements, [&](int64_t begin, int64_t end) { cpu::gather(p, begin, end, stream); });
 }
 
+// A sequence's rows are cut into at most this many runs (over all sequences), each no shorter than kLeastRun. That depends
+// on lengths alone and not on threads, so a call's answer does not either.
+constexpr int64_t kMostRuns = 64;
+constexpr int64_t kLeastRun = 256;
+
+void attend_cpu(const AttendParams& p) {
+  const CacheView& c = p.cache;
+  if (loaded_ops.attend != nullptr) {
+    check_loaded(loaded_ops.attend(&p));
+    if (p.appends && p.rows > 1) append_cpu(p.append);
+    return;
+  }
+  std::vector<cpu::AttendRun> runs;
+  std::vector<int64_t> first_run(static_cast<size_t>(c.batch) + 1);
+  const int64_t most = std::max<int64_t>(1, kMostRuns / c.batch);
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int64_t* seen = c.state + p.layer * c.batch + b;
+    const AttendPlan plan = AttendPlan::make(p, b, {seen[0], seen[c.layers * c.batch]});
+    const int64_t length = std::max(kLeastRun, (plan.count + most - 1) / most);
+    for (int64_t row = 0; row < plan.count; row += length) {
+      runs.push_back({b, row, std::min(plan.count, row + length)});
+    }
+    first_run[static_cast<size_t>(b) + 1] = static_cast<int64_t>(runs.size());
+  }
+  const int64_t state_floats = p.rows * p.query_heads * (c.head_dim + 2);
+  const auto count = static_cast<int64_t>(runs.size());
+  std::vector<float> states(static_cast<size_t>(count * state_floats));
+  run_items(count, kLeastRun * c.heads * c.head_dim, [&](int64_t begin, int64_t end) {
+    cpu::attend(p, runs.data(), begin, end, states.data());
+  });
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int64_t from = first_run[static_cast<size_t>(b)];
+    cpu::finish_attend(p, b, first_run[static_cast<size_t>(b) + 1] - from, states.data() + from * state_floats);
+  }
+  if (p.appends) append_cpu(p.append);
+}
+
 void truncate_cpu(const TruncateParams& p) {
   if (loaded_ops.truncate != nullptr) return check_loaded(loaded_ops.truncate(&p));
   cpu::truncate(p);
@@ -68,9 +107,10 @@ void load_cpu_ops(const char* path) {
   LoadedOps ops;
   ops.append = reinterpret_cast<decltype(ops.append)>(dlsym(library, "kvc_append"));
   ops.gather = reinterpret_cast<decltype(ops.gather)>(dlsym(library, "kvc_gather"));
+  ops.attend = reinterpret_cast<decltype(ops.attend)>(dlsym(library, "kvc_attend"));
   ops.truncate = reinterpret_cast<decltype(ops.truncate)>(dlsym(library, "kvc_truncate"));
-  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.truncate != nullptr, "load_cpu_ops: ", path,
-              " lacks kvc_append, kvc_gather or kvc_truncate");
+  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr && ops.truncate != nullptr, "load_cpu_ops: ", path,
+              " lacks kvc_append, kvc_gather, kvc_attend or kvc_truncate");
   loaded_ops = ops;
 }
 

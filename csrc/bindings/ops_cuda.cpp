@@ -32,6 +32,12 @@ void launch(const char* op, cudaError_t (*launcher)(const Params&, cudaStream_t)
 
 void append_cuda(const AppendParams& p, c10::Device device) { launch("append", launch_append, p, device); }
 void gather_cuda(const GatherParams& p, c10::Device device) { launch("gather", launch_gather, p, device); }
+void attend_cuda(const AttendParams& p, c10::Device device) {
+  launch("attend", launch_attend, p, device);
+  // One new position is appended in the same launch. Several are not, as earlier queries still see what they overwrite.
+  if (p.appends && p.rows > 1) launch("append", launch_append, p.append, device);
+}
+
 void truncate_cuda(const TruncateParams& p, c10::Device device) { launch("truncate", launch_truncate, p, device); }
 
 bool is_capturing_cuda(c10::Device device) {

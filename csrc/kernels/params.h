@@ -68,6 +68,33 @@ struct GatherParams {
   DType dtype;
 };
 
+// How many tickets the workspace of an attention call has: heads that several blocks share at a time.
+constexpr int64_t kAttendTickets = 1024;
+
+// Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as if
+// each were appended and attended to in turn.
+//
+// Query t stands at position p = seen - T + t (seen counted after the append). It sees the positions up to p that are held
+// when it is its turn: the sinks, and of the others the last `ring`, or the last `window` if that is less.
+struct AttendParams {
+  CacheView cache;
+  int64_t layer;
+  int64_t rows;               // T
+  int64_t query_heads;        // Hq, a multiple of H: query head j reads KV head j / (Hq / H)
+  Rows<const void*> query;    // [1, B, T, Hq, D] of `dtype`
+  Rows<void*> out;            // [1, B, T, Hq, D] of `dtype`
+  float* lse;                 // [B, T, Hq] natural log-sum-exp, or null
+  DType dtype;
+  float scale;
+  float softcap;              // scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;             // 0: no window
+  bool appends;               // the fields of `append` count; else they are not read
+  AppendParams append;        // of the same cache and layer, layer_count 1, T rows
+  float* partials;            // workspace: what the blocks that share a head leave for the last of them
+  uint32_t* tickets;          // workspace [kAttendTickets]: zero between launches
+  int64_t partial_floats;     // the size of `partials`
+};
+
 // Keep the `length` oldest held positions of every layer and sequence (all, where fewer are held).
 struct TruncateParams {
   int64_t* state;  // [3, L, B]

@@ -7,6 +7,7 @@
 // reaches ends the program with a message.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -27,6 +28,18 @@ struct dim3 {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+// A GPU of few multiprocessors, so that small tests fill it and large ones do not take for ever.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 6;
+  return cudaSuccess;
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -64,6 +77,15 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   unsigned sum = 0;
   for (int i = 0; i < 32; ++i) sum += static_cast<unsigned>(lanes[i]);
   return sum;
+}
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const uint64_t* lanes = emulator::warp_exchange(bits);
+  float other;
+  std::memcpy(&other, &lanes[(threadIdx.x % 32) ^ static_cast<unsigned>(mask)], sizeof other);
+  return other;
 }
 
 template <typename... Parameters, typename... Arguments>

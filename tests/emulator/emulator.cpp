@@ -135,5 +135,6 @@ const uint64_t* warp_exchange(uint64_t value) {
 extern "C" {
 int kvc_append(const kvc::AppendParams* p) { return kvc::launch_append(*p, nullptr); }
 int kvc_gather(const kvc::GatherParams* p) { return kvc::launch_gather(*p, nullptr); }
+int kvc_attend(const kvc::AttendParams* p) { return kvc::launch_attend(*p, nullptr); }
 int kvc_truncate(const kvc::TruncateParams* p) { return kvc::launch_truncate(*p, nullptr); }
 }

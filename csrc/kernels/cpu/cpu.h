@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../attend.h"
 #include "../params.h"
 
 namespace kvc {
@@ -11,19 +12,38 @@ namespace cpu {
 
 // Conversions of a run of elements. `stream`: store past the caches (worth it when the result is larger than they are).
 struct Conversions {
-  const char* name;
   // Returns how many finite inputs overflow FP16.
   int64_t (*to_half)(DType from, const void* in, uint16_t* out, int64_t n, bool saturate, bool stream);
   void (*from_half)(DType to, const uint16_t* in, void* out, int64_t n, bool stream);
 };
 
-extern const Conversions kGeneric;   // plain C++, any machine
+// Adds the rows [begin, end) of one sequence to the states of its queries.
+//   queries [T * Hq, D] scaled; state [T * Hq, D + 2]: weighted sum, maximum, sum of weights;
+//   scores [T * Hq, 16], converted [2, 16, H, D]: scratch
+using AttendRows = void (*)(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
+                            const float* queries, float* state, float* scores, uint16_t* converted);
+
+extern const Conversions kGeneric;  // plain C++, any machine
+void attend_generic(const AttendParams&, const AttendPlan&, int64_t, int64_t, int64_t, const float*, float*, float*,
+                    uint16_t*);
 #if defined(__x86_64__)
-extern const Conversions kAvx2;      // AVX2, F16C
+extern const Conversions kAvx2;  // AVX2, F16C
+void attend_avx2(const AttendParams&, const AttendPlan&, int64_t, int64_t, int64_t, const float*, float*, float*,
+                 uint16_t*);
+void attend_avx512(const AttendParams&, const AttendPlan&, int64_t, int64_t, int64_t, const float*, float*, float*,
+                   uint16_t*);
 #endif
 
-const Conversions& conversions();         // the best that this machine has, or the one that was selected
-bool select_conversions(const char* name);  // false: no such name, or this machine lacks the instructions
+// What a machine can do: the functions for its instructions.
+struct InstructionSet {
+  const char* name;
+  const Conversions* conversions;
+  AttendRows attend;
+  AttendRows attend_multiples_of_16;  // the same, for such a head_dim
+};
+
+const InstructionSet& instruction_set();         // the best that this machine has, or the one that was selected
+bool select_instruction_set(const char* name);  // false: no such name, or this machine lacks the instructions
 
 // An item of append is one row of one sequence of one layer; of gather, one row of one sequence. Items of one call may
 // run in any order and on any thread; advance_state comes after all of them.
@@ -33,6 +53,17 @@ void advance_state(const AppendParams& params);
 
 int64_t gather_items(const GatherParams& params);
 void gather(const GatherParams& params, int64_t begin, int64_t end, bool stream);
+
+// Attention: the rows that a sequence's queries see are cut into runs, each on any thread; then each query's states of all
+// runs are merged, and the answer written. `states` [runs of all sequences, T * Hq, D + 2].
+struct AttendRun {
+  int64_t sequence;
+  int64_t begin;
+  int64_t end;
+};
+constexpr int64_t kMaxHeadDim = 512;
+void attend(const AttendParams& params, const AttendRun* runs, int64_t begin, int64_t end, float* states);
+void finish_attend(const AttendParams& params, int64_t sequence, int64_t runs, const float* states);
 
 void truncate(const TruncateParams& params);
 

@@ -1,4 +1,4 @@
-// Which conversions this machine uses.
+// Which instructions this machine's kernels use.
 #include <atomic>
 #include <cstring>
 #include <fstream>
@@ -9,41 +9,48 @@ namespace kvc {
 namespace cpu {
 namespace {
 
-bool has_avx2() {
+const InstructionSet kSets[] = {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
-#else
-  return false;
+    {"avx512", &kAvx2, attend_avx2, attend_avx512},
+    {"avx2", &kAvx2, attend_avx2, attend_avx2},
 #endif
+    {"generic", &kGeneric, attend_generic, attend_generic},
+};
+
+bool machine_has([[maybe_unused]] const InstructionSet& set) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+  if (std::strcmp(set.name, "avx2") == 0) return avx2;
+  if (std::strcmp(set.name, "avx512") == 0) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return true;
 }
 
-const Conversions* best() {
-#if defined(__x86_64__)
-  if (has_avx2()) return &kAvx2;
-#endif
-  return &kGeneric;
+const InstructionSet* best() {
+  const InstructionSet* set = kSets;
+  while (!machine_has(*set)) ++set;  // the last needs nothing
+  return set;
 }
 
-std::atomic<const Conversions*>& selected() {
-  static std::atomic<const Conversions*> conversions{best()};
-  return conversions;
+std::atomic<const InstructionSet*>& selected() {
+  static std::atomic<const InstructionSet*> set{best()};
+  return set;
 }
 
 }  // namespace
 
-const Conversions& conversions() { return *selected().load(std::memory_order_relaxed); }
+const InstructionSet& instruction_set() { return *selected().load(std::memory_order_relaxed); }
 
-bool select_conversions(const char* name) {
-  if (std::strcmp(name, kGeneric.name) == 0) {
-    selected() = &kGeneric;
-    return true;
+bool select_instruction_set(const char* name) {
+  for (const InstructionSet& set : kSets) {
+    if (std::strcmp(name, set.name) == 0 && machine_has(set)) {
+      selected() = &set;
+      return true;
+    }
   }
-#if defined(__x86_64__)
-  if (std::strcmp(name, kAvx2.name) == 0 && has_avx2()) {
-    selected() = &kAvx2;
-    return true;
-  }
-#endif
   return false;
 }
 

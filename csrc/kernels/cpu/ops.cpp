@@ -3,8 +3,12 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
+#include "../convert.h"
 #include "../layout.h"
 #include "cpu.h"
 
@@ -96,7 +100,7 @@ int64_t append_items(const AppendParams& p) { return p.layer_count * p.cache.bat
 
 void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
-  const Conversions& use = conversions();
+  const Conversions& use = *instruction_set().conversions;
   while (begin < end) {  // a run of rows of one sequence of one layer
     const int64_t matrix = begin / p.rows;
     const int64_t first_row = begin - matrix * p.rows;
@@ -139,7 +143,7 @@ int64_t gather_items(const GatherParams& p) { return p.cache.batch * p.rows; }
 
 void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
-  const Conversions& use = conversions();
+  const Conversions& use = *instruction_set().conversions;
   while (begin < end) {  // a run of rows of one sequence
     const int64_t sequence = begin / p.rows;
     const int64_t first_row = begin - sequence * p.rows;
@@ -162,6 +166,76 @@ void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
     begin += last_row - first_row;
   }
   if (stream) finish_streaming();
+}
+
+void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t end, float* states) {
+  const CacheView& c = p.cache;
+  const InstructionSet& use = instruction_set();
+  const AttendRows attend_rows = c.head_dim % 16 == 0 ? use.attend_multiples_of_16 : use.attend;
+  const int64_t queries = p.rows * p.query_heads;
+  const float factor = p.softcap > 0 ? p.scale : p.scale * 1.4426950408889634f;  // scores become powers of two
+  std::vector<float> scaled(static_cast<size_t>(queries * c.head_dim));
+  std::vector<float> scores(static_cast<size_t>(queries * 16));
+  std::vector<uint16_t> converted(p.appends ? static_cast<size_t>(2 * 16 * c.heads * c.head_dim) : 0);
+  for (int64_t run = begin; run < end; ++run) {
+    const int64_t b = runs[run].sequence;
+    const int64_t entry = p.layer * c.batch + b;
+    const AttendPlan plan = AttendPlan::make(p, b, {*seen_of(c, entry), *first_of(c, entry)});
+    for (int64_t m = 0; m < queries; ++m) {
+      const int64_t offset = b * p.query.batch_stride + m / p.query_heads * p.query.row_stride +
+                             m % p.query_heads * p.query.head_stride;
+      float* to = scaled.data() + m * c.head_dim;
+      if (p.dtype == DType::f32) {
+        std::memcpy(to, static_cast<const float*>(p.query.data) + offset, static_cast<size_t>(c.head_dim) * 4);
+      } else {
+        const uint16_t* from = static_cast<const uint16_t*>(p.query.data) + offset;
+        for (int64_t d = 0; d < c.head_dim; ++d) {
+          to[d] = p.dtype == DType::f16 ? half_to_float(from[d]) : bf16_to_float(from[d]);
+        }
+      }
+      for (int64_t d = 0; d < c.head_dim; ++d) to[d] *= factor;
+    }
+    float* state = states + run * queries * (c.head_dim + 2);
+    std::fill_n(state, queries * (c.head_dim + 2), 0.0f);
+    for (int64_t m = 0; m < queries; ++m) state[m * (c.head_dim + 2) + c.head_dim] = -INFINITY;
+    attend_rows(p, plan, b, runs[run].begin, runs[run].end, scaled.data(), state, scores.data(), converted.data());
+  }
+}
+
+void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const float* states) {
+  const int64_t head_dim = p.cache.head_dim;
+  const int64_t queries = p.rows * p.query_heads;
+  for (int64_t m = 0; m < queries; ++m) {
+    const auto state = [&](int64_t run) { return states + (run * queries + m) * (head_dim + 2); };
+    float max = -INFINITY;
+    for (int64_t run = 0; run < runs; ++run) {
+      const float other = state(run)[head_dim];
+      if (other > max || other != other) max = other;
+    }
+    double merged[kMaxHeadDim] = {};
+    double sum = 0.0;
+    for (int64_t run = 0; run < runs; ++run) {
+      const float* s = state(run);
+      const double weight = s[head_dim] == -INFINITY ? 0.0 : std::exp2(static_cast<double>(s[head_dim]) - max);
+      sum += weight * s[head_dim + 1];
+      for (int64_t d = 0; d < head_dim; ++d) merged[d] += weight * s[d];
+    }
+    const int64_t offset = sequence * p.out.batch_stride + m / p.query_heads * p.out.row_stride +
+                           m % p.query_heads * p.out.head_stride;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const float answer = sum == 0.0 ? 0.0f : static_cast<float>(merged[d] / sum);
+      if (p.dtype == DType::f32) {
+        static_cast<float*>(p.out.data)[offset + d] = answer;
+      } else {
+        static_cast<uint16_t*>(p.out.data)[offset + d] =
+            p.dtype == DType::f16 ? float_to_half(answer) : float_to_bf16(answer);
+      }
+    }
+    if (p.lse != nullptr) {
+      p.lse[sequence * queries + m] =
+          sum == 0.0 ? -INFINITY : static_cast<float>(max * 0.6931471805599453 + std::log(sum));
+    }
+  }
 }
 
 void truncate(const TruncateParams& p) {

@@ -171,7 +171,7 @@ KVC_AVX2 void from_half(DType to, const uint16_t* in, void* out, int64_t n, bool
 
 }  // namespace
 
-const Conversions kAvx2 = {"avx2", to_half, from_half};
+const Conversions kAvx2 = {to_half, from_half};
 
 }  // namespace cpu
 }  // namespace kvc

@@ -45,7 +45,7 @@ void from_half(DType to, const uint16_t* in, void* out, int64_t n, bool) {
 
 }  // namespace
 
-const Conversions kGeneric = {"generic", to_half, from_half};
+const Conversions kGeneric = {to_half, from_half};
 
 }  // namespace cpu
 }  // namespace kvc

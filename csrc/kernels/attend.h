@@ -1,0 +1,80 @@
+// What each query of an attention call may see. Shared by the GPU and the CPU kernels.
+//
+// The positions that any query of a sequence sees are numbered 0, 1, ... in order of age: first the sinks, then a run that
+// ends with the newest position. These numbers ("rows" below) are what the kernels loop over.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+#include "params.h"
+
+namespace kvc {
+
+struct AttendPlan {
+  int64_t seen;        // positions in the cache before the call
+  int64_t total;       // and after it
+  int64_t padding;     // queries before this one are left padding and see nothing
+  int64_t queries;     // T
+  int64_t sinks_held;  // rows that are sinks
+  int64_t oldest;      // the position of the first row that is not a sink
+  int64_t count;       // rows
+  int64_t cached;      // rows before this one lie in the cache, the others in the call's own keys and values
+  int64_t base;        // the place of `oldest` in the ring
+  int64_t sinks;
+  int64_t ring;
+  int64_t first;       // of the state before the call
+  int64_t window;
+  bool appends;
+
+  KVC_HD static AttendPlan make(const AttendParams& p, int64_t sequence, SequenceState s) {
+    AttendPlan a;
+    const int64_t appended = p.appends ? appended_rows(p.append, sequence) : 0;
+    a.seen = s.seen;
+    a.total = s.seen + appended;
+    a.padding = p.appends ? p.rows - appended : 0;
+    a.queries = p.rows;
+    a.sinks = p.cache.sinks;
+    a.ring = p.cache.ring.divisor;
+    a.first = s.first;
+    a.window = p.window;
+    a.appends = p.appends;
+    a.sinks_held = imin(a.total, a.sinks);
+    a.oldest = a.oldest_for(a.padding);
+    a.count = a.padding < p.rows ? a.sinks_held + imax(a.total - a.oldest, 0) : 0;
+    a.cached = a.seen <= a.sinks_held ? a.seen : a.sinks_held + imax(a.seen - a.oldest, 0);
+    a.cached = imin(a.cached, a.count);
+    a.base = p.cache.ring.mod(a.oldest - a.sinks);
+    return a;
+  }
+
+  KVC_HD int64_t query_position(int64_t query) const { return total - queries + query; }
+
+  // The oldest position that is not a sink and that a query may see, from its own position.
+  KVC_HD int64_t oldest_for(int64_t query) const {
+    const int64_t p = query_position(query);
+    int64_t oldest = first;
+    if (appends) oldest = imax(oldest, p + 1 - ring);
+    if (window > 0) oldest = imax(oldest, p + 1 - window);
+    return oldest;
+  }
+
+  KVC_HD int64_t position(int64_t row) const { return row < sinks_held ? row : oldest + (row - sinks_held); }
+
+  KVC_HD int64_t slot(int64_t row) const {
+    if (row < sinks_held) return row;
+    int64_t place = base + (row - sinks_held);
+    if (place >= ring) place -= ring;
+    return sinks + place;
+  }
+
+  // Where a row that is not cached lies in the call's keys and values.
+  KVC_HD int64_t input_row(int64_t row) const { return position(row) - seen + padding; }
+
+  KVC_HD bool sees(int64_t query, int64_t row) const {
+    const int64_t p = position(row);
+    return query >= padding && p <= query_position(query) && (row < sinks_held || p >= oldest_for(query));
+  }
+};
+
+}  // namespace kvc

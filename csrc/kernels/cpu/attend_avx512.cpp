@@ -1,0 +1,54 @@
+// Attention with AVX-512 (F and DQ): sixteen elements at a time, where head_dim is a multiple of that.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "../attend.h"
+#include "../convert.h"
+#include "cpu.h"
+
+// From here on, and after every header of others: this file's own code alone is compiled for these instructions.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own AVX-512 header
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx2,fma,f16c")
+#include "attend_impl.h"
+
+namespace kvc {
+namespace cpu {
+namespace {
+
+struct Avx512 {
+  static constexpr int kWidth = 16;
+  using Floats = __m512;
+  static Floats set(float a) { return _mm512_set1_ps(a); }
+  static Floats load(const float* at) { return _mm512_loadu_ps(at); }
+  static Floats load_halves(const uint16_t* at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  }
+  static void store(float* at, Floats a) { _mm512_storeu_ps(at, a); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats max_or_nan(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+  static Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Floats times_power_of_two(Floats a, Floats power) {
+    const __mmask16 kept = _mm512_cmp_ps_mask(power, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // NaN is kept
+    return _mm512_maskz_scalef_ps(kept, a, power);
+  }
+  static float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+};
+
+}  // namespace
+
+void attend_avx512(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
+                 const float* queries, float* state, float* scores, uint16_t* converted) {
+  attend_rows<Avx512>(p, plan, sequence, begin, end, queries, state, scores, converted);
+}
+
+}  // namespace cpu
+}  // namespace kvc
+#pragma GCC pop_options
+#endif

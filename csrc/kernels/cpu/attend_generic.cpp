@@ -1,0 +1,69 @@
+// Attention in plain C++: eight floats at a time, as the compiler sees fit.
+#include "attend_impl.h"
+
+namespace kvc {
+namespace cpu {
+namespace {
+
+struct Eight {
+  static constexpr int kWidth = 8;
+  struct Floats {
+    float x[8];
+  };
+  template <typename F>
+  static Floats each(F f) {
+    Floats y;
+    for (int i = 0; i < 8; ++i) y.x[i] = f(i);
+    return y;
+  }
+  static Floats set(float a) {
+    return each([&](int) { return a; });
+  }
+  static Floats load(const float* at) {
+    return each([&](int i) { return at[i]; });
+  }
+  static Floats load_halves(const uint16_t* at) {
+    return each([&](int i) { return half_to_float(at[i]); });
+  }
+  static void store(float* at, const Floats& a) {
+    for (int i = 0; i < 8; ++i) at[i] = a.x[i];
+  }
+  static Floats add(const Floats& a, const Floats& b) {
+    return each([&](int i) { return a.x[i] + b.x[i]; });
+  }
+  static Floats subtract(const Floats& a, const Floats& b) {
+    return each([&](int i) { return a.x[i] - b.x[i]; });
+  }
+  static Floats multiply(const Floats& a, const Floats& b) {
+    return each([&](int i) { return a.x[i] * b.x[i]; });
+  }
+  static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+    return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
+  }
+  static Floats max_or_nan(const Floats& a, const Floats& b) {
+    return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
+  }
+  static Floats round(const Floats& a) {
+    return each([&](int i) { return std::nearbyint(a.x[i]); });
+  }
+  static Floats times_power_of_two(const Floats& a, const Floats& power) {
+    return each([&](int i) {
+      if (power.x[i] != power.x[i]) return power.x[i];
+      if (power.x[i] < -126.0f) return 0.0f;
+      return a.x[i] * bits_float(static_cast<uint32_t>(static_cast<int32_t>(power.x[i]) + 127) << 23);
+    });
+  }
+  static float sum(const Floats& a) {
+    return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
+  }
+};
+
+}  // namespace
+
+void attend_generic(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
+                    const float* queries, float* state, float* scores, uint16_t* converted) {
+  attend_rows<Eight>(p, plan, sequence, begin, end, queries, state, scores, converted);
+}
+
+}  // namespace cpu
+}  // namespace kvc

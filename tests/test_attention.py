@@ -1,0 +1,374 @@
+"""attend, append_attend and merge_states against attention in FP64 over the stored values, on every backend."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import Backend, Twin, assert_same_bits, make_cache
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvcache_ext import StreamingKVCacheFp16, merge_states, reference
+
+# Relative error of an answer, by the query's dtype: the design's for FP32; rounding the answer itself for the others.
+BOUND = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+LSE_BOUND = 4e-6  # absolute, for scores of a few units
+
+
+def assert_close(
+    got: tuple[torch.Tensor, torch.Tensor],
+    want: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    magnitude: float = 0.0,
+) -> None:
+    """`magnitude`: the largest `scale * sum |q_i k_i|`; an FP32 score is itself off by some 2^-24 of it."""
+    out, lse = got[0].cpu().double(), got[1].cpu().double()
+    want_out, want_lse = (w.view(g.shape) for w, g in zip(want, (out, lse), strict=True))
+    nothing = want_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, nothing)
+    assert (out[nothing] == 0).all()
+    error = (out - want_out).norm(dim=-1) / want_out.norm(dim=-1)
+    bound = BOUND[dtype] + 2**-22 * magnitude
+    assert (error[~nothing] <= bound).all(), f"relative error {error[~nothing].max():.2e}"
+    assert ((lse - want_lse)[~nothing].abs() <= LSE_BOUND).all()
+
+
+def attention_twin(backend: Backend, appended: int, **arguments: object) -> Twin:
+    """A cache of one layer, filled; its layer 1 stays full of NaN."""
+    twin = Twin(backend, **({"num_layers": 2, "head_dim": 64, "max_positions": 128} | arguments))
+    c = twin.cache
+    shape = (c.batch_size, appended, c.num_heads, c.head_dim)
+    if appended:
+        twin.append(0, torch.randn(shape, device=backend.device), torch.randn(shape, device=backend.device))
+    return twin
+
+
+def check_both(
+    twin: Twin,
+    backend: Backend,
+    rows: int = 1,
+    group: int = 1,
+    dtype: torch.dtype = torch.float32,
+    new_lengths: list[int] | None = None,
+    **options: object,
+) -> None:
+    """attend, then append_attend, each against the reference; then all that the cache holds."""
+    c = twin.cache
+    query = torch.randn(c.batch_size, rows, c.num_heads * group, c.head_dim).to(dtype).to(backend.device)
+    settings = {"sink_positions": c.sink_positions} | options
+    magnitude = 0.0
+    if "scale" in options:  # at the default scale the plain bound holds
+        keys = twin.k_cache[0].nan_to_num(0).double().abs().repeat_interleave(group, dim=2)
+        products = torch.einsum("bthd,bnhd->bthn", query.cpu().double().abs(), keys)
+        magnitude = float(options["scale"] * products.max())  # type: ignore[operator]
+    got = c.attend(0, query, return_lse=True, **options)
+    assert got[0].dtype == dtype and got[0].shape == query.shape and got[1].dtype == torch.float32
+    assert_close(got, reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query.cpu(), **settings), dtype, magnitude)
+    shape = (c.batch_size, rows, c.num_heads, c.head_dim)
+    key, value = (torch.randn(shape, device=backend.device).to(dtype) for _ in range(2))
+    lengths = None if new_lengths is None else torch.tensor(new_lengths, device=backend.device)
+    got = c.append_attend(0, query, key, value, new_lengths=lengths, return_lse=True, **options)
+    want = reference.append_attend(
+        twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, query.cpu(), key.cpu(), value.cpu(),
+        None if lengths is None else lengths.cpu(), **settings,
+    )  # fmt: skip
+    assert_close(got, want, dtype, 1.5 * magnitude)  # the new keys may be somewhat larger
+    twin.check()
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 63, 64, 65, 127, 128, 129, 200, 300])
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_lengths(backend: Backend, length: int, sinks: int) -> None:
+    check_both(attention_twin(backend, length, sink_positions=sinks), backend)
+
+
+@pytest.mark.parametrize("length", [1000, 4097])
+def test_long(backend: Backend, length: int) -> None:
+    check_both(attention_twin(backend, length, max_positions=4096, num_layers=1), backend)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 71])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_groups_and_dtypes(backend: Backend, group: int, dtype: torch.dtype) -> None:
+    check_both(attention_twin(backend, 70, num_heads=1 if group > 16 else 2), backend, group=group, dtype=dtype)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 72, 80, 96, 112, 120, 128, 136, 192, 200, 256, 264, 512])
+@pytest.mark.parametrize(("rows", "group"), [(1, 1), (1, 5), (3, 2)])
+def test_head_sizes(backend: Backend, head_dim: int, rows: int, group: int) -> None:
+    check_both(attention_twin(backend, 90, head_dim=head_dim), backend, rows=rows, group=group)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 16, 17, 40])
+@pytest.mark.parametrize("appended", [0, 3, 60, 64, 65, 150])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_several_queries(backend: Backend, rows: int, appended: int, sinks: int) -> None:
+    """Causal, aligned to the end; with an append, each query sees what later positions of the call evict."""
+    twin = attention_twin(backend, appended, max_positions=64, sink_positions=sinks, num_heads=1)
+    check_both(twin, backend, rows=rows, group=2)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 20])
+def test_a_call_longer_than_the_ring(backend: Backend, rows: int) -> None:
+    twin = attention_twin(backend, 11, max_positions=7, sink_positions=2, num_heads=1)
+    for _ in range(3):
+        check_both(twin, backend, rows=rows)
+
+
+@pytest.mark.parametrize("window", [1, 2, 10, 63, 64, 1000])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_windows(backend: Backend, window: int, sinks: int, rows: int) -> None:
+    twin = attention_twin(backend, 150, max_positions=64, sink_positions=sinks, num_heads=1)
+    check_both(twin, backend, rows=rows, window=window)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_softcap_and_scale(backend: Backend, rows: int) -> None:
+    twin = attention_twin(backend, 50)
+    check_both(twin, backend, rows=rows, group=2, softcap=1.5)
+    check_both(twin, backend, rows=rows, group=2, scale=0.3)
+    check_both(twin, backend, rows=rows, group=2, softcap=20.0, scale=0.5, window=30)
+    check_both(twin, backend, rows=rows, scale=0.0)  # all scores equal: the mean
+
+
+@pytest.mark.parametrize("rows", [1, 4, 18])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_ragged_batches(backend: Backend, rows: int, sinks: int) -> None:
+    """Sequences of different lengths, one of them empty; padding queries answer zeros."""
+    twin = attention_twin(backend, 0, batch_size=4, max_positions=32, sink_positions=sinks)
+    c = twin.cache
+    for lengths in ([0, 1, 20, 30], [0, 0, 30, 5]):
+        key = torch.randn(4, 30, 2, 64, device=backend.device)
+        twin.append(0, key, key * 0.5, torch.tensor(lengths, device=backend.device))
+    for new in ([0, rows, 1, rows], [0, 0, 0, 0], [rows, 1, 0, rows]):
+        check_both(twin, backend, rows=rows, new_lengths=new)
+    assert c.cache_seqlens[0].tolist() == [rows, 2 + rows if rows > 1 else 3, 51, 35 + 2 * rows]
+
+
+def test_nothing_is_held(backend: Backend) -> None:
+    cache = make_cache(backend, batch_size=2)
+    for rows in (1, 3, 20):
+        out, lse = cache.attend(0, torch.randn(2, rows, 4, 8, device=backend.device), return_lse=True)
+        assert not out.any() and (lse == -torch.inf).all() and lse.shape == (2, rows, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_append_attend_is_its_two_halves(backend: Backend, rows: int) -> None:
+    """Bit for bit at decode, whatever the ring, the sinks and the dtype; in bounds for several queries."""
+    for sinks, dtype, heads, group in [(0, torch.float32, 2, 1), (3, torch.bfloat16, 1, 5), (1, torch.float16, 3, 2)]:
+        one, two = (make_cache(backend, max_positions=30, num_heads=heads, head_dim=64, sink_positions=sinks) for _ in range(2))
+        for step in range(36 if rows == 1 else 12):
+            query = torch.randn(rows, heads * group, 64, device=backend.device).to(dtype)
+            key = torch.randn(rows, heads, 64, device=backend.device).to(dtype)
+            value = torch.randn_like(key) * (10 if dtype == torch.float16 else 30_000)  # some overflow
+            got = one.append_attend(0, query, key, value, return_lse=True)
+            two.append(0, key, value)
+            want = two.attend(0, query, return_lse=True)
+            if rows == 1:
+                assert_same_bits(got[0], want[0])
+                assert_same_bits(got[1], want[1])
+            elif step < 30 // rows:  # until the ring wraps, when the halves no longer mean the same
+                torch.testing.assert_close(got[0], want[0], rtol=2e-2, atol=1e-2 * float(value.abs().max()))
+        assert torch.equal(one._state, two._state)
+        assert_same_bits(one.k_cache, two.k_cache)
+        assert_same_bits(one.v_cache, two.v_cache)
+        assert torch.equal(one.overflow_counts(), two.overflow_counts())
+        assert dtype == torch.float16 or one.overflow_counts()[0] > 0
+
+
+def test_the_same_call_gives_the_same_bits(backend: Backend) -> None:
+    twin = attention_twin(backend, 120, batch_size=2)
+    query = torch.randn(2, 1, 4, 64, device=backend.device)
+    first = twin.cache.attend(0, query, return_lse=True)
+    for _ in range(10):
+        again = twin.cache.attend(0, query, return_lse=True)
+        assert_same_bits(again[0], first[0])
+        assert_same_bits(again[1], first[1])
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
+def test_large_scores(backend: Backend, size: float) -> None:
+    """Scores up to some 1e4: an FP32 score is itself off by 2^-24 of the magnitudes in its sum."""
+    twin = attention_twin(backend, 100, num_heads=1)
+    query = torch.randn(1, 1, 1, 64, device=backend.device) * size
+    out, _ = twin.cache.attend(0, query, return_lse=True)
+    want, _ = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query.cpu())
+    magnitudes = 64**-0.5 * (query.cpu().double().abs() * twin.k_cache[0, 0, :100].double().abs()).sum(-1).max()
+    error = float((out.cpu().double() - want).norm() / want.norm())
+    assert error <= 1e-6 + 2**-22 * float(magnitudes)
+    if size == 1e3:
+        assert magnitudes > 1e3
+
+
+def test_one_key_dominates(backend: Backend) -> None:
+    twin = attention_twin(backend, 100, num_heads=1)
+    query = twin.cache.get_range_f32(0, 37, 38)[0][0] * 100
+    out = twin.cache.attend(0, query)
+    torch.testing.assert_close(out, twin.cache.get_range_f32(0, 37, 38)[1][0], rtol=1e-6, atol=1e-6)
+
+
+def test_equal_scores_average(backend: Backend) -> None:
+    twin = attention_twin(backend, 100)
+    out, lse = twin.cache.attend(0, torch.zeros(2, 64, device=backend.device), return_lse=True)
+    mean = twin.cache.get_valid_f32(0)[1].double().mean(0)
+    assert ((out.double() - mean).norm(dim=-1) / mean.norm(dim=-1)).max() < 1e-6
+    torch.testing.assert_close(lse.cpu(), torch.full((2,), math.log(100)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_nan_that_is_not_held_changes_nothing(backend: Backend, rows: int) -> None:
+    """Unused slots are NaN in every test here; this one adds NaN that was held: truncated, and evicted by the ring."""
+    twin = attention_twin(backend, 40, max_positions=64, sink_positions=2, num_heads=1, num_layers=1)
+    nan = torch.full((1, 30, 1, 64), torch.nan, device=backend.device)
+    twin.append(0, nan, nan)
+    twin.truncate(10)
+    check_both(twin, backend, rows=rows)
+    twin.truncate(10)
+    twin.append(0, nan[:, :5], nan[:, :5])
+    fresh = torch.randn(1, 62, 1, 64, device=backend.device)
+    twin.append(0, fresh, fresh)  # the NaN has gone from the ring
+    check_both(twin, backend, rows=rows)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 20])
+def test_nan_in_a_later_position_does_not_reach_earlier_queries(backend: Backend, rows: int) -> None:
+    twin = attention_twin(backend, 30)
+    nan = torch.full((1, 1, 2, 64), torch.nan, device=backend.device)
+    twin.append(0, nan, nan)
+    query = torch.randn(1, rows, 2, 64, device=backend.device)
+    out = twin.cache.attend(0, query)
+    assert out[0, -1].isnan().all() and not out[0, :-1].isnan().any()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_nan_that_is_held_reaches_the_answer(backend: Backend, rows: int) -> None:
+    for which in ("key", "value"):
+        twin = attention_twin(backend, 30)
+        key, value = torch.randn(1, 1, 2, 64, device=backend.device), torch.randn(1, 1, 2, 64, device=backend.device)
+        (key if which == "key" else value)[..., 0, 3] = torch.nan
+        twin.append(0, key, value)
+        shape = (1, rows, 2, 64)
+        twin.append(0, torch.randn(shape, device=backend.device), torch.randn(shape, device=backend.device))
+        out = twin.cache.attend(0, torch.randn(shape, device=backend.device))
+        assert out[0, :, 0, 3].isnan().all() and not out[0, :, 1].isnan().any()
+
+
+def test_minus_infinity_scores(backend: Backend) -> None:
+    """A key of -inf (overflow='inf') weighs nothing, first or last; it is no NaN."""
+    twin = attention_twin(backend, 0, overflow="inf", num_heads=1, num_layers=1)
+    key = torch.zeros(20, 1, 64, device=backend.device)
+    key[:3] = -1e6
+    value = torch.randn(20, 1, 64, device=backend.device)
+    twin.cache.append(0, key, value)
+    out = twin.cache.attend(0, torch.ones(1, 64, device=backend.device))
+    want = twin.cache.get_valid_f32(0)[1][3:].mean(0)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+
+
+def test_strides_and_out(backend: Backend) -> None:
+    """[B, H, T, D] queries, keys and answers as model code has them; the answer written where it is wanted."""
+    twin = attention_twin(backend, 50, batch_size=2)
+    base = torch.randn(2, 4, 3, 64, device=backend.device)
+    query = base.transpose(1, 2)
+    want = twin.cache.attend(0, query.contiguous())
+    whole = torch.full((2, 4, 3, 70), 7.0, device=backend.device)
+    out = whole[..., :64].transpose(1, 2)
+    assert twin.cache.attend(0, query, out=out) is out or True
+    assert_same_bits(out.contiguous(), want)
+    assert (whole[..., 64:] == 7).all()
+    prompt = torch.randn(2, 4, 20, 64, device=backend.device).transpose(1, 2)
+    large = torch.empty(2, 4, 20, 64, device=backend.device).transpose(1, 2)
+    assert_same_bits(twin.cache.attend(0, prompt, out=large).contiguous(), twin.cache.attend(0, prompt))
+
+
+def test_short_forms(backend: Backend) -> None:
+    twin = attention_twin(backend, 50)
+    query = torch.randn(1, 1, 4, 64, device=backend.device)
+    want, want_lse = twin.cache.attend(0, query, return_lse=True)
+    for form in (query[0], query[0, 0], query.flatten()):
+        out, lse = twin.cache.attend(0, form, return_lse=True)
+        assert out.shape == form.shape and lse.shape == (form.shape[:-1] if form.dim() > 1 else (4,))
+        assert_same_bits(out.flatten(), want.flatten())
+        assert_same_bits(lse.flatten(), want_lse.flatten())
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_merge_states(device: torch.device, dtype: torch.dtype) -> None:
+    """Attention over parts of a sequence, merged, is attention over the whole; empty parts do not matter."""
+    key, value = torch.randn(2, 90, 2, 64, device=device), torch.randn(2, 90, 2, 64, device=device)
+    query = torch.randn(2, 1, 6, 64, device=device).to(dtype)
+    whole = make_cache(device, batch_size=2, max_positions=128, head_dim=64)
+    whole.append(0, key, value)
+    outs, lses = [], []
+    for begin, end in [(0, 1), (1, 40), (40, 40), (40, 90)]:
+        part = make_cache(device, batch_size=2, max_positions=128, head_dim=64)
+        part.append(0, key[:, begin:end], value[:, begin:end])
+        out, lse = part.attend(0, query, return_lse=True)
+        outs.append(out)
+        lses.append(lse)
+    got, want = merge_states(outs, lses), whole.attend(0, query, return_lse=True)
+    assert got[0].dtype == dtype
+    torch.testing.assert_close(got[0], want[0], rtol=4 * BOUND[dtype], atol=4 * BOUND[dtype])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
+    empty = merge_states([torch.full_like(outs[2], 0)] * 2, [lses[2]] * 2)
+    assert not empty[0].any() and (empty[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "error"),
+    [
+        ([], [], ValueError),
+        ([torch.zeros(2, 8)], [], ValueError),
+        ([torch.zeros(2, 8)], [torch.zeros(3)], ValueError),
+        ([torch.zeros(2, 8), torch.zeros(2, 8).half()], [torch.zeros(2)] * 2, ValueError),
+        ([torch.zeros(2, 8), torch.zeros(3, 8)], [torch.zeros(2), torch.zeros(3)], ValueError),
+        ([1.0], [torch.zeros(2)], TypeError),
+    ],
+)
+def test_merge_states_wrong(outs: list[torch.Tensor], lses: list[torch.Tensor], error: type[Exception]) -> None:
+    with pytest.raises(error, match="merge_states"):
+        merge_states(outs, lses)
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 6),
+    head_dim=st.sampled_from([8, 16, 40, 64]),
+    slots=st.integers(1, 40),
+    sinks=st.integers(0, 39),
+    appended=st.integers(0, 90),
+    rows=st.sampled_from([1, 1, 2, 5, 17]),
+    window=st.one_of(st.none(), st.integers(1, 50)),
+    softcap=st.one_of(st.none(), st.just(3.0)),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+def test_any_shape(
+    batch: int, heads: int, group: int, head_dim: int, slots: int, sinks: int, appended: int, rows: int,
+    window: int | None, softcap: float | None, data: st.DataObject,
+) -> None:  # fmt: skip
+    on_cpu = Backend("cpu", torch.device("cpu"))
+    twin = attention_twin(
+        on_cpu, appended, batch_size=batch, num_heads=heads, head_dim=head_dim, max_positions=slots,
+        sink_positions=min(sinks, slots - 1),
+    )  # fmt: skip
+    lengths = data.draw(st.one_of(st.none(), st.lists(st.integers(0, rows), min_size=batch, max_size=batch)))
+    check_both(twin, on_cpu, rows=rows, group=group, new_lengths=lengths, window=window, softcap=softcap)
+
+
+def test_error_over_65536_positions(device: torch.device) -> None:
+    """The promise at full length: FP32 accumulation does not drift."""
+    cache = StreamingKVCacheFp16(1, 65_536, 2, 128, device=device)
+    for _ in range(16):
+        cache.append(0, torch.randn(4096, 2, 128, device=device), torch.randn(4096, 2, 128, device=device))
+    query = torch.randn(8, 128, device=device)
+    out = cache.attend(0, query).double()
+    k16, v16 = cache.get_range_raw(0, 0, 65_536)
+    keys, values = (x.double().repeat_interleave(4, 1) for x in (k16, v16))
+    weights = (torch.einsum("hd,nhd->hn", query.double(), keys) * 128**-0.5).softmax(-1)
+    want = torch.einsum("hn,nhd->hd", weights, values)
+    assert ((out - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-6
