@@ -7,12 +7,12 @@ and a CUDA toolkit is found (a GPU need not be there). TORCH_CUDA_ARCH_LIST choo
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
-
-from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -37,6 +37,12 @@ def find_toolkit() -> Path | None:
     return Path(nvcc).resolve().parent.parent
 
 
+def toolkit_version(toolkit: Path) -> str:
+    """For example "13.0"; empty if nvcc does not say."""
+    listing = subprocess.run([str(toolkit / "bin" / "nvcc"), "--version"], capture_output=True, text=True)
+    return listing.stdout.partition("release ")[2].partition(",")[0]
+
+
 def supported_architectures(toolkit: Path) -> str:
     """The default list, less what this nvcc is too old for."""
     listing = subprocess.run(
@@ -50,6 +56,23 @@ def supported_architectures(toolkit: Path) -> str:
     return ";".join(kept)
 
 
+def cxx_compiler() -> str:
+    """The C++ compiler that torch will call, and its version; no build is begun without one, or without Python.h."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    if not command or shutil.which(command[0]) is None:
+        raise SystemExit(
+            f"kvcache_ext needs a C++ compiler, and {' '.join(command)!r} was not found: install g++ (Debian and "
+            "Ubuntu: apt install g++), or name one in CXX"
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise SystemExit(
+            f"kvcache_ext needs Python's C headers, and {sysconfig.get_path('include')} has no Python.h: install them "
+            "(Debian and Ubuntu: apt install python3-dev)"
+        )
+    listing = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return next(iter(listing.stdout.splitlines()), command[0])
+
+
 def choose_build() -> tuple[Path | None, str]:
     """The toolkit for a CUDA build or None for a CPU build, and the reason in words."""
     import torch
@@ -60,67 +83,103 @@ def choose_build() -> tuple[Path | None, str]:
     if switch == "0":
         return None, "KVCACHE_EXT_CUDA=0 was set when it was built"
     toolkit = find_toolkit()
-    if switch == "1":
-        if toolkit is None:
-            raise SystemExit("KVCACHE_EXT_CUDA=1 was set, but no CUDA toolkit (nvcc) was found; set CUDA_HOME")
-        return toolkit, "KVCACHE_EXT_CUDA=1 was set when it was built"
-    if torch.version.cuda is None:
+    if switch == "1" and toolkit is None:
+        raise SystemExit("KVCACHE_EXT_CUDA=1 was set, but no CUDA toolkit (nvcc) was found; set CUDA_HOME")
+    if switch == "" and torch.version.cuda is None:
         return None, f"the torch that it was built with, {torch.__version__}, is a build without CUDA"
     if toolkit is None:
         return None, "no CUDA toolkit (nvcc) was found when it was built"
+    version = toolkit_version(toolkit)
+    if torch.version.cuda is not None and version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        raise SystemExit(
+            f"torch {torch.__version__} is built with CUDA {torch.version.cuda}, and the toolkit in {toolkit} is CUDA "
+            f"{version}: set CUDA_HOME to a toolkit of the same major version, or KVCACHE_EXT_CUDA=0 for a CPU build"
+        )
+    if switch == "1":
+        return toolkit, "KVCACHE_EXT_CUDA=1 was set when it was built"
     return toolkit, f"torch {torch.__version__} has CUDA and a toolkit was found at build time"
 
 
+def sources(with_cuda: bool) -> list[str]:
+    """Every C++ file of the bindings and of the CPU kernels; with CUDA its binding and every .cu as well."""
+    files = sorted(ROOT.glob("csrc/bindings/*.cpp")) + sorted(ROOT.glob("csrc/kernels/cpu/*.cpp"))
+    if with_cuda:
+        files += sorted(ROOT.glob("csrc/kernels/*.cu"))
+    else:
+        files = [file for file in files if file.name != "ops_cuda.cpp"]
+    return [str(file.relative_to(ROOT)) for file in files]  # setuptools takes nothing but relative paths
+
+
+def holding(toolkit: Path, name: str, *patterns: str) -> list[str]:
+    """The first folder of the toolkit that holds this file; none where the compiler's own search path has it."""
+    folders = (folder for pattern in patterns for folder in sorted(toolkit.glob(pattern)))
+    return next(([str(folder)] for folder in folders if (folder / name).exists()), [])
+
+
 def extension_and_commands() -> dict[str, object]:
+    compiler = cxx_compiler()
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise SystemExit(f"kvcache_ext is built against an installed torch, and {sys.executable} has none") from None
     toolkit, reason = choose_build()
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # before torch looks for it itself
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", supported_architectures(toolkit))
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 
-    bindings = ["checks.cpp", "host_lengths.cpp", "module.cpp", "ops.cpp", "ops_cpu.cpp"]
-    kernels = ["convert_generic.cpp", "convert_avx2.cpp", "attend_generic.cpp", "attend_avx2.cpp", "attend_avx512.cpp", "dispatch.cpp", "ops.cpp"]
-    sources = [f"csrc/bindings/{name}" for name in bindings] + [f"csrc/kernels/cpu/{name}" for name in kernels]
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     if sys.platform.startswith("linux"):
         # Compiled for OpenMP, never linked with it: the symbols are then those of torch's own thread pool.
         cxx.append("-fopenmp")
     options: dict[str, object] = {"extra_compile_args": {"cxx": cxx}}
     if toolkit is not None:
-        sources += ["csrc/bindings/ops_cuda.cpp"]
-        sources += [f"csrc/kernels/{name}.cu" for name in ("append", "gather", "decode_attention", "truncate")]
-        libraries = next((p for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir()), toolkit / "lib64")
+        cpp_extension.CUDA_HOME = str(toolkit)  # which a CPU build of torch leaves empty, whatever the environment says
+        libraries = holding(toolkit, "libcudart.so", "lib64", "lib", "targets/*/lib")
         cxx.append("-DKVC_WITH_CUDA")
         options = {
             "extra_compile_args": {"cxx": cxx, "nvcc": ["-O3", "--threads", "2"]},
-            "include_dirs": [str(toolkit / "include")],
+            "include_dirs": holding(toolkit, "cuda_runtime.h", "include", "targets/*/include"),
             "libraries": ["cudart"],
-            "library_dirs": [str(libraries)],
+            "library_dirs": libraries,
             # torch brings its own runtime of the same name, which is the one in use; this one is for where it does not.
-            "extra_link_args": [f"-Wl,-rpath,{libraries}"],
+            "extra_link_args": [f"-Wl,-rpath,{folder}" for folder in libraries],
         }
 
-    class Build(BuildExtension):  # type: ignore[misc]
+    class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
         """Also writes what the extension was built with beside it, for `import` to compare and `env` to print."""
 
         def run(self) -> None:
             super().run()
             folder = ROOT / "kvcache_ext" if self.inplace else Path(self.build_lib) / "kvcache_ext"
-            architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit is not None else ""
+            facts = {
+                "TORCH_VERSION": str(torch.__version__),
+                "WITH_CUDA": toolkit is not None,
+                "REASON": reason,
+                "CUDA_ARCHITECTURES": os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit is not None else "",
+                "CUDA_TOOLKIT": toolkit_version(toolkit) if toolkit is not None else "",
+                "COMPILER": compiler,
+            }
+            lines = [f"{name} = {value!r}\n" for name, value in facts.items()]
             (folder / "_build_info.py").write_text(
-                '"""Written by setup.py when the extension was built."""\n\n'
-                f"TORCH_VERSION = {str(torch.__version__)!r}\n"
-                f"WITH_CUDA = {toolkit is not None!r}\n"
-                f"REASON = {reason!r}\n"
-                f"CUDA_ARCHITECTURES = {architectures!r}\n"
+                '"""Written by setup.py when the extension was built."""\n\n' + "".join(lines)
             )
 
     return {
-        "ext_modules": [CppExtension("kvcache_ext._C", sources, **options)],
+        "ext_modules": [cpp_extension.CppExtension("kvcache_ext._C", sources(toolkit is not None), **options)],
         "cmdclass": {"build_ext": Build.with_options(use_ninja=True)},
     }
 
 
-needs_build = not any(command in sys.argv for command in ("sdist", "egg_info", "dist_info", "clean"))
-setup(**(extension_and_commands() if needs_build else {}))
+def main() -> None:
+    from setuptools import setup
+
+    needs_build = not any(command in sys.argv for command in ("sdist", "egg_info", "dist_info", "clean"))
+    # The license is here, as no one spelling in pyproject.toml suits both older and newer setuptools.
+    setup(license="MIT", **(extension_and_commands() if needs_build else {}))
+
+
+if __name__ == "__main__":  # tools/check_kernels.py imports the list of architectures from here
+    main()

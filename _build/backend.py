@@ -8,6 +8,7 @@ before that.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -58,25 +59,37 @@ def _site_packages() -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
+def _missing_tools() -> list[str]:
+    """setuptools, unless one is there that can build a wheel, by itself or with the wheel package as before 70.1."""
+    if importlib.util.find_spec("setuptools") is None:
+        return ["setuptools>=70.1"]
+    version = tuple(int(number) for number in importlib.metadata.version("setuptools").split(".")[:2])
+    return [] if version >= (70, 1) or importlib.util.find_spec("wheel") else ["setuptools>=70.1"]
+
+
+def _torch_folder() -> Path | None:
+    """The folder that `import torch` finds torch in."""
+    torch = importlib.util.find_spec("torch")
+    return None if torch is None or torch.origin is None else Path(torch.origin).parents[1]
+
+
 def _reach_torch() -> None:
-    if importlib.util.find_spec("torch") is None:
+    if _torch_folder() is None:
         folders = _site_packages()
         folders.sort(key=lambda folder: not (folder / "torch" / "__init__.py").is_file())
-        if not folders or not (folders[0] / "torch" / "__init__.py").is_file():
-            raise SystemExit(_NO_TORCH)
         sys.path.extend(str(folder) for folder in folders if str(folder) not in sys.path)
         importlib.invalidate_caches()
-    # ninja and the like, as programs.
-    torch = importlib.util.find_spec("torch")
-    scripts = [Path(sys.prefix) / "bin"]
-    if torch is not None and torch.origin is not None:
-        scripts += [parent / "bin" for parent in Path(torch.origin).parents if (parent / "bin").is_dir()][:1]
+    site = _torch_folder()
+    if site is None:
+        raise SystemExit(_NO_TORCH)
+    if _missing_tools():  # torch needs setuptools itself: a virtual environment's older one may hide it
+        sys.path.insert(0, str(site))
+        importlib.invalidate_caches()
+    # Programs, for ninja. With it sources compile side by side, without it one after the other: it is not required, so
+    # that the build also works where nothing can be downloaded. (pip's --target puts programs into site/bin.)
+    scripts = [Path(sys.prefix) / "bin", site / "bin", site.parent.parent.parent / "bin"]
     entries = os.environ.get("PATH", "").split(os.pathsep)
     os.environ["PATH"] = os.pathsep.join([*entries, *(str(s) for s in scripts if str(s) not in entries)])
-
-
-def _missing_tools() -> list[str]:
-    return [tool for tool in ("setuptools", "ninja") if importlib.util.find_spec(tool) is None]
 
 
 def get_requires_for_build_wheel(config_settings=None):  # type: ignore[no-untyped-def]
@@ -93,6 +106,8 @@ def get_requires_for_build_sdist(config_settings=None):  # type: ignore[no-untyp
 
 def _setuptools():  # type: ignore[no-untyped-def]
     _reach_torch()
+    if _missing_tools():  # nobody asked what is required: without build isolation nobody does
+        raise SystemExit("kvcache_ext is built by setuptools 70.1 or newer: pip install --upgrade setuptools")
     from setuptools import build_meta
 
     return build_meta

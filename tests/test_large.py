@@ -46,6 +46,11 @@ def test_the_far_end_of_a_layer(backend: Backend) -> None:
     assert_same_bits(values, -want)
     assert_same_bits(cache.k_cache[0, 0, -3:].float(), want[:3])
     assert_same_bits(cache.k_cache[0, 0, :3].float(), want[3:])
+    query = torch.randn(heads, head_dim, device=backend.device)
+    answer = cache.attend(0, query, window=6)
+    weights = (torch.einsum("hd,nhd->hn", query.double(), want.double()) * head_dim**-0.5).softmax(-1)
+    expected = torch.einsum("hn,nhd->hd", weights, -want.double())
+    assert ((answer - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 1e-6
     indices = torch.tensor([positions - 1, positions - 6, positions], device=backend.device)
     keys, _ = cache.gather(0, indices)
     assert_same_bits(keys, torch.stack([want[5], want[0], torch.zeros_like(want[0])]))

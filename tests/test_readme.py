@@ -18,5 +18,5 @@ def test_readme_code_runs() -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     cache = names["cache"]
-    assert (len(cache), cache.position) == ((515, 591) if HAS_GPU else (512, 588))  # type: ignore[arg-type, attr-defined]
+    assert (len(cache), cache.position) == ((515, 592) if HAS_GPU else (512, 589))  # type: ignore[arg-type, attr-defined]
     assert names["keys"].shape == (3, 32, 128) and names["k16"].shape == (500, 32, 128)  # type: ignore[attr-defined]
