@@ -33,7 +33,9 @@ def outputs(query: Tensor, head_dim: int, out: Tensor | None, return_lse: bool) 
     return out, torch.empty(shape, dtype=torch.float32, device=query.device)
 
 
-def merge_states(outs: list[Tensor] | tuple[Tensor, ...], lses: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def merge_states(
+    outs: list[Tensor] | tuple[Tensor, ...], lses: list[Tensor] | tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of positions, from attention over each.
 
     Args:
@@ -149,7 +151,7 @@ class _Softmax:
 
     def finish(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """The answer `[B, T, Hq, D]` and the LSE `[B, T, Hq]`."""
-        batch, rows, query_heads, head_dim = query.shape
+        batch, rows, query_heads, _ = query.shape
         answer = torch.where(self.total == 0, 0.0, self.answer / self.total)
         lse = self.largest + self.total.log()
 

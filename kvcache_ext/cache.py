@@ -34,19 +34,20 @@ def _checked_device(device: Any) -> torch.device:
         raise ValueError(f"StreamingKVCacheFp16: device must be a CUDA device or the CPU, got {device!r}")
     if not build_info.with_cuda:
         raise ValueError(
-            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA build of kvcache_ext, and this is a CPU build, as "
-            f"{build_info.reason}; install a CUDA build of torch and a CUDA toolkit and run `pip install "
+            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA build of kvcache_ext, and this is a CPU "
+            f"build, as {build_info.reason}; install a CUDA build of torch and a CUDA toolkit and run `pip install "
             "--force-reinstall --no-deps .` (KVCACHE_EXT_CUDA=1 forces a CUDA build), or pass device='cpu'"
         )
     if not torch.cuda.is_available():
         raise ValueError(
-            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA GPU, and torch {torch.__version__} sees none here; "
-            "pass device='cpu'"
+            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA GPU, and torch {torch.__version__} sees none "
+            "here; pass device='cpu'"
         )
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"StreamingKVCacheFp16: device={str(device)!r} does not exist; there are {torch.cuda.device_count()} CUDA devices"
+            f"StreamingKVCacheFp16: device={str(device)!r} does not exist; there are "
+            f"{torch.cuda.device_count()} CUDA devices"
         )
     return torch.device("cuda", index)
 
@@ -87,8 +88,8 @@ class StreamingKVCacheFp16:
     GPU. Calls run on the current stream of the cache's device and do not synchronise, except those that need a length
     on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate`) after lengths have moved on
     the device alone, which is after `new_lengths` or a captured graph. `append`, `append_all`, `gather`, `attend`,
-    `append_attend` and `clear` can be captured into a CUDA graph, and each replay moves the cache on. A cache is used by one stream at a time and
-    must outlive the graphs that were captured from it.
+    `append_attend` and `clear` can be captured into a CUDA graph, and each replay moves the cache on. A cache is used
+    by one stream at a time and must outlive the graphs that were captured from it.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class StreamingKVCacheFp16:
             self._compiled.append(layer, key, value, new_lengths)
 
     def append_all(self, keys: Tensor, values: Tensor, *, new_lengths: Tensor | None = None) -> None:
-        """`append` to every layer in one launch: `keys` and `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
+        """`append` to every layer in one launch: `keys`, `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
         if is_compiling():
             ops.append_all(
                 self.k_cache,
@@ -438,9 +439,7 @@ class StreamingKVCacheFp16:
 
     def memory_bytes(self) -> int:
         """Bytes of keys and values: exactly half of what FP32 would take."""
-        return memory.cache_bytes(
-            self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim
-        )
+        return memory.cache_bytes(self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
 
     def memory_mb(self) -> float:
         """`memory_bytes()` in units of 10^6 bytes."""

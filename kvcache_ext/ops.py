@@ -8,8 +8,8 @@ cache as its tensors:
   scratch row that is zero between calls.
 - `overflow_counts`: int64 `[layers]`.
 
-`append`, `append_all`, `append_attend`, `truncate` and `clear` change them in place and return nothing. Each op is written again in
-plain torch in `kvcache_ext.reference`.
+`append`, `append_all`, `append_attend`, `truncate` and `clear` change them in place and return nothing. Each op is
+written again in plain torch in `kvcache_ext.reference`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def append(
     saturate: bool = True,
 ) -> None:
     """Converts `key` and `value` (`[B, T, H, D]`, FP32, FP16 or BF16) to FP16 and stores them in one layer."""
-    _ops.append(
-        k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate
-    )
+    _ops.append(k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate)
 
 
 def append_all(

@@ -103,9 +103,7 @@ def gather(
     """Rows at chronological `indices`, `[n]` or `[B, n]`, of one layer: `[B, n, H, D]`; zeros where nothing is held."""
     batch, positions = k_cache.shape[1:3]
     indices = indices.expand(batch, indices.shape[-1])
-    out = [
-        torch.zeros((*indices.shape, *k_cache.shape[3:]), dtype=dtype, device=k_cache.device) for _ in range(2)
-    ]
+    out = [torch.zeros((*indices.shape, *k_cache.shape[3:]), dtype=dtype, device=k_cache.device) for _ in range(2)]
     for b in range(batch):
         held = held_positions(int(state[0, layer, b]), int(state[1, layer, b]), sink_positions)
         for i, index in enumerate(indices[b].tolist()):
@@ -142,9 +140,7 @@ def attend(
         held = held_positions(seen, int(state[1, layer, b]), sink_positions)
         for t in range(rows):
             own = seen - rows + t
-            seen_by_it = [
-                p for p in held if p <= own and (window is None or p < sink_positions or p > own - window)
-            ]
+            seen_by_it = [p for p in held if p <= own and (window is None or p < sink_positions or p > own - window)]
             if not seen_by_it:
                 continue
             slots = [slot_of(p, positions, sink_positions) for p in seen_by_it]

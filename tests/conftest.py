@@ -53,7 +53,9 @@ def pytest_report_header() -> str:
     return f"kvcache_ext: {build_info.reason}; GPU: {gpu}"
 
 
-BACKENDS = ["cpu-generic", "cpu-avx2", "cpu-avx512", "emulated"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
+BACKENDS = ["cpu-generic", "cpu-avx2", "cpu-avx512", "emulated"] + (
+    [pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []
+)
 DEVICES = ["cpu"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
 
 
@@ -154,9 +156,7 @@ class Twin:
             **self._settings,
         )
 
-    def append_all(
-        self, keys: torch.Tensor, values: torch.Tensor, new_lengths: torch.Tensor | None = None
-    ) -> None:
+    def append_all(self, keys: torch.Tensor, values: torch.Tensor, new_lengths: torch.Tensor | None = None) -> None:
         self.cache.append_all(keys, values, new_lengths=new_lengths)
         self.reference.append_all(
             self.k_cache,
@@ -202,9 +202,7 @@ class Twin:
         assert_same_bits(cache.v_cache, self.v_cache)
         assert torch.equal(cache._state.cpu(), self.state)
         assert torch.equal(cache.overflow_counts().cpu(), self.overflow_counts)
-        held = [
-            [len(self.held(layer, b)) for b in range(cache.batch_size)] for layer in range(cache.num_layers)
-        ]
+        held = [[len(self.held(layer, b)) for b in range(cache.batch_size)] for layer in range(cache.num_layers)]
         assert len(cache) == min(map(min, held))
         assert cache.is_empty() == (len(cache) == 0)
         assert cache.position == int(self.state[0].max())

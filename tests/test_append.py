@@ -18,7 +18,9 @@ def rows(backend: Backend, *shape: int, dtype: torch.dtype = torch.float32) -> t
 def test_one_and_many_positions(backend: Backend, dtype: torch.dtype, positions: int) -> None:
     twin = Twin(backend)
     for layer in (1, 0):
-        twin.append(layer, rows(backend, 1, positions, 2, 8, dtype=dtype), rows(backend, 1, positions, 2, 8, dtype=dtype))
+        twin.append(
+            layer, rows(backend, 1, positions, 2, 8, dtype=dtype), rows(backend, 1, positions, 2, 8, dtype=dtype)
+        )
         twin.check()
 
 
@@ -30,7 +32,11 @@ def test_one_and_many_positions(backend: Backend, dtype: torch.dtype, positions:
 def test_head_shapes(backend: Backend, dtype: torch.dtype, heads: int, head_dim: int) -> None:
     twin = Twin(backend, num_heads=heads, head_dim=head_dim, num_layers=1, max_positions=6)
     for count in (1, 4, 3):
-        twin.append(0, rows(backend, 1, count, heads, head_dim, dtype=dtype), rows(backend, 1, count, heads, head_dim, dtype=dtype))
+        twin.append(
+            0,
+            rows(backend, 1, count, heads, head_dim, dtype=dtype),
+            rows(backend, 1, count, heads, head_dim, dtype=dtype),
+        )
         twin.check()
 
 
@@ -62,7 +68,9 @@ def strided(base: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["contiguous", "bhtd", "tbhd", "fused_qkv", "odd_offset", "odd_stride", "every_other", "expanded"])
+@pytest.mark.parametrize(
+    "kind", ["contiguous", "bhtd", "tbhd", "fused_qkv", "odd_offset", "odd_stride", "every_other", "expanded"]
+)
 @pytest.mark.parametrize("head_dim", [8, 7])
 def test_strides(backend: Backend, dtype: torch.dtype, kind: str, head_dim: int) -> None:
     twin = Twin(backend, batch_size=2, num_heads=3, head_dim=head_dim)

@@ -65,7 +65,9 @@ def check_both(
         magnitude = float(options["scale"] * products.max())  # type: ignore[operator]
     got = c.attend(0, query, return_lse=True, **options)
     assert got[0].dtype == dtype and got[0].shape == query.shape and got[1].dtype == torch.float32
-    assert_close(got, reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query.cpu(), **settings), dtype, magnitude)
+    assert_close(
+        got, reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query.cpu(), **settings), dtype, magnitude
+    )
     shape = (c.batch_size, rows, c.num_heads, c.head_dim)
     key, value = (torch.randn(shape, device=backend.device).to(dtype) for _ in range(2))
     lengths = None if new_lengths is None else torch.tensor(new_lengths, device=backend.device)
@@ -159,7 +161,9 @@ def test_nothing_is_held(backend: Backend) -> None:
 def test_append_attend_is_its_two_halves(backend: Backend, rows: int) -> None:
     """Bit for bit at decode, whatever the ring, the sinks and the dtype; in bounds for several queries."""
     for sinks, dtype, heads, group in [(0, torch.float32, 2, 1), (3, torch.bfloat16, 1, 5), (1, torch.float16, 3, 2)]:
-        one, two = (make_cache(backend, max_positions=30, num_heads=heads, head_dim=64, sink_positions=sinks) for _ in range(2))
+        one, two = (
+            make_cache(backend, max_positions=30, num_heads=heads, head_dim=64, sink_positions=sinks) for _ in range(2)
+        )
         for step in range(36 if rows == 1 else 12):
             query = torch.randn(rows, heads * group, 64, device=backend.device).to(dtype)
             key = torch.randn(rows, heads, 64, device=backend.device).to(dtype)

@@ -167,7 +167,9 @@ def test_wrong_calls(device: torch.device, wrong: str) -> None:
 @pytest.mark.parametrize("head_dim", [7, 12, 520])
 def test_head_sizes_without_attention(device: torch.device, head_dim: int) -> None:
     cache = make_cache(device, head_dim=head_dim)
-    with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 up to 512 for attention, and .* {head_dim}"):
+    with pytest.raises(
+        ValueError, match=f"head_dim must be a multiple of 8 up to 512 for attention, and .* {head_dim}"
+    ):
         cache.attend(0, torch.ones(2, head_dim, device=device))
 
 
@@ -250,7 +252,7 @@ def test_bad_tensors_through_the_dispatcher(device: torch.device) -> None:
     c = make_cache(device)
     key = torch.ones(1, 1, 2, 8, device=device)
     append = torch.ops.kvcache_ext.append
-    with pytest.raises(TypeError, match="k_cache and v_cache must be torch.float16"):
+    with pytest.raises(TypeError, match=r"k_cache and v_cache must be torch\.float16"):
         append(c.k_cache.float(), c.v_cache.float(), c._state, c._overflow_counts, 0, key, key, None, 0, True)
     with pytest.raises(ValueError, match="contiguous and of one shape"):
         append(c.k_cache[:, :, ::2], c.v_cache[:, :, ::2], c._state, c._overflow_counts, 0, key, key, None, 0, True)

@@ -144,7 +144,9 @@ def test_the_other_methods_compile(device: torch.device) -> None:
     torch._dynamo.reset()
     cache, eager = make_cache(device, batch_size=2), make_cache(device, batch_size=2)
 
-    def calls(c: StreamingKVCacheFp16, keys: torch.Tensor, lengths: torch.Tensor, out: tuple[torch.Tensor, ...]) -> None:
+    def calls(
+        c: StreamingKVCacheFp16, keys: torch.Tensor, lengths: torch.Tensor, out: tuple[torch.Tensor, ...]
+    ) -> None:
         c.clear()
         c.append_all(keys, keys, new_lengths=lengths)
         c.truncate(2)

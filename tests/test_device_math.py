@@ -1,4 +1,4 @@
-"""The arithmetic that GPU and CPU kernels share (csrc/kernels/*.h), compiled for the CPU and compared with plain C++."""
+"""The arithmetic that GPU and CPU kernels share (csrc/kernels/*.h), compiled for the CPU and held against plain C++."""
 
 from __future__ import annotations
 

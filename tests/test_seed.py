@@ -1,4 +1,4 @@
-"""The three tests that the project was ordered with, by name. Full size on a GPU, what a CPU machine holds elsewhere."""
+"""The three tests that the project was ordered with, by name: full size on a GPU, less on a CPU."""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ def test_nan_that_is_evicted_or_truncated_changes_nothing(backend: Backend) -> N
 
 def test_layers_and_sequences_have_lengths_of_their_own(backend: Backend) -> None:
     cache = make_cache(backend, num_layers=3, batch_size=2)
-    cache.append(2, rows(backend, 2, 5, 2, 8), rows(backend, 2, 5, 2, 8), new_lengths=torch.tensor([5, 1], device=backend.device))
+    cache.append(
+        2, rows(backend, 2, 5, 2, 8), rows(backend, 2, 5, 2, 8), new_lengths=torch.tensor([5, 1], device=backend.device)
+    )
     cache.append(0, rows(backend, 2, 10, 2, 8), rows(backend, 2, 10, 2, 8))
     assert cache.cache_seqlens.tolist() == [[10, 10], [0, 0], [5, 1]]
     assert (len(cache), cache.position, cache.is_empty()) == (0, 10, True)
@@ -121,9 +123,7 @@ def test_random_walks(backend: Backend, seed: int) -> None:
         action = generator.choice(["append", "append", "append_all", "ragged", "truncate", "clear"])
         count = generator.choice([1, 1, 1, 2, 3, slots, slots + 1, 3 * slots])
         shape = (c.batch_size, count, c.num_heads, c.head_dim)
-        lengths = torch.tensor(
-            [generator.randint(-1, count + 1) for _ in range(c.batch_size)], device=backend.device
-        )
+        lengths = torch.tensor([generator.randint(-1, count + 1) for _ in range(c.batch_size)], device=backend.device)
         if action == "append":
             twin.append(generator.randrange(2), rows(backend, *shape), rows(backend, *shape) * 3e4)
         elif action == "append_all":

@@ -97,7 +97,8 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
                    dtype_name(t.v_cache.scalar_type()));
   TORCH_CHECK_VALUE(t.k_cache.dim() == 5 && t.k_cache.sizes() == t.v_cache.sizes() && t.k_cache.is_contiguous() &&
                         t.v_cache.is_contiguous(),
-                    op, ": k_cache and v_cache must be contiguous and of one shape [layers, batch_size, "
+                    op,
+                    ": k_cache and v_cache must be contiguous and of one shape [layers, batch_size, "
                     "max_positions, num_heads, head_dim], got ",
                     shape_text(t.k_cache.sizes()), " and ", shape_text(t.v_cache.sizes()));
   const int64_t layers = t.k_cache.size(0);
@@ -108,8 +109,7 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
                    dtype_name(t.state.scalar_type()));
   const std::array<int64_t, 3> state_sizes = {3, layers, batch};
   TORCH_CHECK_VALUE(t.state.sizes() == at::IntArrayRef(state_sizes) && t.state.is_contiguous(), op,
-                    ": state must be contiguous and [3, ", layers, ", ", batch, "], got ",
-                    shape_text(t.state.sizes()));
+                    ": state must be contiguous and [3, ", layers, ", ", batch, "], got ", shape_text(t.state.sizes()));
   const c10::Device device = t.k_cache.device();
   TORCH_CHECK_VALUE(t.v_cache.device() == device && t.state.device() == device, op,
                     ": k_cache, v_cache and state must be on one device, got ", device, ", ", t.v_cache.device(),
@@ -168,8 +168,8 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
   TORCH_CHECK_VALUE(rows == positions, op, ": ", name, " must have as many positions as key, ", rows, ", got ",
                     positions);
   check_unit_stride(op, name, t);
-  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache), op, ": ", name,
-                    " must not be a view of the cache that it is stored in; pass a copy");
+  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache), op, ": ",
+                    name, " must not be a view of the cache that it is stored in; pass a copy");
 
   Rows<const void*> r;
   r.data = t.const_data_ptr();
@@ -211,9 +211,8 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
 
 void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value) {
   // Views that interleave (keys and values in one buffer) are fine, so extents decide only where both are dense.
-  const bool overlap = key.numel() > 0 &&
-                       (key.const_data_ptr() == value.const_data_ptr() ||
-                        (key.is_contiguous() && value.is_contiguous() && shares_memory(key, value)));
+  const bool overlap = key.numel() > 0 && (key.const_data_ptr() == value.const_data_ptr() ||
+                                           (key.is_contiguous() && value.is_contiguous() && shares_memory(key, value)));
   TORCH_CHECK_VALUE(!overlap, op, ": out must be two tensors of separate memory, got two that overlap");
 }
 
@@ -245,7 +244,8 @@ AppendParams append_params(const char* op, const CheckedCache& cache, int64_t fi
                       ": new_lengths must be contiguous and have shape [", p.cache.batch,
                       "], one length a sequence, got ", shape_text(n.sizes()), " with strides ",
                       shape_text(n.strides()));
-    TORCH_CHECK_VALUE(!shares_memory(n, cache.tensors.state), op, ": new_lengths must not be a view of the cache's own state; "
+    TORCH_CHECK_VALUE(!shares_memory(n, cache.tensors.state), op,
+                      ": new_lengths must not be a view of the cache's own state; "
                       "pass a copy");
     p.new_lengths = n.const_data_ptr();
     p.new_lengths_are_32_bit = n.scalar_type() == at::kInt;
@@ -275,8 +275,9 @@ QueryForm query_form(const char* op, const at::Tensor& t, const CacheView& c) {
   }
   const std::string d = std::to_string(c.head_dim);
   TORCH_CHECK_VALUE(fits, op, ": query must have shape [", c.batch, ", T, query heads, ", d, "]",
-                    c.batch == 1 ? ", [T, query heads, " + d + "], [query heads, " + d + "] or [query heads * " + d + "]"
-                                 : std::string(),
+                    c.batch == 1
+                        ? ", [T, query heads, " + d + "], [query heads, " + d + "] or [query heads * " + d + "]"
+                        : std::string(),
                     ", got ", shape_text(t.sizes()));
   TORCH_CHECK_VALUE(form.heads > 0 && form.heads % c.heads == 0, op, ": query must have a multiple of the cache's ",
                     c.heads, " heads, got ", form.heads);
@@ -306,8 +307,9 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   check_layer(op, layer, c);
   TORCH_CHECK_VALUE(c.head_dim % 8 == 0 && c.head_dim <= 512, op,
                     ": head_dim must be a multiple of 8 up to 512 for attention, and the cache's is ", c.head_dim);
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(c.k_cache) % 16 == 0 && reinterpret_cast<uintptr_t>(c.v_cache) % 16 == 0,
-                    op, ": k_cache and v_cache must start at a multiple of 16 bytes");
+  TORCH_CHECK_VALUE(
+      reinterpret_cast<uintptr_t>(c.k_cache) % 16 == 0 && reinterpret_cast<uintptr_t>(c.v_cache) % 16 == 0, op,
+      ": k_cache and v_cache must start at a multiple of 16 bytes");
   check_storage(op, "query", query, cache);
   p.dtype = kernel_dtype(op, "query", query.scalar_type());
   check_no_grad(op, "query", query);
@@ -322,8 +324,8 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   check_no_grad(op, "out", out);
   TORCH_CHECK_TYPE(out.scalar_type() == query.scalar_type(), op, ": out must have the dtype of query, ",
                    dtype_name(query.scalar_type()), ", got ", dtype_name(out.scalar_type()));
-  TORCH_CHECK_VALUE(out.sizes() == query.sizes(), op, ": out must have the shape of query, ",
-                    shape_text(query.sizes()), ", got ", shape_text(out.sizes()));
+  TORCH_CHECK_VALUE(out.sizes() == query.sizes(), op, ": out must have the shape of query, ", shape_text(query.sizes()),
+                    ", got ", shape_text(out.sizes()));
   check_unit_stride(op, "out", out);
   for (int64_t i = 0; i < out.dim(); ++i) {
     TORCH_CHECK_VALUE(out.size(i) <= 1 || out.stride(i) != 0, op, ": out must not be an expanded tensor, got strides ",
@@ -331,19 +333,20 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   }
   TORCH_CHECK_VALUE(!shares_memory(out, cache.tensors.k_cache) && !shares_memory(out, cache.tensors.v_cache), op,
                     ": out must not be a view of the cache");
-  TORCH_CHECK_VALUE(!shares_memory(out, query), op, ": out must not share memory with query, which is still being read");
+  TORCH_CHECK_VALUE(!shares_memory(out, query), op,
+                    ": out must not share memory with query, which is still being read");
   p.lse = nullptr;
   if (lse.defined()) {
     check_storage(op, "lse", lse, cache);
-    TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.is_contiguous() &&
-                          lse.numel() * c.head_dim == query.numel(),
-                      op, ": lse must be contiguous torch.float32, one number a query, got ", shape_text(lse.sizes()));
+    TORCH_CHECK_VALUE(
+        lse.scalar_type() == at::kFloat && lse.is_contiguous() && lse.numel() * c.head_dim == query.numel(), op,
+        ": lse must be contiguous torch.float32, one number a query, got ", shape_text(lse.sizes()));
     p.lse = lse.data_ptr<float>();
   }
   check_storage(op, "workspace", workspace, cache);
-  TORCH_CHECK_VALUE(workspace.scalar_type() == at::kFloat && workspace.is_contiguous() &&
-                        workspace.numel() >= kAttendTickets,
-                    op, ": workspace must be contiguous torch.float32 of at least ", kAttendTickets, " elements");
+  TORCH_CHECK_VALUE(
+      workspace.scalar_type() == at::kFloat && workspace.is_contiguous() && workspace.numel() >= kAttendTickets, op,
+      ": workspace must be contiguous torch.float32 of at least ", kAttendTickets, " elements");
 
   p.layer = layer;
   p.rows = form.rows;
@@ -383,8 +386,8 @@ GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t la
                      dtype_name(i.scalar_type()));
     check_storage(op, "indices", i, cache);
     TORCH_CHECK_VALUE(i.dim() == 1 || (i.dim() == 2 && i.size(0) == p.cache.batch), op,
-                      ": indices must have shape [n], the same for every sequence, or [", p.cache.batch,
-                      ", n], got ", shape_text(i.sizes()));
+                      ": indices must have shape [n], the same for every sequence, or [", p.cache.batch, ", n], got ",
+                      shape_text(i.sizes()));
     p.rows = i.size(-1);
     p.indices = static_cast<const int64_t*>(i.const_data_ptr());
     p.indices_stride = i.stride(-1);

@@ -38,8 +38,8 @@ class HostLengths {
   int64_t longest(int64_t layer) const;  // the largest number held by a sequence of the layer
   // The same without looking at the device: all slots where the copy is not exact, or is about to be captured.
   int64_t longest_or_all(int64_t layer) const;
-  int64_t shortest() const;              // the smallest number held by any
-  int64_t position() const;              // the largest number seen by any
+  int64_t shortest() const;  // the smallest number held by any
+  int64_t position() const;  // the largest number seen by any
   // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in every
   // sequence; else -1.
   int64_t contiguous_slot(int64_t layer, int64_t start, int64_t end) const;
@@ -54,8 +54,8 @@ class HostLengths {
   int64_t batch_;
   int64_t sinks_;
   Divider ring_;
-  std::vector<int64_t> copy_;   // [2, L, B]: seen, first; unused where the state itself is on the host
-  int64_t* seen_;               // the copy's, or the state's own memory on a CPU
+  std::vector<int64_t> copy_;  // [2, L, B]: seen, first; unused where the state itself is on the host
+  int64_t* seen_;              // the copy's, or the state's own memory on a CPU
   int64_t* first_;
   bool exact_ = true;
   bool captured_ = false;

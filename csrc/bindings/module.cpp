@@ -153,9 +153,8 @@ class Cache {
     return answer(to, lse);
   }
 
-  py::object append_attend(py::handle layer, py::handle query, py::handle key, py::handle value,
-                           py::handle new_lengths, py::handle scale, py::handle window, py::handle softcap,
-                           bool return_lse, py::handle out) {
+  py::object append_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
+                           py::handle scale, py::handle window, py::handle softcap, bool return_lse, py::handle out) {
     const char* op = "append_attend";
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
@@ -175,9 +174,7 @@ class Cache {
                   tensor_argument(op, "value", value), optional_tensor_argument(op, "new_lengths", new_lengths));
   }
 
-  int64_t longest_or_all(py::handle layer) const {
-    return lengths_->longest_or_all(checked_layer("attend", layer));
-  }
+  int64_t longest_or_all(py::handle layer) const { return lengths_->longest_or_all(checked_layer("attend", layer)); }
 
   int64_t shortest() {
     lengths_->refresh("len");
@@ -236,8 +233,9 @@ class Cache {
     const int64_t to = integer_argument(op, "end", end);
     lengths_->refresh(op);
     const int64_t held = lengths_->longest(layer);
-    TORCH_CHECK_INDEX(0 <= from && from <= to && to <= held, op, ": start and end must satisfy 0 <= start <= end <= ",
-                      held, ", the number of positions that layer ", layer, " holds, got ", from, " and ", to);
+    TORCH_CHECK_INDEX(0 <= from && from <= to && to <= held, op,
+                      ": start and end must satisfy 0 <= start <= end <= ", held,
+                      ", the number of positions that layer ", layer, " holds, got ", from, " and ", to);
     return {from, to};
   }
 
@@ -246,9 +244,9 @@ class Cache {
   std::shared_ptr<HostLengths> lengths_;
 };
 
-#define KVC_TRANSLATE(Type, PythonType)                             \
-  catch (const c10::Type& e) {                                      \
-    PyErr_SetString(PythonType, e.what_without_backtrace());        \
+#define KVC_TRANSLATE(Type, PythonType)                      \
+  catch (const c10::Type& e) {                               \
+    PyErr_SetString(PythonType, e.what_without_backtrace()); \
   }
 
 void translate(std::exception_ptr raised) {

@@ -96,8 +96,8 @@ TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer
 namespace {
 
 void check_query_count(const char* op, int64_t rows) {
-  TORCH_CHECK_VALUE(rows <= kMostQueries, op, ": query must have at most ", kMostQueries,
-                    " positions here, got ", rows);
+  TORCH_CHECK_VALUE(rows <= kMostQueries, op, ": query must have at most ", kMostQueries, " positions here, got ",
+                    rows);
 }
 
 }  // namespace
@@ -118,7 +118,8 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   const AttendParams p = attend_params(op, cache, layer, query, options, &append, workspace, out, lse);
   check_query_count(op, p.rows);
   run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
-  if (lengths != nullptr) lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr);
+  if (lengths != nullptr)
+    lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr);
 }
 
 void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length) {
@@ -140,18 +141,18 @@ namespace {
 
 // The same ops for the dispatcher, over plain tensors: torch.compile, opcheck, whoever has no cache object.
 
-void op_append(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
-               int64_t layer, const at::Tensor& key, const at::Tensor& value,
-               const std::optional<at::Tensor>& new_lengths, int64_t sink_positions, bool saturate) {
-  append({"append", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}}, HostLengths::of(state).get(), layer,
-         key, value, new_lengths ? &*new_lengths : nullptr);
+void op_append(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t layer,
+               const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& new_lengths,
+               int64_t sink_positions, bool saturate) {
+  append({"append", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}}, HostLengths::of(state).get(),
+         layer, key, value, new_lengths ? &*new_lengths : nullptr);
 }
 
 void op_append_all(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
                    const at::Tensor& keys, const at::Tensor& values, const std::optional<at::Tensor>& new_lengths,
                    int64_t sink_positions, bool saturate) {
-  append_all({"append_all", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}}, HostLengths::of(state).get(), keys,
-             values, new_lengths ? &*new_lengths : nullptr);
+  append_all({"append_all", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}},
+             HostLengths::of(state).get(), keys, values, new_lengths ? &*new_lengths : nullptr);
 }
 
 // Ops that touch no overflow counters.

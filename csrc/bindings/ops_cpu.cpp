@@ -57,8 +57,8 @@ void gather_cpu(const GatherParams& p) {
   run_items(items, elements, [&](int64_t begin, int64_t end) { cpu::gather(p, begin, end, stream); });
 }
 
-// A sequence's rows are cut into at most this many runs (over all sequences), each no shorter than kLeastRun. That depends
-// on lengths alone and not on threads, so a call's answer does not either.
+// A sequence's rows are cut into at most this many runs (over all sequences), each no shorter than kLeastRun. That
+// depends on lengths alone and not on threads, so a call's answer does not either.
 constexpr int64_t kMostRuns = 64;
 constexpr int64_t kLeastRun = 256;
 
@@ -84,9 +84,8 @@ void attend_cpu(const AttendParams& p) {
   const int64_t state_floats = p.rows * p.query_heads * (c.head_dim + 2);
   const auto count = static_cast<int64_t>(runs.size());
   std::vector<float> states(static_cast<size_t>(count * state_floats));
-  run_items(count, kLeastRun * c.heads * c.head_dim, [&](int64_t begin, int64_t end) {
-    cpu::attend(p, runs.data(), begin, end, states.data());
-  });
+  run_items(count, kLeastRun * c.heads * c.head_dim,
+            [&](int64_t begin, int64_t end) { cpu::attend(p, runs.data(), begin, end, states.data()); });
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t from = first_run[static_cast<size_t>(b)];
     cpu::finish_attend(p, b, first_run[static_cast<size_t>(b) + 1] - from, states.data() + from * state_floats);
@@ -109,8 +108,8 @@ void load_cpu_ops(const char* path) {
   ops.gather = reinterpret_cast<decltype(ops.gather)>(dlsym(library, "kvc_gather"));
   ops.attend = reinterpret_cast<decltype(ops.attend)>(dlsym(library, "kvc_attend"));
   ops.truncate = reinterpret_cast<decltype(ops.truncate)>(dlsym(library, "kvc_truncate"));
-  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr && ops.truncate != nullptr, "load_cpu_ops: ", path,
-              " lacks kvc_append, kvc_gather, kvc_attend or kvc_truncate");
+  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr && ops.truncate != nullptr,
+              "load_cpu_ops: ", path, " lacks kvc_append, kvc_gather, kvc_attend or kvc_truncate");
   loaded_ops = ops;
 }
 

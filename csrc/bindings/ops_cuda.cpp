@@ -1,4 +1,5 @@
-// Device-generic torch headers and the CUDA runtime alone, so that this file also compiles against a CPU build of torch.
+// Device-generic torch headers and the CUDA runtime alone, so that this file also compiles against a CPU build of
+// torch.
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>

@@ -1,8 +1,8 @@
 // append: convert new keys and values to FP16, store them behind what each sequence has, advance its state.
 //
 // One launch covers the K and V rows of every layer and sequence appended to: a matrix of T rows each. Grid: the blocks
-// of all matrices, one after the other (tiling.h). A block of 256 threads moves kUnroll vectors a thread: it loads them,
-// learns from one thread where the sequence stands, converts, counts overflows and stores.
+// of all matrices, one after the other (tiling.h). A block of 256 threads moves kUnroll vectors a thread: it loads
+// them, learns from one thread where the sequence stands, converts, counts overflows and stores.
 //
 // The state is read by every block and advanced by none of them but the last to arrive: a block signs in after it has
 // read `seen` and `first`, and whoever signs in last knows that all have, writes the new ones and clears the count.
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kCopyThreads, 2) append_kernel(const AppendPar
   const Rows<const void*>& rows = is_value ? p.value : p.key;
   const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + sequence * rows.batch_stride;
   const int64_t entry = (p.first_layer + layer) * p.cache.batch + sequence;
-  uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) +
-                    entry * p.cache.positions * (p.cache.heads * p.cache.head_dim);
+  uint16_t* cache =
+      (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * (p.cache.heads * p.cache.head_dim);
   int64_t* seen = p.cache.state + entry;
   int64_t* first = seen + p.cache.layers * p.cache.batch;
   Counter* arrivals = reinterpret_cast<Counter*>(first + p.cache.layers * p.cache.batch);

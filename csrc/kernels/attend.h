@@ -1,7 +1,7 @@
 // What each query of an attention call may see. Shared by the GPU and the CPU kernels.
 //
-// The positions that any query of a sequence sees are numbered 0, 1, ... in order of age: first the sinks, then a run that
-// ends with the newest position. These numbers ("rows" below) are what the kernels loop over.
+// The positions that any query of a sequence sees are numbered 0, 1, ... in order of age: first the sinks, then a run
+// that ends with the newest position. These numbers ("rows" below) are what the kernels loop over.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct AttendPlan {
   int64_t base;        // the place of `oldest` in the ring
   int64_t sinks;
   int64_t ring;
-  int64_t first;       // of the state before the call
+  int64_t first;  // of the state before the call
   int64_t window;
   bool appends;
 

@@ -1,18 +1,18 @@
-// decode attention: softmax(scale * Q K^T) V for a few queries of each sequence, over FP16 keys and values as they lie in
-// the cache, in FP32; and, in the same launch, the append of one new position.
+// decode attention: softmax(scale * Q K^T) V for a few queries of each sequence, over FP16 keys and values as they lie
+// in the cache, in FP32; and, in the same launch, the append of one new position.
 //
-// Grid: for each sequence and KV head, and each `kQueries` of the queries that share it (a group's heads times T), the same
-// number of blocks, `splits`; each takes an even share of the rows that the queries see (attend.h), which is known on the
-// device alone. A block has 8 warps. A row of K or V is read by a group of 8, 16 or 32 lanes, 16 bytes a lane (two times
-// that for head_dim over 256), and a group takes every 8 * groups-th row, two or four rows at a time, their K and V
-// loads in flight together. Each group keeps a running maximum, sum and weighted sum of its rows (online softmax: Milakov and
-// Gimelshein, 2018); groups, then warps, then the splits of a head are merged in a fixed order (flash decoding: Dao et
-// al., 2023), the last by whichever block of the head is the last to sign in.
+// Grid: for each sequence and KV head, and each `kQueries` of the queries that share it (a group's heads times T), the
+// same number of blocks, `splits`; each takes an even share of the rows that the queries see (attend.h), which is known
+// on the device alone. A block has 8 warps. A row of K or V is read by a group of 8, 16 or 32 lanes, 16 bytes a lane
+// (two times that for head_dim over 256), and a group takes every 8 * groups-th row, two or four rows at a time, their
+// K and V loads in flight together. Each group keeps a running maximum, sum and weighted sum of its rows (online
+// softmax: Milakov and Gimelshein, 2018); groups, then warps, then the splits of a head are merged in a fixed order
+// (flash decoding: Dao et al., 2023), the last by whichever block of the head is the last to sign in.
 //
-// With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way, so that
-// the answer is bit for bit what attending after the append gives. For T = 1 the group that reads the new row also stores
-// it: its slot is that of the position which the append evicts, which nobody reads. The state is advanced as in append.cu.
-// For T > 1 the caller appends afterwards.
+// With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way, so
+// that the answer is bit for bit what attending after the append gives. For T = 1 the group that reads the new row also
+// stores it: its slot is that of the position which the append evicts, which nobody reads. The state is advanced as in
+// append.cu. For T > 1 the caller appends afterwards.
 #include "attend.h"
 #include "launch.h"
 #include "vec.cuh"
@@ -84,9 +84,8 @@ __device__ __forceinline__ void write_answer(const AttendParams& p, int64_t sequ
   const int64_t query = number / group_size;
   const int64_t query_head = head * group_size + number % group_size;
   const float answer = state.sum == 0.0f ? 0.0f : value / state.sum;
-  store_float(p.out.data,
-              sequence * p.out.batch_stride + query * p.out.row_stride + query_head * p.out.head_stride + d, p.dtype,
-              answer);
+  store_float(p.out.data, sequence * p.out.batch_stride + query * p.out.row_stride + query_head * p.out.head_stride + d,
+              p.dtype, answer);
   if (p.lse != nullptr && d == 0) {
     p.lse[(sequence * p.rows + query) * p.query_heads + query_head] =
         state.sum == 0.0f ? minus_infinity() : state.max * kLn2 + logf(state.sum);
@@ -96,10 +95,10 @@ __device__ __forceinline__ void write_answer(const AttendParams& p, int64_t sequ
 // kLanes: lanes that read a row. kParts: 16-byte parts of a row that each of them reads. kQueries: queries of a block.
 // kMasked: T > 1, where the queries of a block see different rows.
 template <int kLanes, int kParts, int kQueries, bool kMasked>
-__global__ void __launch_bounds__(kThreads, 1) attend_kernel(const AttendParams p, const uint32_t splits,
-                                                          const uint32_t tiles) {
-  constexpr int kGroups = 32 / kLanes;    // rows a warp reads at a time
-  constexpr int kElements = 8 * kParts;   // of a row, a lane's
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_kernel(const AttendParams p, const uint32_t splits, const uint32_t tiles) {
+  constexpr int kGroups = 32 / kLanes;                                             // rows a warp reads at a time
+  constexpr int kElements = 8 * kParts;                                            // of a row, a lane's
   constexpr int kRowsInFlight = kQueries * kElements >= 64 || kParts > 1 ? 2 : 4;  // as registers allow
   constexpr int kWidth = kLanes * kElements;  // the largest head_dim of this instance
 
@@ -200,7 +199,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const AttendParams 
         } else {
           const AppendParams& a = p.append;
           const int64_t input = plan.input_row(row);
-          const int64_t key_offset = sequence * a.key.batch_stride + input * a.key.row_stride + head * a.key.head_stride + d;
+          const int64_t key_offset =
+              sequence * a.key.batch_stride + input * a.key.row_stride + head * a.key.head_stride + d;
           const int64_t value_offset =
               sequence * a.value.batch_stride + input * a.value.row_stride + head * a.value.head_stride + d;
           uint32_t over = 0;
@@ -388,18 +388,19 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   config.gridDim = dim3(static_cast<unsigned>(units * splits));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, attend_kernel<kLanes, kParts, kQueries, kMasked>, p,
-                            static_cast<uint32_t>(splits), static_cast<uint32_t>(tiles));
+  return cudaLaunchKernelEx(&config, attend_kernel<kLanes, kParts, kQueries, kMasked>, p, static_cast<uint32_t>(splits),
+                            static_cast<uint32_t>(tiles));
 }
 
-// The instance for a number of queries that share a KV head. kMost: of a block at most, for registers and shared memory.
+// The instance for a number of queries that share a KV head. kMost: of a block at most, for registers and shared
+// memory.
 template <int kLanes, int kParts, int kMost>
 cudaError_t launch_for(const AttendParams& p, cudaStream_t stream) {
   const int64_t queries = p.rows * (p.query_heads / p.cache.heads);
-  if (p.rows > 1) return launch<kLanes, kParts, kMost < 4 ? kMost : 4, true>(p, stream);
+  if (p.rows > 1) return launch < kLanes, kParts, kMost<4 ? kMost : 4, true>(p, stream);
   if (queries == 1) return launch<kLanes, kParts, 1, false>(p, stream);
   if (queries == 2) return launch<kLanes, kParts, 2, false>(p, stream);
-  if (queries <= 4) return launch<kLanes, kParts, kMost < 4 ? kMost : 4, false>(p, stream);
+  if (queries <= 4) return launch < kLanes, kParts, kMost<4 ? kMost : 4, false>(p, stream);
   return launch<kLanes, kParts, kMost, false>(p, stream);
 }
 

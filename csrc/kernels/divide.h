@@ -44,8 +44,8 @@ struct Divider {
 #if defined(__CUDA_ARCH__)
     const int64_t quotient = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(n), reciprocal));
 #else
-    const int64_t quotient = static_cast<int64_t>(
-        (static_cast<unsigned __int128>(static_cast<uint64_t>(n)) * reciprocal) >> 64);
+    const int64_t quotient =
+        static_cast<int64_t>((static_cast<unsigned __int128>(static_cast<uint64_t>(n)) * reciprocal) >> 64);
 #endif
     return n - quotient * divisor >= divisor ? quotient + 1 : quotient;
   }

@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kCopyThreads, 2) gather_kernel(const GatherPar
   const Rows<void*>& rows = is_value ? p.value : p.key;
   T* out = static_cast<T*>(rows.data) + sequence * rows.batch_stride;
   const int64_t entry = p.layer * p.cache.batch + sequence;
-  const uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) +
-                          entry * p.cache.positions * (p.cache.heads * p.cache.head_dim);
+  const uint16_t* cache =
+      (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * (p.cache.heads * p.cache.head_dim);
 
   __shared__ ReadPlan shared_plan;
   if (threadIdx.x == 0) {
@@ -64,8 +64,8 @@ template <DType kType, int kVector, int kUnroll>
 cudaError_t launch(const GatherParams& p, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
-  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kCopyThreads * kUnroll,
-                    2 * p.cache.batch, grid)) {
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kCopyThreads * kUnroll, 2 * p.cache.batch,
+                    grid)) {
     return cudaErrorInvalidConfiguration;
   }
   cudaLaunchConfig_t config = {};

@@ -34,7 +34,7 @@ struct Rows {
   Pointer data;
   int64_t layer_stride;
   int64_t batch_stride;
-  int64_t row_stride;   // from one position to the next
+  int64_t row_stride;  // from one position to the next
   int64_t head_stride;
 };
 
@@ -44,13 +44,13 @@ struct AppendParams {
   int64_t* overflow_counts;  // [L]: += finite inputs with |x| >= 65520
   int64_t first_layer;       // the layers [first_layer, first_layer + layer_count) are appended to
   int64_t layer_count;
-  int64_t rows;              // T
-  Rows<const void*> key;     // [layer_count, B, T, H, D] of `dtype`
-  Rows<const void*> value;   // [layer_count, B, T, H, D] of `dtype`
+  int64_t rows;             // T
+  Rows<const void*> key;    // [layer_count, B, T, H, D] of `dtype`
+  Rows<const void*> value;  // [layer_count, B, T, H, D] of `dtype`
   DType dtype;
-  const void* new_lengths;   // [B] int32 or int64, or null: all T rows of every sequence
+  const void* new_lengths;  // [B] int32 or int64, or null: all T rows of every sequence
   bool new_lengths_are_32_bit;
-  bool saturate;             // else finite values beyond the FP16 range become +-inf
+  bool saturate;  // else finite values beyond the FP16 range become +-inf
 };
 
 // Copy chronological indices of one layer out, FP16 to `dtype`. Index `start + i`, or `indices[b, i]`.
@@ -63,36 +63,36 @@ struct GatherParams {
   const int64_t* indices;        // [B, n] or null
   int64_t indices_batch_stride;  // 0 when all sequences share one list
   int64_t indices_stride;
-  Rows<void*> key;               // [1, B, n, H, D] of `dtype`
-  Rows<void*> value;             // [1, B, n, H, D] of `dtype`
+  Rows<void*> key;    // [1, B, n, H, D] of `dtype`
+  Rows<void*> value;  // [1, B, n, H, D] of `dtype`
   DType dtype;
 };
 
 // How many tickets the workspace of an attention call has: heads that several blocks share at a time.
 constexpr int64_t kAttendTickets = 1024;
 
-// Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as if
-// each were appended and attended to in turn.
+// Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as
+// if each were appended and attended to in turn.
 //
-// Query t stands at position p = seen - T + t (seen counted after the append). It sees the positions up to p that are held
-// when it is its turn: the sinks, and of the others the last `ring`, or the last `window` if that is less.
+// Query t stands at position p = seen - T + t (seen counted after the append). It sees the positions up to p that are
+// held when it is its turn: the sinks, and of the others the last `ring`, or the last `window` if that is less.
 struct AttendParams {
   CacheView cache;
   int64_t layer;
-  int64_t rows;               // T
-  int64_t query_heads;        // Hq, a multiple of H: query head j reads KV head j / (Hq / H)
-  Rows<const void*> query;    // [1, B, T, Hq, D] of `dtype`
-  Rows<void*> out;            // [1, B, T, Hq, D] of `dtype`
-  float* lse;                 // [B, T, Hq] natural log-sum-exp, or null
+  int64_t rows;             // T
+  int64_t query_heads;      // Hq, a multiple of H: query head j reads KV head j / (Hq / H)
+  Rows<const void*> query;  // [1, B, T, Hq, D] of `dtype`
+  Rows<void*> out;          // [1, B, T, Hq, D] of `dtype`
+  float* lse;               // [B, T, Hq] natural log-sum-exp, or null
   DType dtype;
   float scale;
-  float softcap;              // scores become softcap * tanh(score / softcap); 0: they stay
-  int64_t window;             // 0: no window
-  bool appends;               // the fields of `append` count; else they are not read
-  AppendParams append;        // of the same cache and layer, layer_count 1, T rows
-  float* partials;            // workspace: what the blocks that share a head leave for the last of them
-  uint32_t* tickets;          // workspace [kAttendTickets]: zero between launches
-  int64_t partial_floats;     // the size of `partials`
+  float softcap;           // scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;          // 0: no window
+  bool appends;            // the fields of `append` count; else they are not read
+  AppendParams append;     // of the same cache and layer, layer_count 1, T rows
+  float* partials;         // workspace: what the blocks that share a head leave for the last of them
+  uint32_t* tickets;       // workspace [kAttendTickets]: zero between launches
+  int64_t partial_floats;  // the size of `partials`
 };
 
 // Keep the `length` oldest held positions of every layer and sequence (all, where fewer are held).

@@ -1,7 +1,7 @@
 // How a copy between the cache and rows elsewhere is cut into blocks, for append and gather alike.
 //
-// A launch covers `matrices` matrices of `rows` positions, each row heads * head_dim elements, moved in vectors of a few
-// elements. The vectors of a matrix are numbered in the cache's memory order; a block takes a run of them.
+// A launch covers `matrices` matrices of `rows` positions, each row heads * head_dim elements, moved in vectors of a
+// few elements. The vectors of a matrix are numbered in the cache's memory order; a block takes a run of them.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,12 @@ struct Place {
 struct Tiling {
   int64_t rows;
   uint32_t head_dim;
-  uint32_t vector;             // elements of one vector
-  uint32_t block_vectors;      // vectors a block moves
-  FastDivider blocks;          // blocks of one matrix
-  FastDivider row_vectors;     // vectors of one row
-  Divider row_vectors_wide;    // the same, for the numbers of vectors of a whole matrix
-  FastDivider head_vectors;    // vectors of one head
+  uint32_t vector;           // elements of one vector
+  uint32_t block_vectors;    // vectors a block moves
+  FastDivider blocks;        // blocks of one matrix
+  FastDivider row_vectors;   // vectors of one row
+  Divider row_vectors_wide;  // the same, for the numbers of vectors of a whole matrix
+  FastDivider head_vectors;  // vectors of one head
 
   // False when the launch would need more blocks than a grid has.
   static bool make(Tiling& t, int64_t rows, int64_t heads, int64_t head_dim, int vector, int block_vectors,

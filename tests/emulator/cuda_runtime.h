@@ -1,10 +1,11 @@
 // As much of the CUDA language as the kernels use, in plain C++: put this folder first on the include path and a kernel
-// file compiles with g++ and runs on a CPU, thread by thread. Slow, and no substitute for a GPU (memory ordering and speed
-// do not show), but the arithmetic, the indexing, the alignment, the barriers and the tickets are the kernel's own.
+// file compiles with g++ and runs on a CPU, thread by thread. Slow, and no substitute for a GPU (memory ordering and
+// speed do not show), but the arithmetic, the indexing, the alignment, the barriers and the tickets are the kernel's
+// own.
 //
-// Blocks run one after the other in a shuffled order. The threads of a block are fibers that run in a shuffled order until
-// each has reached the barrier or the warp operation that it waits for; a barrier that some thread of the block never
-// reaches ends the program with a message.
+// Blocks run one after the other in a shuffled order. The threads of a block are fibers that run in a shuffled order
+// until each has reached the barrier or the warp operation that it waits for; a barrier that some thread of the block
+// never reaches ends the program with a message.
 #pragma once
 
 #include <cmath>

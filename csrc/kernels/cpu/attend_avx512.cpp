@@ -44,7 +44,7 @@ struct Avx512 {
 }  // namespace
 
 void attend_avx512(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
-                 const float* queries, float* state, float* scores, uint16_t* converted) {
+                   const float* queries, float* state, float* scores, uint16_t* converted) {
   attend_rows<Avx512>(p, plan, sequence, begin, end, queries, state, scores, converted);
 }
 

@@ -1,9 +1,9 @@
 // Attention of a run of rows on a CPU, written once over a vector type S and compiled for each instruction set.
 //
-// Rows come in tiles. For a tile, every head's scores are taken row by row, so that keys are read as they lie in memory,
-// while the values of the same rows are asked for ahead; then weights; then each head's weighted sum in registers. Sums
-// are kept apart by tile, by run and by sequence, and so stay exact to a few units in the last place over many thousand
-// rows.
+// Rows come in tiles. For a tile, every head's scores are taken row by row, so that keys are read as they lie in
+// memory, while the values of the same rows are asked for ahead; then weights; then each head's weighted sum in
+// registers. Sums are kept apart by tile, by run and by sequence, and so stay exact to a few units in the last place
+// over many thousand rows.
 #pragma once
 
 #include <cmath>
@@ -45,7 +45,7 @@ struct Attention {
   const AttendParams& p;
   const AttendPlan& plan;
   int64_t sequence;
-  int64_t group;      // query heads of a KV head
+  int64_t group;  // query heads of a KV head
   int64_t head_dim;
   const float* queries;  // [T * Hq, D], scaled
   float* state;          // [T * Hq, D + 2]: weighted sum, maximum, sum of weights
@@ -217,9 +217,8 @@ struct Attention {
 template <typename S>
 void attend_rows(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                  const float* queries, float* state, float* scores, uint16_t* converted) {
-  Attention<S> attention{p,       plan,  sequence, p.query_heads / p.cache.heads, p.cache.head_dim,
-                         queries, state, scores,   converted,                     {},
-                         {}};
+  Attention<S> attention{
+      p, plan, sequence, p.query_heads / p.cache.heads, p.cache.head_dim, queries, state, scores, converted, {}, {}};
   attention.run(begin, end);
 }
 

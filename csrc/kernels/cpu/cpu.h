@@ -42,7 +42,7 @@ struct InstructionSet {
   AttendRows attend_multiples_of_16;  // the same, for such a head_dim
 };
 
-const InstructionSet& instruction_set();         // the best that this machine has, or the one that was selected
+const InstructionSet& instruction_set();        // the best that this machine has, or the one that was selected
 bool select_instruction_set(const char* name);  // false: no such name, or this machine lacks the instructions
 
 // An item of append is one row of one sequence of one layer; of gather, one row of one sequence. Items of one call may
@@ -54,8 +54,8 @@ void advance_state(const AppendParams& params);
 int64_t gather_items(const GatherParams& params);
 void gather(const GatherParams& params, int64_t begin, int64_t end, bool stream);
 
-// Attention: the rows that a sequence's queries see are cut into runs, each on any thread; then each query's states of all
-// runs are merged, and the answer written. `states` [runs of all sequences, T * Hq, D + 2].
+// Attention: the rows that a sequence's queries see are cut into runs, each on any thread; then each query's states of
+// all runs are merged, and the answer written. `states` [runs of all sequences, T * Hq, D + 2].
 struct AttendRun {
   int64_t sequence;
   int64_t begin;

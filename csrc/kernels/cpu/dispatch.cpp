@@ -19,8 +19,8 @@ const InstructionSet kSets[] = {
 
 bool machine_has([[maybe_unused]] const InstructionSet& set) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("popcnt");
   if (std::strcmp(set.name, "avx2") == 0) return avx2;
   if (std::strcmp(set.name, "avx512") == 0) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
@@ -58,8 +58,8 @@ int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
     // What the kernel says of the first CPU; sysconf() may name the whole socket's sum instead.
     int64_t kilobytes = 0;
-    for (const char* path : {"/sys/devices/system/cpu/cpu0/cache/index3/size",
-                             "/sys/devices/system/cpu/cpu0/cache/index2/size"}) {
+    for (const char* path :
+         {"/sys/devices/system/cpu/cpu0/cache/index3/size", "/sys/devices/system/cpu/cpu0/cache/index2/size"}) {
       if (kilobytes <= 0) std::ifstream(path) >> kilobytes;
     }
     return kilobytes > 0 ? kilobytes * 1024 : int64_t{32} << 20;

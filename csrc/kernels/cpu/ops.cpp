@@ -76,8 +76,8 @@ int64_t store_tile(const Conversions& use, const AppendParams& p, const Rows<con
   return overflows;
 }
 
-void load_tile(const Conversions& use, const GatherParams& p, const Rows<void*>& rows, int64_t start,
-               int64_t first_row, int64_t count, const int64_t* slots, const uint16_t* cache, bool stream) {
+void load_tile(const Conversions& use, const GatherParams& p, const Rows<void*>& rows, int64_t start, int64_t first_row,
+               int64_t count, const int64_t* slots, const uint16_t* cache, bool stream) {
   const CacheView& c = p.cache;
   const int64_t size = dtype_size(p.dtype);
   const Runs runs = Runs::of(c, rows);
@@ -156,9 +156,8 @@ void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
       int64_t slots[kTileRows];
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = row + i;
-        slots[i] = plan.slot(p.indices == nullptr
-                                 ? p.start + at
-                                 : p.indices[sequence * p.indices_batch_stride + at * p.indices_stride]);
+        slots[i] = plan.slot(
+            p.indices == nullptr ? p.start + at : p.indices[sequence * p.indices_batch_stride + at * p.indices_stride]);
       }
       load_tile(use, p, p.key, sequence * p.key.batch_stride, row, count, slots, c.k_cache + cache_start, stream);
       load_tile(use, p, p.value, sequence * p.value.batch_stride, row, count, slots, c.v_cache + cache_start, stream);
@@ -182,8 +181,8 @@ void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t
     const int64_t entry = p.layer * c.batch + b;
     const AttendPlan plan = AttendPlan::make(p, b, {*seen_of(c, entry), *first_of(c, entry)});
     for (int64_t m = 0; m < queries; ++m) {
-      const int64_t offset = b * p.query.batch_stride + m / p.query_heads * p.query.row_stride +
-                             m % p.query_heads * p.query.head_stride;
+      const int64_t offset =
+          b * p.query.batch_stride + m / p.query_heads * p.query.row_stride + m % p.query_heads * p.query.head_stride;
       float* to = scaled.data() + m * c.head_dim;
       if (p.dtype == DType::f32) {
         std::memcpy(to, static_cast<const float*>(p.query.data) + offset, static_cast<size_t>(c.head_dim) * 4);
@@ -220,8 +219,8 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
       sum += weight * s[head_dim + 1];
       for (int64_t d = 0; d < head_dim; ++d) merged[d] += weight * s[d];
     }
-    const int64_t offset = sequence * p.out.batch_stride + m / p.query_heads * p.out.row_stride +
-                           m % p.query_heads * p.out.head_stride;
+    const int64_t offset =
+        sequence * p.out.batch_stride + m / p.query_heads * p.out.row_stride + m % p.query_heads * p.out.head_stride;
     for (int64_t d = 0; d < head_dim; ++d) {
       const float answer = sum == 0.0 ? 0.0f : static_cast<float>(merged[d] / sum);
       if (p.dtype == DType::f32) {

@@ -1,0 +1,177 @@
+"""Charts of a results file. matplotlib is optional: without it nothing is drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, natural_order
+
+IMAGES = ROOT / "docs" / "images"
+OURS, ALSO_OURS, TORCH, ALSO_TORCH, LIMIT = "#1f6fb4", "#7db8e8", "#c8601b", "#eda877", "#555555"
+
+
+def load(results: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The device's name, and the measurements by name."""
+    data = json.loads(results.read_text())
+    return data["device"], {entry["name"]: entry for entry in data["measurements"]}
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any | None:
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    from matplotlib.figure import Figure
+
+    # The same file for the same results: no dates, no random names within it.
+    matplotlib.rcParams.update({"svg.hashsalt": "kvcache_ext", "font.size": 9, "axes.titlesize": 10})
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    for axes in figure.subplots(1, columns, squeeze=False).flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _by_size(entries: dict[str, dict[str, Any]], prefix: str) -> dict[int, dict[str, Any]]:
+    """The measurements `<prefix>/<number>`, by their number."""
+    names = [name for name in entries if name.startswith(f"{prefix}/") and name[len(prefix) + 1 :].isdigit()]
+    return {int(name[len(prefix) + 1 :]): entries[name] for name in sorted(names, key=natural_order)}
+
+
+def _draw_throughput(
+    results: Path, folder: Path, name: str, title: str, lines: list[tuple[str, str, str, str | None]]
+) -> Path | None:
+    """Rate against the number of positions. `lines`: prefix of measurements, label, colour, and the peer or None."""
+    device, entries = load(results)
+    found = [(_by_size(entries, prefix), label, colour, peer) for prefix, label, colour, peer in lines]
+    if not any(by_size for by_size, *_ in found):
+        return None
+    figure = _figure(6.6, 4.2)
+    if figure is None:
+        return None
+    axes = figure.axes[0]
+    most = max(entry["value"] for by_size, *_ in found for entry in by_size.values())
+    scale, unit = (1.0, "TB/s") if most >= 0.5 else (1e3, "GB/s")
+    for by_size, label, colour, peer in found:
+        rates = {
+            size: entry["value"] if peer is None else entry["peers"][peer]
+            for size, entry in by_size.items()
+            if peer is None or peer in entry["peers"]
+        }
+        style = {"marker": "o", "linewidth": 2.0} if peer is None else {"marker": "s", "linewidth": 1.2}
+        if rates:
+            axes.plot(list(rates), [scale * rate for rate in rates.values()], color=colour, label=label, ms=4, **style)
+    ceilings = {size: entry["ceiling"] for size, entry in found[0][0].items() if entry["ceiling"]}
+    if ceilings:
+        limits = [scale * rate for rate in ceilings.values()]
+        axes.plot(list(ceilings), limits, color=LIMIT, linestyle="--", linewidth=1.2, label="ceiling of this run")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({size for by_size, *_ in found for size in by_size})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("positions a call")
+    axes.set_ylabel(f"{unit}, read + written")
+    axes.set_title(f"{title}\n{device}", loc="left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    return _save(figure, folder / f"{name}-{results.stem}.svg")
+
+
+def draw_append(results: Path, folder: Path = IMAGES) -> Path | None:
+    return _draw_throughput(
+        results,
+        folder,
+        "append",
+        "append: FP32 keys and values of one layer into the FP16 cache",
+        [
+            ("append/prefill/contiguous", "append, contiguous source", OURS, None),
+            ("append/prefill/htd", "append, [H, T, D] source", ALSO_OURS, None),
+            ("append/prefill/contiguous", "torch copy_, contiguous", TORCH, "slice copy_"),
+            ("append/prefill/htd", "torch copy_, [H, T, D]", ALSO_TORCH, "slice copy_"),
+        ],
+    )
+
+
+def draw_gather(results: Path, folder: Path = IMAGES) -> Path | None:
+    return _draw_throughput(
+        results,
+        folder,
+        "gather",
+        "gather: FP16 keys and values of one layer out to FP32",
+        [
+            ("gather/contiguous", "get_range_f32, a range", OURS, None),
+            ("gather/indices", "gather, random positions", ALSO_OURS, None),
+            ("gather/contiguous", "torch copy_, a range", TORCH, "copy_"),
+            ("gather/indices", "torch index_select + float", ALSO_TORCH, "index_select, float"),
+        ],
+    )
+
+
+RATES = {
+    "gpu015/fill_rate/decode": "fill one by one, append",
+    "gpu015/fill_rate/decode_append_all": "fill one by one, append_all",
+    "gpu015/fill_rate/decode_graph": "fill one by one, append, graph",
+    "gpu015/fill_rate/decode_append_all_graph": "fill one by one, append_all, graph",
+    "gpu015/fill_rate/prefill": "fill in chunks",
+    "gpu015/retrieve_rate": "read back (layer-positions/s)",
+}
+
+
+def draw_gpu015(results: Path, folder: Path = IMAGES) -> Path | None:
+    """Memory at each number of positions, and rates beside plain torch's and the ceiling."""
+    device, entries = load(results)
+    memory = {int(e["config"]["positions"]): e for name, e in entries.items() if name.endswith("/memory_gb")}
+    rates = [(label, entries[name]) for name, label in RATES.items() if name in entries]
+    if not memory or not rates:
+        return None
+    figure = _figure(10.5, 3.8, columns=2)
+    if figure is None:
+        return None
+    left, right = figure.axes
+
+    for i, (_, entry) in enumerate(sorted(memory.items())):
+        for x, held, colour, label in (
+            (i - 0.2, entry["value"], OURS, "FP16, this cache"),
+            (i + 0.2, 2 * entry["value"], "#c9c9c9", "FP32"),
+        ):
+            left.bar(x, held, 0.38, color=colour, label=label if i == 0 else None)
+            left.text(x, held, f"{held:.4g}", ha="center", va="bottom", fontsize=8)
+    left.set_xticks(range(len(memory)), [f"{size:,}" for size in sorted(memory)])
+    left.set_xlim(-0.7, max(len(memory), 2) - 0.3)
+    left.margins(y=0.25)
+    left.set_xlabel("positions held")
+    left.set_ylabel("GB of keys and values")
+    left.grid(False, axis="x")
+    left.legend(frameon=False, loc="upper left", fontsize=8)
+    config = memory[min(memory)]["config"]
+    shape = f"{config['layers']} layers, {config['kv_heads']} heads, head_dim {config['head_dim']}"
+    left.set_title(f"GPU-015: memory, {shape}", loc="left")
+
+    for y, (_, entry) in enumerate(rates):
+        peers = list(entry["peers"].values())
+        marks = [(entry["value"], "o", OURS, "this cache")]
+        marks += [(max(peers), "D", TORCH, "plain torch, the best of it")] if peers else []
+        marks += [(entry["ceiling"], "|", LIMIT, "ceiling of this run")] if entry["ceiling"] else []
+        for value, marker, colour, label in marks:
+            size = 14 if marker == "|" else 7
+            right.plot(value, y, marker, color=colour, ms=size, mew=1.5, label=label if y == 0 else None)
+        right.annotate(
+            f"{entry['value']:,.0f}", (entry["value"], y), (0, 7), textcoords="offset points", ha="center", fontsize=7.5
+        )
+    right.set_xscale("log")
+    right.margins(x=0.12)
+    right.set_ylim(len(rates) - 0.5, -0.8)
+    right.set_yticks(range(len(rates)), [label for label, _ in rates])
+    right.set_xlabel("positions/s through all layers")
+    right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3)
+    right.set_title(device, loc="left")
+    return _save(figure, folder / f"gpu015-{results.stem}.svg")

@@ -1,0 +1,174 @@
+"""Draws the README's table, docs/performance.md's tables and the charts, from bench/results/*.json and nothing else.
+
+What lies between the markers `<!-- results:begin -->` and `<!-- results:end -->` of those two files is replaced. With
+--check nothing is written, and the exit status is 1 when a file is not what it would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import charts
+from common import RESULTS, ROOT, natural_order, quantity, shown_path
+
+README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+# The README's rows: measurements by name, where a device has them.
+README_ROWS = {
+    "gpu015/positions": "positions held",
+    "gpu015/memory_gb": "keys and values in memory (FP32: twice that)",
+    "gpu015/fill_rate/decode": "fill position by position, eager, new data each",
+    "gpu015/fill_rate/decode_graph": "the same, `append` in a CUDA graph",
+    "gpu015/fill_rate/decode_append_all_graph": "the same, `append_all` in a CUDA graph",
+    "gpu015/fill_rate/prefill": "fill in chunks of 2,048",
+    "gpu015/retrieve_rate": "read back to FP32",
+    "gpu015/262144/memory_gb": "262,144 positions: keys and values in memory",
+    "gpu015/262144/fill_rate/prefill": "262,144 positions: fill in chunks of 2,048",
+    "gpu015/262144/retrieve_rate": "262,144 positions: read back to FP32",
+    "append/prefill/contiguous/4096": "append 4,096 positions of a layer",
+    "append/prefill/htd/4096": "the same from `[H, T, D]`",
+    "gather/contiguous/65536": "gather a layer, 65,536 positions",
+    "gather/indices/65536": "gather 65,536 random positions",
+    "append/decode/append_all/graph": "one position, 32 layers, `append_all`, GPU time",
+    "append/decode/32_layers/graph": "one position, 32 `append` calls in a graph, GPU time",
+    "append/decode/32_layers/host": "one position, 32 `append` calls, eager, host time",
+    "append/one_position/host": "one position of one layer, host time",
+}
+CPU_HAS_NO_GRAPHS = ", GPU time", " in a graph"
+LESS_IS_BETTER = ("us", "ms", "s", "GB")
+
+
+def best_peer(entry: dict[str, Any]) -> str:
+    """The fastest peer beside ours, and how many times faster ours is."""
+    peers: dict[str, float] = entry["peers"]
+    if not peers:
+        return ""
+    less = entry["unit"] in LESS_IS_BETTER
+    name = (min if less else max)(peers, key=lambda peer: peers[peer])
+    ratio = peers[name] / entry["value"] if less else entry["value"] / peers[name]
+    ratio = entry.get("speedups", {}).get(name, ratio)
+    return f"{quantity(peers[name], entry['unit'])} ({name}); {ratio:.2f}x"
+
+
+def of_ceiling(entry: dict[str, Any]) -> str:
+    if not entry["ceiling"]:
+        return ""
+    less = entry["unit"] in LESS_IS_BETTER
+    share = entry["ceiling"] / entry["value"] if less else entry["value"] / entry["ceiling"]
+    return f"{quantity(entry['ceiling'], entry['unit'])} ({100 * share:.0f}%)"
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def row(label: str, entry: dict[str, Any]) -> list[str]:
+    return [label, quantity(entry["value"], entry["unit"]), of_ceiling(entry), best_peer(entry)]
+
+
+HEAD = ["measured", "ceiling, of the same run", "best of plain torch; how much faster ours is"]
+
+
+def origin(data: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    commits = ", ".join(sorted({entry["commit"] for entry in entries}))
+    cuda = f", CUDA {data['cuda']}" if data["cuda"] else ""
+    return f"torch {data['torch']}{cuda}, commit {commits}, {max(entry['date'] for entry in entries)}"
+
+
+def readme_label(label: str, entry: dict[str, Any], gpu: bool) -> str:
+    if not gpu:
+        for words in CPU_HAS_NO_GRAPHS:
+            label = label.replace(words, "")
+        if entry["name"].startswith("gpu015/"):
+            label += f" ({entry['config']['layers']} layers)"
+    return label
+
+
+def readme_block(files: list[Path]) -> str:
+    lines: list[str] = []
+    for path in files:
+        data = json.loads(path.read_text())
+        entries = {entry["name"]: entry for entry in data["measurements"]}
+        chosen = [(label, entries[name]) for name, label in README_ROWS.items() if name in entries]
+        if not chosen:
+            continue
+        rows = [row(readme_label(label, entry, bool(data["cuda"])), entry) for label, entry in chosen]
+        lines += [f"**{data['device']}** ({origin(data, [entry for _, entry in chosen])})", ""]
+        lines += [*markdown_table(["", *HEAD], rows), ""]
+    for kind, words in (("append", "append"), ("gather", "gather")):
+        image = charts.IMAGES / f"{kind}-{files[0].stem}.svg" if files else None
+        if image is not None and image.is_file():
+            lines.append(f"![{words}: throughput by positions a call]({image.relative_to(ROOT)})")
+    return "\n".join(lines).strip()
+
+
+def performance_block(files: list[Path]) -> str:
+    lines: list[str] = []
+    for path in files:
+        data = json.loads(path.read_text())
+        entries = sorted(data["measurements"], key=lambda entry: natural_order(entry["name"]))
+        lines += [f"## {data['device']}", "", f"`{shown_path(path)}`: {origin(data, entries)}.", ""]
+        for kind in dict.fromkeys(entry["name"].split("/")[0] for entry in entries):
+            image = charts.IMAGES / f"{kind}-{path.stem}.svg"
+            if image.is_file():
+                lines += [f"![{kind}](images/{image.name})", ""]
+            rows = [row(f"`{e['name']}`", e) for e in entries if e["name"].split("/")[0] == kind]
+            lines += [*markdown_table([kind, *HEAD], rows), ""]
+    return "\n".join(lines).strip()
+
+
+def with_block(path: Path, block: str) -> str | None:
+    """The file's text with the block in its place; None, said in words, where there is no file or no place."""
+    if not path.is_file():
+        print(f"{shown_path(path)}: there is no such file")
+        return None
+    text = path.read_text()
+    if len(re.findall(f"{re.escape(BEGIN)}.*?{re.escape(END)}", text, re.DOTALL)) != 1:
+        print(f"{shown_path(path)}: {BEGIN} and {END} must stand in it once each; nothing is drawn there")
+        return None
+    before, _, rest = text.partition(BEGIN)
+    inside = f"\n{block}\n" if block else "\n"
+    return before + BEGIN + inside + END + rest.partition(END)[2]
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file is out of date")
+    args = p.parse_args()
+
+    files = sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem == "cpu", path.stem))  # GPUs first
+    if not files:
+        print(f"There are no results in {shown_path(RESULTS)}")
+    if not args.check:
+        for path in files:
+            for draw in (charts.draw_append, charts.draw_gather, charts.draw_gpu015):
+                image = draw(path)
+                if image is not None:
+                    print(f"drawn: {shown_path(image)}")
+    stale = []
+    for path, block in ((README, readme_block(files)), (PERFORMANCE, performance_block(files))):
+        wanted = with_block(path, block)
+        if wanted is None or wanted == path.read_text():
+            continue
+        stale.append(shown_path(path))
+        if not args.check:
+            path.write_text(wanted)
+    if not stale:
+        print("up to date")
+    elif args.check:
+        print(f"out of date: {', '.join(stale)}; run `make report`")
+    else:
+        print(f"written: {', '.join(stale)}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
