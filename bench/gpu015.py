@@ -69,7 +69,7 @@ MOST_MEMORY_GB = 36.0  # keys and values at 65,536 positions
 
 @contextlib.contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """One thread on a CPU: a position is too little to share, and threads on a busy machine wait long for each other."""
+    """One thread on a CPU: a position is too little to share, and on a busy machine threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if on_gpu(device) else 1)
     try:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from ._extension import build_info
-from .attention import merge_states
-from .cache import StreamingKVCacheFp16
-
-__all__ = ["StreamingKVCacheFp16", "__version__", "build_info", "merge_states"]
+import sys
 
 __version__ = "0.1.0"
+
+try:
+    from ._extension import build_info
+    from .attention import merge_states
+    from .cache import StreamingKVCacheFp16
+except ImportError:
+    # `python -m kvcache_ext env` must run also where the extension does not load: it says why. (While Python imports a
+    # package for -m, "-m" is what it leaves in argv[0].)
+    if sys.argv[:1] != ["-m"]:
+        raise
+
+__all__ = ["StreamingKVCacheFp16", "__version__", "build_info", "merge_states"]

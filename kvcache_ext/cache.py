@@ -122,18 +122,23 @@ class StreamingKVCacheFp16:
 
         shape = (self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
         memory.check_fits(*shape, device=self.device)
-        self.k_cache: Tensor = torch.empty(shape, dtype=torch.float16, device=self.device)
-        self.v_cache: Tensor = torch.empty(shape, dtype=torch.float16, device=self.device)
-        self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
-        self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
-        self._workspace = torch.zeros(
-            memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
-        )
+        with torch.inference_mode(False):  # or a cache made under it could never be cleared outside it
+            self._k_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
+            self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
+            self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
+            self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
+            self._workspace = torch.zeros(
+                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
+            )
         self._connect()
         self.clear()
 
     def _connect(self) -> None:
         """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
+        for name in ("_state", "_overflow_counts", "_workspace"):
+            if getattr(self, name).is_inference():  # copied or unpickled under inference mode: could not be cleared
+                with torch.inference_mode(False):
+                    setattr(self, name, getattr(self, name).clone())
         self._saturate = self.overflow == "saturate"
         self._compiled = extension.Cache(
             self.k_cache,
@@ -147,6 +152,16 @@ class StreamingKVCacheFp16:
         for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts, self._workspace):
             # What torch._dynamo.mark_static_address(tensor) does; importing torch._dynamo for it takes seconds.
             tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+    @property
+    def k_cache(self) -> Tensor:
+        """The keys as they lie: FP16 `[L, B, N, H, D]`, slots in physical order, unwritten ones holding anything."""
+        return self._k_cache
+
+    @property
+    def v_cache(self) -> Tensor:
+        """The values, as `k_cache`."""
+        return self._v_cache
 
     # Writing
 
@@ -202,7 +217,7 @@ class StreamingKVCacheFp16:
         """Keeps the `n` oldest held positions of every layer and sequence, `0 <= n <= len(cache)`. No data moves.
 
         Positions that the ring has evicted do not come back. The next position appended gets the number after the last
-        one kept.
+        one kept. (Under torch.compile, where lengths are not known, an `n` beyond what is held changes nothing.)
 
         Raises:
             TypeError, IndexError: `n` is not an int, or out of range. The cache is unchanged.
@@ -329,13 +344,14 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
 
-        Up to 16 positions run in one kernel that reads each key and value once for every 8 queries that share it
-        (fewer for head_dim above 128); more of them run in blocks of keys through matmul and an online softmax (see
-        `kvcache_ext.attention.prefill`).
+        Up to 16 positions run in one kernel, which on a GPU reads a key and value once for every 8 queries that share
+        it (4 where `T` is not 1 or head_dim is above 128, 2 above 256); more of them run in blocks of keys through
+        matmul and an online softmax (see `kvcache_ext.attention.prefill`).
         """
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
             if not is_compiling():
                 return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out)
+            options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
             ops.attend(
                 self.k_cache,
@@ -345,14 +361,14 @@ class StreamingKVCacheFp16:
                 layer,
                 query,
                 sink_positions=self.sink_positions,
-                scale=self.head_dim**-0.5 if scale is None else scale,
-                window=window or 0,
-                softcap=softcap or 0.0,
+                scale=options[0],
+                window=options[1],
+                softcap=options[2],
                 out=out,
                 lse=lse,
             )
             return out if lse is None else (out, lse)
-        return attention.prefill(self, layer, query, None, scale, window, softcap, return_lse, out)
+        return attention.prefill(self, layer, query, (None, None, None), scale, window, softcap, return_lse, out)
 
     def append_attend(
         self,
@@ -381,6 +397,7 @@ class StreamingKVCacheFp16:
                 return self._compiled.append_attend(
                     layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out
                 )
+            options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
             ops.append_attend(
                 self.k_cache,
@@ -395,9 +412,9 @@ class StreamingKVCacheFp16:
                 new_lengths,
                 sink_positions=self.sink_positions,
                 saturate=self._saturate,
-                scale=self.head_dim**-0.5 if scale is None else scale,
-                window=window or 0,
-                softcap=softcap or 0.0,
+                scale=options[0],
+                window=options[1],
+                softcap=options[2],
                 out=out,
                 lse=lse,
             )

@@ -34,22 +34,33 @@ def _read_number(path: str) -> int | None:
         return None
 
 
+def _cgroup_folders() -> list[tuple[Path, bool]]:
+    """The folders of this process's memory groups and of those above them, and whether each is of version 1."""
+    root = Path("/sys/fs/cgroup")
+    found = [(root, False), (root / "memory", True)]
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:  # such as "0::/user.slice/some.scope", or in version 1 "4:memory:/some/group"
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            first = controllers != ""
+            folder = (root / "memory" if first else root) / path.strip("/")
+            found += [(f, first) for f in (folder, *folder.parents) if f.is_relative_to(root) and f != root]
+    return list(dict.fromkeys(found))
+
+
 def _cgroup_room() -> int | None:
-    """Bytes left under this process's memory limit, or None where there is none."""
+    """Bytes left under this process's memory limits, or None where there are none."""
     rooms = []
-    for limit, usage, stat in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-            "/sys/fs/cgroup/memory/memory.stat",
-        ),
-    ):
-        most, used = _read_number(limit), _read_number(usage)
+    for folder, first in _cgroup_folders():
+        limit, usage = ("limit_in_bytes", "usage_in_bytes") if first else ("max", "current")
+        most, used = _read_number(f"{folder}/memory.{limit}"), _read_number(f"{folder}/memory.{usage}")
         if most is None or used is None:
             continue
         try:  # pages of files that can be dropped count as used, but are there for the asking
-            lines = (line.split() for line in Path(stat).read_text().splitlines())
+            lines = (line.split() for line in Path(f"{folder}/memory.stat").read_text().splitlines())
             reclaimable = sum(int(value) for name, value in lines if name in ("inactive_file", "active_file"))
         except (OSError, ValueError):
             reclaimable = 0
@@ -83,12 +94,14 @@ def check_fits(
     num_layers: int, batch_size: int, max_positions: int, num_heads: int, head_dim: int, device: torch.device
 ) -> None:
     """Raises MemoryError, before anything is allocated, when the cache does not fit on `device`."""
-    needed = cache_bytes(num_layers, batch_size, max_positions, num_heads, head_dim)
+    # Beside keys and values: the state, the counters and attention's workspace.
+    beside = (3 * num_layers * batch_size + num_layers) * 8 + workspace_floats(device, head_dim) * 4
+    needed = cache_bytes(num_layers, batch_size, max_positions, num_heads, head_dim) + beside
     free = free_bytes(device)
     if free is None or needed <= free:
         return
     per_position = cache_bytes(num_layers, batch_size, 1, num_heads, head_dim)
     raise MemoryError(
         f"StreamingKVCacheFp16: a cache of {max_positions} positions needs {needed / GB:.2f} GB on {device}, which has "
-        f"{free / GB:.2f} GB free; the largest max_positions that fits is {max(free, 0) // per_position}"
+        f"{free / GB:.2f} GB free; the largest max_positions that fits is {max(free - beside, 0) // per_position}"
     )

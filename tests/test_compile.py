@@ -28,6 +28,8 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
         ("attend", (*reading, 1, query, 1, 0.35, 0, 0.0, answer, lse)),
         ("attend", (*reading, 1, query[:, :1], 1, 0.35, 3, 2.0, answer[:, :1].clone(), None)),
         ("append_attend", (*writing, 1, query, key, key, None, 1, True, 0.35, 0, 0.0, answer, lse)),
+        ("prefill", (*reading[:3], 0, query, None, None, None, 1, True, 0.35, 0, 0.0)),
+        ("prefill", (*reading[:3], 1, query, key, key, lengths, 1, True, 0.35, 3, 2.0)),
         ("append_attend", (*writing, 0, query, key, key, lengths, 1, False, 0.35, 2, 0.0, answer, None)),
         ("append", (*tensors, 1, key, key * 2, None, 1, True)),
         ("append", (*tensors, 0, key.half(), key.half(), lengths, 1, False)),
@@ -41,7 +43,7 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("sample", range(13))
+@pytest.mark.parametrize("sample", range(15))
 def test_opcheck(device: torch.device, sample: int) -> None:
     name, arguments = op_samples(device)[sample]
     torch.library.opcheck(getattr(torch.ops.kvcache_ext, name).default, arguments)
@@ -125,6 +127,29 @@ def test_a_compiled_attention_step_is_the_eager_one(device: torch.device, mode: 
         torch.testing.assert_close(step(compiled, hidden), attention_step(eager, hidden), rtol=1e-4, atol=1e-4)
         assert compiled.position == eager.position == i + 1
     torch.testing.assert_close(compiled.k_cache, eager.k_cache, rtol=1e-2, atol=1e-3)
+
+
+def test_options_are_checked_in_compiled_code(device: torch.device) -> None:
+    cache = make_cache(device)
+    query = torch.randn(2, 8, device=device)
+    for options in ({"window": 0}, {"softcap": 0.0}):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="must be positive or None, got 0"):
+            torch.compile(lambda q, o=options: cache.attend(0, q, **o))(query)
+
+
+def test_a_compiler_that_clones_the_cache(device: torch.device) -> None:
+    """aot_eager changes clones of the tensors and copies them back: lengths on the host must notice."""
+    torch._dynamo.reset()
+    cache = make_cache(device)
+    key = torch.randn(1, 2, 8, device=device)
+    cache.append_all(key.expand(2, 1, 2, 8), key.expand(2, 1, 2, 8))
+    assert len(cache) == 1
+    step = torch.compile(lambda k: cache.append(0, k, k), backend="aot_eager")
+    for i in range(3):
+        step(key + i)
+        assert cache.position == i + 2
+        assert cache.get_valid_f32(0)[0].shape[0] == i + 2
 
 
 def test_a_long_prompt_compiles(device: torch.device) -> None:

@@ -69,7 +69,7 @@ def test_fp16_kv_cache_memory_half(device: torch.device) -> None:
         cache = StreamingKVCacheFp16(LAYERS, POSITIONS, HEADS, HEAD_DIM, device=device)
         taken = torch.cuda.memory_allocated(device) - before
         assert cache.memory_bytes() * 2 == fp32_bytes
-        assert cache.memory_bytes() <= taken < cache.memory_bytes() + 2**20
+        assert cache.memory_bytes() <= taken < cache.memory_bytes() + 2**22  # state, counters, workspace
         assert cache.memory_bytes() < 36e9
     small = StreamingKVCacheFp16(2, 1024, HEADS, HEAD_DIM, device=device)
     fp32 = torch.empty(2, 2, 1024, HEADS, HEAD_DIM, dtype=torch.float32, device="meta")

@@ -209,6 +209,11 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
   return r;
 }
 
+void check_answer_apart(const char* op, const at::Tensor& out, const at::Tensor& key, const at::Tensor& value) {
+  TORCH_CHECK_VALUE(!shares_memory(out, key) && !shares_memory(out, value), op,
+                    ": out must not share memory with key or value, which are still being read");
+}
+
 void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value) {
   // Views that interleave (keys and values in one buffer) are fine, so extents decide only where both are dense.
   const bool overlap = key.numel() > 0 && (key.const_data_ptr() == value.const_data_ptr() ||
@@ -284,6 +289,25 @@ QueryForm query_form(const char* op, const at::Tensor& t, const CacheView& c) {
   return form;
 }
 
+// A tensor for attention's answer: the query's shape and dtype, and memory that nothing else of the call lies in.
+void check_answer(const char* op, const at::Tensor& out, const at::Tensor& query, const CheckedCache& cache) {
+  check_storage(op, "out", out, cache);
+  check_no_grad(op, "out", out);
+  TORCH_CHECK_TYPE(out.scalar_type() == query.scalar_type(), op, ": out must have the dtype of query, ",
+                   dtype_name(query.scalar_type()), ", got ", dtype_name(out.scalar_type()));
+  TORCH_CHECK_VALUE(out.sizes() == query.sizes(), op, ": out must have the shape of query, ", shape_text(query.sizes()),
+                    ", got ", shape_text(out.sizes()));
+  check_unit_stride(op, "out", out);
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    TORCH_CHECK_VALUE(out.size(i) <= 1 || out.stride(i) != 0, op, ": out must not be an expanded tensor, got strides ",
+                      shape_text(out.strides()));
+  }
+  TORCH_CHECK_VALUE(!shares_memory(out, cache.tensors.k_cache) && !shares_memory(out, cache.tensors.v_cache), op,
+                    ": out must not be a view of the cache");
+  TORCH_CHECK_VALUE(!shares_memory(out, query), op,
+                    ": out must not share memory with query, which is still being read");
+}
+
 template <typename Pointer>
 Rows<Pointer> query_rows(Pointer data, const at::Tensor& t, const CacheView& c) {
   const int64_t dims = t.dim();
@@ -316,25 +340,12 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   const QueryForm form = query_form(op, query, c);
   check_unit_stride(op, "query", query);
   TORCH_CHECK_VALUE(options.window >= 0, op, ": window must be positive, got ", options.window);
-  TORCH_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), op,
-                    ": softcap must be positive and finite, got ", options.softcap);
-  TORCH_CHECK_VALUE(std::isfinite(options.scale), op, ": scale must be finite, got ", options.scale);
-
-  check_storage(op, "out", out, cache);
-  check_no_grad(op, "out", out);
-  TORCH_CHECK_TYPE(out.scalar_type() == query.scalar_type(), op, ": out must have the dtype of query, ",
-                   dtype_name(query.scalar_type()), ", got ", dtype_name(out.scalar_type()));
-  TORCH_CHECK_VALUE(out.sizes() == query.sizes(), op, ": out must have the shape of query, ", shape_text(query.sizes()),
-                    ", got ", shape_text(out.sizes()));
-  check_unit_stride(op, "out", out);
-  for (int64_t i = 0; i < out.dim(); ++i) {
-    TORCH_CHECK_VALUE(out.size(i) <= 1 || out.stride(i) != 0, op, ": out must not be an expanded tensor, got strides ",
-                      shape_text(out.strides()));
-  }
-  TORCH_CHECK_VALUE(!shares_memory(out, cache.tensors.k_cache) && !shares_memory(out, cache.tensors.v_cache), op,
-                    ": out must not be a view of the cache");
-  TORCH_CHECK_VALUE(!shares_memory(out, query), op,
-                    ": out must not share memory with query, which is still being read");
+  p.scale = static_cast<float>(options.scale);
+  p.softcap = static_cast<float>(options.softcap);
+  TORCH_CHECK_VALUE(std::isfinite(p.softcap) && (options.softcap == 0 || p.softcap > 0), op,
+                    ": softcap must be positive, finite and within FP32, got ", options.softcap);
+  TORCH_CHECK_VALUE(std::isfinite(p.scale), op, ": scale must be finite and within FP32, got ", options.scale);
+  if (out.defined()) check_answer(op, out, query, cache);
   p.lse = nullptr;
   if (lse.defined()) {
     check_storage(op, "lse", lse, cache);
@@ -352,9 +363,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   p.rows = form.rows;
   p.query_heads = form.heads;
   p.query = query_rows<const void*>(query.const_data_ptr(), query, c);
-  p.out = query_rows<void*>(out.data_ptr(), out, c);
-  p.scale = static_cast<float>(options.scale);
-  p.softcap = static_cast<float>(options.softcap);
+  if (out.defined()) p.out = query_rows<void*>(out.data_ptr(), out, c);
   p.window = options.window;
   p.appends = append != nullptr;
   if (append != nullptr) {

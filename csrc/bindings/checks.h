@@ -39,6 +39,9 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
 Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
                            int64_t rows, at::ScalarType dtype);
 
+// The answer is written while keys and values are still being read.
+void check_answer_apart(const char* op, const at::Tensor& out, const at::Tensor& key, const at::Tensor& value);
+
 void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value);
 
 // The op's structs, whole.
@@ -55,7 +58,8 @@ struct AttendOptions {
 // The largest T that the decode kernels take.
 constexpr int64_t kMostQueries = 16;
 
-// Attention of one layer, with an append in the same call where `append` is given. `lse` may be undefined.
+// Attention of one layer, with an append in the same call where `append` is given. `lse` may be undefined; so may
+// `out`, where all that is wanted is the checks.
 AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
                            const AttendOptions& options, const AppendParams* append, const at::Tensor& workspace,
                            const at::Tensor& out, const at::Tensor& lse);

@@ -63,7 +63,15 @@ bool HostLengths::capturing() const {
   return false;
 }
 
+void HostLengths::notice_copies() {
+  if (state_.is_inference()) return;  // has no version
+  const auto version = static_cast<uint32_t>(state_._version());
+  if (version != version_) exact_ = false;
+  version_ = version;
+}
+
 void HostLengths::note_launch() {
+  notice_copies();
   if (!captured_ && capturing()) captured_ = true;
   if (captured_) exact_ = false;
 }
@@ -95,6 +103,7 @@ void HostLengths::cleared() {
   if (on_host()) return;
   note_launch();
   if (captured_) return;
+  if (!state_.is_inference()) version_ = static_cast<uint32_t>(state_._version());  // clearing is torch's own work
   std::fill(seen_, seen_ + layers_ * batch_, 0);
   std::fill(first_, first_ + layers_ * batch_, sinks_);
   exact_ = true;
@@ -105,6 +114,7 @@ void HostLengths::refresh(const char* op) {
   TORCH_CHECK(!capturing(), op,
               " needs the cache's lengths on the host, which a CUDA graph capture cannot give: lengths change with "
               "every replay; use gather with an index tensor, or cache_seqlens, inside the graph");
+  notice_copies();
   if (exact_) return;
   const at::Tensor now = state_.to(at::kCPU);
   std::copy_n(now.const_data_ptr<int64_t>(), copy_.size(), copy_.begin());
@@ -122,7 +132,8 @@ int64_t HostLengths::longest(int64_t layer) const {
   return n;
 }
 
-int64_t HostLengths::longest_or_all(int64_t layer) const {
+int64_t HostLengths::longest_or_all(int64_t layer) {
+  if (!on_host()) notice_copies();
   const bool known = on_host() || (exact_ && !capturing());
   return known ? longest(layer) : sinks_ + ring_.divisor;
 }

@@ -1,7 +1,8 @@
 // What the host knows of lengths that live on a device.
 //
 // `len(cache)` and the like need numbers on the host. Each append moves a copy kept here, so that no synchronisation is
-// needed as long as the copy is exact. A device-side `new_lengths` makes it inexact until the device is read again; an
+// needed as long as the copy is exact. A device-side `new_lengths` makes it inexact until the device is read again, and
+// so does whatever writes to the state tensor past the ops (a compiler that works on clones and copies them back); an
 // append captured into a CUDA graph makes it inexact for good, as replays are not seen from here.
 #pragma once
 
@@ -37,7 +38,7 @@ class HostLengths {
   int64_t held(int64_t layer, int64_t sequence) const;
   int64_t longest(int64_t layer) const;  // the largest number held by a sequence of the layer
   // The same without looking at the device: all slots where the copy is not exact, or is about to be captured.
-  int64_t longest_or_all(int64_t layer) const;
+  int64_t longest_or_all(int64_t layer);
   int64_t shortest() const;  // the smallest number held by any
   int64_t position() const;  // the largest number seen by any
   // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in every
@@ -47,7 +48,8 @@ class HostLengths {
  private:
   bool on_host() const { return state_.is_cpu(); }
   bool capturing() const;
-  void note_launch();  // notices capture
+  void note_launch();    // notices capture
+  void notice_copies();  // notices that torch itself has written to the state, as compilers that copy tensors do
 
   at::Tensor state_;
   int64_t layers_;
@@ -58,6 +60,7 @@ class HostLengths {
   int64_t* seen_;              // the copy's, or the state's own memory on a CPU
   int64_t* first_;
   bool exact_ = true;
+  uint32_t version_ = 0;  // of the state tensor, when last looked at
   bool captured_ = false;
 };
 

@@ -55,6 +55,11 @@ std::optional<TensorPair> out_argument(const char* op, py::handle h) {
                     tensor_argument(op, "out[1]", py::object(pair[1]))};
 }
 
+bool flag_argument(const char* op, const char* name, py::handle h) {
+  TORCH_CHECK_TYPE(PyBool_Check(h.ptr()), op, ": ", name, " must be True or False, got ", type_name(h));
+  return h.ptr() == Py_True;
+}
+
 // None: no such option, which the ops write as 0; else a positive number.
 int64_t window_argument(const char* op, py::handle h) {
   if (h.is_none()) return 0;
@@ -142,19 +147,20 @@ class Cache {
   }
 
   py::object attend(py::handle layer, py::handle query, py::handle scale, py::handle window, py::handle softcap,
-                    bool return_lse, py::handle out) {
+                    py::handle return_lse, py::handle out) {
     const char* op = "attend";
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const AttendOptions options = attend_options(op, scale, window, softcap);
     const at::Tensor to = attend_output(op, q, out);
-    const at::Tensor lse = return_lse ? new_lse(q) : at::Tensor();
+    const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
     kvc::attend(cache_, l, q, options, workspace_, to, lse);
     return answer(to, lse);
   }
 
   py::object append_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
-                           py::handle scale, py::handle window, py::handle softcap, bool return_lse, py::handle out) {
+                           py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
+                           py::handle out) {
     const char* op = "append_attend";
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
@@ -163,18 +169,33 @@ class Cache {
     const at::Tensor* n = optional_tensor_argument(op, "new_lengths", new_lengths);
     const AttendOptions options = attend_options(op, scale, window, softcap);
     const at::Tensor to = attend_output(op, q, out);
-    const at::Tensor lse = return_lse ? new_lse(q) : at::Tensor();
+    const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
     kvc::append_attend(cache_, lengths_.get(), l, q, k, v, n, options, workspace_, to, lse);
     return answer(to, lse);
   }
 
-  // Raises what append would, and does nothing.
-  void check_append(const char* op, py::handle layer, py::handle key, py::handle value, py::handle new_lengths) const {
-    append_params(op, cache_, integer_argument(op, "layer", layer), false, tensor_argument(op, "key", key),
-                  tensor_argument(op, "value", value), optional_tensor_argument(op, "new_lengths", new_lengths));
+  // Raises what attend or, with a key, append_attend would for any number of queries, and does nothing. `out` may be
+  // None. Returns scale, window and softcap as the ops take them.
+  py::tuple check_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
+                         py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
+                         py::handle out) const {
+    const char* op = key.is_none() ? "attend" : "append_attend";
+    const int64_t l = integer_argument(op, "layer", layer);
+    const at::Tensor& q = tensor_argument(op, "query", query);
+    const AttendOptions options = attend_options(op, scale, window, softcap);
+    flag_argument(op, "return_lse", return_lse);
+    std::optional<AppendParams> append;
+    if (!key.is_none()) {
+      append = append_params(op, cache_, l, false, tensor_argument(op, "key", key), tensor_argument(op, "value", value),
+                             optional_tensor_argument(op, "new_lengths", new_lengths));
+    }
+    const at::Tensor to = out.is_none() ? at::Tensor() : tensor_argument(op, "out", out);
+    attend_params(op, cache_, l, q, options, append ? &*append : nullptr, workspace_, to, at::Tensor());
+    if (append && to.defined()) {
+      check_answer_apart(op, to, tensor_argument(op, "key", key), tensor_argument(op, "value", value));
+    }
+    return py::make_tuple(options.scale, options.window, options.softcap);
   }
-
-  int64_t longest_or_all(py::handle layer) const { return lengths_->longest_or_all(checked_layer("attend", layer)); }
 
   int64_t shortest() {
     lengths_->refresh("len");
@@ -252,6 +273,9 @@ class Cache {
 void translate(std::exception_ptr raised) {
   try {
     if (raised) std::rethrow_exception(raised);
+  } catch (const c10::OutOfMemoryError& e) {
+    const py::object type = py::module_::import("torch").attr("OutOfMemoryError");
+    PyErr_SetString(type.ptr(), e.what_without_backtrace());
   }
   KVC_TRANSLATE(TypeError, PyExc_TypeError)
   KVC_TRANSLATE(ValueError, PyExc_ValueError)
@@ -277,12 +301,16 @@ PYBIND11_MODULE(_C, m) {
       .def("get_range_raw", &Cache::get_range_raw)
       .def("attend", &Cache::attend)
       .def("append_attend", &Cache::append_attend)
-      .def("check_append", &Cache::check_append)
-      .def("longest_or_all", &Cache::longest_or_all)
+      .def("check_attend", &Cache::check_attend)
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
       .def("truncate", &Cache::truncate)
       .def("clear", &Cache::clear);
+  // The largest number of positions that a layer holds, as far as that is known on the host; else all slots.
+  m.def("longest_or_all", [](const at::Tensor& state, int64_t layer, int64_t max_positions) {
+    const auto lengths = kvc::HostLengths::of(state);
+    return lengths ? lengths->longest_or_all(layer) : max_positions;
+  });
   m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
   m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });
   m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });

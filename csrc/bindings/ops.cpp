@@ -117,6 +117,7 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   const AppendParams append = append_params(op, cache, layer, false, key, value, new_lengths);
   const AttendParams p = attend_params(op, cache, layer, query, options, &append, workspace, out, lse);
   check_query_count(op, p.rows);
+  check_answer_apart(op, out, key, value);
   run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
   if (lengths != nullptr)
     lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr);

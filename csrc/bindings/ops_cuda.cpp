@@ -17,6 +17,7 @@ cudaStream_t current_stream(c10::Device device) {
 }
 
 void check(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // or torch's next launch would report it again, as its own
   TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error), " (", cudaGetErrorName(error),
               ")");
 }

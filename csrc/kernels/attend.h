@@ -11,6 +11,9 @@
 
 namespace kvc {
 
+constexpr float kLog2e = 1.4426950408889634f;  // scores are kept as powers of two
+constexpr float kLn2 = 0.6931471805599453f;
+
 struct AttendPlan {
   int64_t seen;        // positions in the cache before the call
   int64_t total;       // and after it

@@ -17,9 +17,6 @@ namespace kvc {
 namespace cpu {
 namespace {
 
-constexpr int kTile = 16;
-constexpr float kLog2e = 1.4426950408889634f;
-
 // 2^x for x <= 0 to within 2 units in the last place; 0 below 2^-126; NaN stays NaN.
 // The polynomial is 2^f's Taylor series on [-0.5, 0.5], whose first term left out is below 2^-26.
 template <typename S>
@@ -110,14 +107,17 @@ struct Attention {
   // The same for one query that does not see every row of the tile: what it does not see may hold anything.
   void accumulate_visible(int64_t head, int64_t number, int rows, const bool* visible) {
     float* to = state + number * (head_dim + 2);
+    float sum[kMaxHeadDim];  // of this tile
+    std::memset(sum, 0, sizeof(float) * static_cast<size_t>(head_dim));
     for (int r = 0; r < rows; ++r) {
       if (!visible[r]) continue;
       const uint16_t* value = value_rows[r] + head * head_dim;
       const Floats weight = S::set(scores[number * kTile + r]);
       for (int64_t d = 0; d < head_dim; d += kWidth) {
-        S::store(to + d, S::fma(weight, S::load_halves(value + d), S::load(to + d)));
+        S::store(sum + d, S::fma(weight, S::load_halves(value + d), S::load(sum + d)));
       }
     }
+    for (int64_t d = 0; d < head_dim; d += kWidth) S::store(to + d, S::add(S::load(to + d), S::load(sum + d)));
   }
 
   // Scores become weights; the state is brought to the new maximum.
@@ -179,10 +179,13 @@ struct Attention {
 
   void run(int64_t begin, int64_t end) {
     const int64_t sharing = group * p.rows;  // queries of a KV head
-    const bool may_be_masked = p.rows > 1;
     for (int64_t row0 = begin; row0 < end; row0 += kTile) {
       const int rows = static_cast<int>(imin(kTile, end - row0));
       find_rows(row0, rows);
+      bool seen_in_part = false;  // does some query not see some row?
+      for (int64_t t = 0; t < p.rows && p.rows > 1; ++t) {
+        for (int r = 0; r < rows; ++r) seen_in_part = seen_in_part || !plan.sees(t, row0 + r);
+      }
       for (int r = 0; r < rows; ++r) {
         for (int64_t h = 0; h < p.cache.heads; ++h) {
           const uint16_t* key = key_rows[r] + h * head_dim;
@@ -196,7 +199,7 @@ struct Attention {
       }
       for (int64_t h = 0; h < p.cache.heads; ++h) {
         int64_t i = 0;
-        if (may_be_masked) {
+        if (seen_in_part) {
           for (; i < sharing; ++i) {
             const int64_t number = query_number(h, i);
             bool visible[kTile];

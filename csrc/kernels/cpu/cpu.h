@@ -17,9 +17,11 @@ struct Conversions {
   void (*from_half)(DType to, const uint16_t* in, void* out, int64_t n, bool stream);
 };
 
+constexpr int kTile = 16;  // rows that attention works on at a time
+
 // Adds the rows [begin, end) of one sequence to the states of its queries.
 //   queries [T * Hq, D] scaled; state [T * Hq, D + 2]: weighted sum, maximum, sum of weights;
-//   scores [T * Hq, 16], converted [2, 16, H, D]: scratch
+//   scores [T * Hq, kTile], converted [2, kTile, H, D]: scratch
 using AttendRows = void (*)(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                             const float* queries, float* state, float* scores, uint16_t* converted);
 

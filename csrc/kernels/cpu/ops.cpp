@@ -167,15 +167,42 @@ void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
   if (stream) finish_streaming();
 }
 
+namespace {
+
+// Sums over more rows than this are kept apart and merged, or their rounding adds up.
+constexpr int64_t kPieceRows = 1024;
+
+// States [n, D + 2]: weighted sum, maximum, sum of weights.
+void clear_states(float* states, int64_t n, int64_t head_dim) {
+  std::fill_n(states, n * (head_dim + 2), 0.0f);
+  for (int64_t m = 0; m < n; ++m) states[m * (head_dim + 2) + head_dim] = -INFINITY;
+}
+
+float max_or_nan(float a, float b) { return b > a || b != b ? b : a; }
+
+void merge_states(float* into, const float* other, int64_t n, int64_t head_dim) {
+  for (int64_t m = 0; m < n; ++m, into += head_dim + 2, other += head_dim + 2) {
+    const float max = max_or_nan(into[head_dim], other[head_dim]);
+    const float mine = into[head_dim] == -INFINITY ? 0.0f : std::exp2(into[head_dim] - max);
+    const float others = other[head_dim] == -INFINITY ? 0.0f : std::exp2(other[head_dim] - max);
+    for (int64_t d = 0; d < head_dim; ++d) into[d] = into[d] * mine + other[d] * others;
+    into[head_dim] = max;
+    into[head_dim + 1] = into[head_dim + 1] * mine + other[head_dim + 1] * others;
+  }
+}
+
+}  // namespace
+
 void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t end, float* states) {
   const CacheView& c = p.cache;
   const InstructionSet& use = instruction_set();
   const AttendRows attend_rows = c.head_dim % 16 == 0 ? use.attend_multiples_of_16 : use.attend;
   const int64_t queries = p.rows * p.query_heads;
-  const float factor = p.softcap > 0 ? p.scale : p.scale * 1.4426950408889634f;  // scores become powers of two
+  const float factor = p.softcap > 0 ? p.scale : p.scale * kLog2e;  // scores become powers of two
+  std::vector<float> piece;
   std::vector<float> scaled(static_cast<size_t>(queries * c.head_dim));
-  std::vector<float> scores(static_cast<size_t>(queries * 16));
-  std::vector<uint16_t> converted(p.appends ? static_cast<size_t>(2 * 16 * c.heads * c.head_dim) : 0);
+  std::vector<float> scores(static_cast<size_t>(queries * kTile));
+  std::vector<uint16_t> converted(p.appends ? static_cast<size_t>(2 * kTile * c.heads * c.head_dim) : 0);
   for (int64_t run = begin; run < end; ++run) {
     const int64_t b = runs[run].sequence;
     const int64_t entry = p.layer * c.batch + b;
@@ -195,9 +222,18 @@ void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t
       for (int64_t d = 0; d < c.head_dim; ++d) to[d] *= factor;
     }
     float* state = states + run * queries * (c.head_dim + 2);
-    std::fill_n(state, queries * (c.head_dim + 2), 0.0f);
-    for (int64_t m = 0; m < queries; ++m) state[m * (c.head_dim + 2) + c.head_dim] = -INFINITY;
-    attend_rows(p, plan, b, runs[run].begin, runs[run].end, scaled.data(), state, scores.data(), converted.data());
+    clear_states(state, queries, c.head_dim);
+    for (int64_t row = runs[run].begin; row < runs[run].end; row += kPieceRows) {
+      const int64_t piece_end = imin(runs[run].end, row + kPieceRows);
+      if (row == runs[run].begin) {
+        attend_rows(p, plan, b, row, piece_end, scaled.data(), state, scores.data(), converted.data());
+      } else {
+        piece.resize(static_cast<size_t>(queries * (c.head_dim + 2)));
+        clear_states(piece.data(), queries, c.head_dim);
+        attend_rows(p, plan, b, row, piece_end, scaled.data(), piece.data(), scores.data(), converted.data());
+        merge_states(state, piece.data(), queries, c.head_dim);
+      }
+    }
   }
 }
 
@@ -207,10 +243,7 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
   for (int64_t m = 0; m < queries; ++m) {
     const auto state = [&](int64_t run) { return states + (run * queries + m) * (head_dim + 2); };
     float max = -INFINITY;
-    for (int64_t run = 0; run < runs; ++run) {
-      const float other = state(run)[head_dim];
-      if (other > max || other != other) max = other;
-    }
+    for (int64_t run = 0; run < runs; ++run) max = max_or_nan(max, state(run)[head_dim]);
     double merged[kMaxHeadDim] = {};
     double sum = 0.0;
     for (int64_t run = 0; run < runs; ++run) {
@@ -232,7 +265,7 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
     }
     if (p.lse != nullptr) {
       p.lse[sequence * queries + m] =
-          sum == 0.0 ? -INFINITY : static_cast<float>(max * 0.6931471805599453 + std::log(sum));
+          sum == 0.0 ? -INFINITY : static_cast<float>(static_cast<double>(max) * kLn2 + std::log(sum));
     }
   }
 }
