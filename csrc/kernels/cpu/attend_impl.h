@@ -52,7 +52,9 @@ struct Attention {
   const uint16_t* key_rows[kTile];
   const uint16_t* value_rows[kTile];
 
-  int64_t query_number(int64_t head, int64_t i) const {  // of the i-th query that shares a KV head
+  // The number of the i-th query that shares a KV head. Divisions are dear here: without them where T is 1.
+  int64_t query_number(int64_t head, int64_t i) const {
+    if (p.rows == 1) return head * group + i;
     return i / group * p.query_heads + head * group + i % group;
   }
 
@@ -70,6 +72,21 @@ struct Attention {
       for (int m = 0; m < kQueries; ++m) sum[m] = S::fma(S::load(q[m] + d), k, sum[m]);
     }
     for (int m = 0; m < kQueries; ++m) scores[query_number(head, i + m) * kTile + r] = S::sum(sum[m]);
+  }
+
+  // The same for the only query of each of `kHeads` heads side by side: sums that do not wait for each other.
+  template <int kHeads>
+  void score_heads(const uint16_t* key, int64_t head, int r) {
+    Floats sum[kHeads];
+    for (int h = 0; h < kHeads; ++h) sum[h] = S::set(0.0f);
+    const float* q = queries + head * head_dim;
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      for (int h = 0; h < kHeads; ++h) {
+        const int64_t at = h * head_dim + d;
+        sum[h] = S::fma(S::load(q + at), S::load_halves(key + at), sum[h]);
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) scores[(head + h) * kTile + r] = S::sum(sum[h]);
   }
 
   // Adds the tile's weighted values to `kQueries` states, kParts vectors of each at a time.
@@ -187,11 +204,11 @@ struct Attention {
         for (int r = 0; r < rows; ++r) seen_in_part = seen_in_part || !plan.sees(t, row0 + r);
       }
       for (int r = 0; r < rows; ++r) {
-        for (int64_t h = 0; h < p.cache.heads; ++h) {
+        for (int64_t d = 0; d < p.cache.heads * head_dim; d += 32) __builtin_prefetch(value_rows[r] + d, 0, 2);
+        int64_t h = 0;
+        for (; sharing == 1 && h + 4 <= p.cache.heads; h += 4) score_heads<4>(key_rows[r] + h * head_dim, h, r);
+        for (; h < p.cache.heads; ++h) {
           const uint16_t* key = key_rows[r] + h * head_dim;
-          for (int64_t d = 0; d < head_dim; d += 32) {
-            __builtin_prefetch(value_rows[r] + h * head_dim + d, 0, 2);
-          }
           int64_t i = 0;
           for (; i + 4 <= sharing; i += 4) score<4>(key, h, i, r);
           for (; i < sharing; ++i) score<1>(key, h, i, r);
