@@ -116,6 +116,45 @@ def draw_gather(results: Path, folder: Path = IMAGES) -> Path | None:
     )
 
 
+def draw_attention(results: Path, folder: Path = IMAGES) -> Path | None:
+    """Time of a layer against the positions held, for each of the shapes: ours, the best other, the ceiling."""
+    device, entries = load(results)
+    shapes = {
+        "attention/mha32": ("32 heads", OURS),
+        "attention/gqa32x8": ("32 query heads on 8", ALSO_OURS),
+    }
+    found = {prefix: _by_size(entries, prefix) for prefix in shapes}
+    if not any(found.values()):
+        return None
+    figure = _figure(6.6, 4.2)
+    if figure is None:
+        return None
+    axes = figure.axes[0]
+    for prefix, (label, colour) in shapes.items():
+        by_size = found[prefix]
+        if not by_size:
+            continue
+        ours = [entry["value"] for entry in by_size.values()]
+        axes.plot(list(by_size), ours, color=colour, marker="o", ms=4, linewidth=2.0, label=f"append_attend, {label}")
+        others = {size: min(entry["peers"].values()) for size, entry in by_size.items() if entry["peers"]}
+        torch_colour = TORCH if colour == OURS else ALSO_TORCH
+        axes.plot(
+            list(others), list(others.values()), color=torch_colour, marker="s", ms=4, label=f"best other, {label}"
+        )
+        limits = {size: entry["ceiling"] for size, entry in by_size.items() if entry["ceiling"]}
+        axes.plot(list(limits), list(limits.values()), color=LIMIT, linestyle="--", label=f"reading alone, {label}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({size for by_size in found.values() for size in by_size})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("positions held")
+    axes.set_ylabel("microseconds a layer")
+    axes.set_title(f"decode attention, FP32 queries on the FP16 cache, head_dim 128\n{device}", loc="left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    return _save(figure, folder / f"attention-{results.stem}.svg")
+
+
 RATES = {
     "gpu015/fill_rate/decode": "fill one by one, append",
     "gpu015/fill_rate/decode_append_all": "fill one by one, append_all",

@@ -40,9 +40,13 @@ README_ROWS = {
     "append/decode/32_layers/graph": "one position, 32 `append` calls in a graph, GPU time",
     "append/decode/32_layers/host": "one position, 32 `append` calls, eager, host time",
     "append/one_position/host": "one position of one layer, host time",
+    "attention/mha32/65536": "attend to 65,536 positions, 32 heads, append included",
+    "attention/gqa32x8/65536": "the same, 32 query heads on 8",
+    "attention/mha32/4096": "attend to 4,096 positions, 32 heads",
+    "attention/error/fp32": "largest error of attention against FP64, FP32 query",
 }
 CPU_HAS_NO_GRAPHS = ", GPU time", " in a graph"
-LESS_IS_BETTER = ("us", "ms", "s", "GB")
+LESS_IS_BETTER = ("us", "ms", "s", "GB", "relative")
 
 
 def best_peer(entry: dict[str, Any]) -> str:
@@ -74,7 +78,7 @@ def row(label: str, entry: dict[str, Any]) -> list[str]:
     return [label, quantity(entry["value"], entry["unit"]), of_ceiling(entry), best_peer(entry)]
 
 
-HEAD = ["measured", "ceiling, of the same run", "best of plain torch; how much faster ours is"]
+HEAD = ["measured", "ceiling, of the same run", "best of the others; how much better ours is"]
 
 
 def origin(data: dict[str, Any], entries: list[dict[str, Any]]) -> str:
@@ -103,10 +107,10 @@ def readme_block(files: list[Path]) -> str:
         rows = [row(readme_label(label, entry, bool(data["cuda"])), entry) for label, entry in chosen]
         lines += [f"**{data['device']}** ({origin(data, [entry for _, entry in chosen])})", ""]
         lines += [*markdown_table(["", *HEAD], rows), ""]
-    for kind, words in (("append", "append"), ("gather", "gather")):
+    for kind, words in (("append", "append"), ("gather", "gather"), ("attention", "attention")):
         image = charts.IMAGES / f"{kind}-{files[0].stem}.svg" if files else None
         if image is not None and image.is_file():
-            lines.append(f"![{words}: throughput by positions a call]({image.relative_to(ROOT)})")
+            lines.append(f"![{words} by positions]({image.relative_to(ROOT)})")
     return "\n".join(lines).strip()
 
 
@@ -149,7 +153,7 @@ def main() -> int:
         print(f"There are no results in {shown_path(RESULTS)}")
     if not args.check:
         for path in files:
-            for draw in (charts.draw_append, charts.draw_gather, charts.draw_gpu015):
+            for draw in (charts.draw_append, charts.draw_gather, charts.draw_attention, charts.draw_gpu015):
                 image = draw(path)
                 if image is not None:
                     print(f"drawn: {shown_path(image)}")
