@@ -89,8 +89,8 @@ class StreamingKVCacheFp16:
     on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate`) after lengths have moved on
     the device alone, which is after `new_lengths` or a captured graph. `append`, `append_all`, `gather`, `attend`,
     `append_attend` and `clear` can be captured into a CUDA graph, and each replay moves the cache on. A cache is used
-    by one stream at a time and must outlive the graphs that were captured from it. Under `torch.compile(fullgraph=True)`
-    the same calls work, and those that need a length on the host do not.
+    by one stream at a time and must outlive the graphs that were captured from it. The same calls work under
+    `torch.compile(fullgraph=True)`; those that need a length on the host do not.
     """
 
     def __init__(

@@ -13,11 +13,10 @@
 
 namespace kvc {
 
-constexpr float kHalfOverflow = 65520.0f;  // the smallest magnitude that rounds past the largest FP16 number
-constexpr float kHalfMax = 65504.0f;       // the largest FP16 number
 constexpr uint32_t kFloatInfBits = 0x7f800000u;
-constexpr uint32_t kHalfOverflowBits = 0x477ff000u;  // kHalfOverflow
-constexpr uint32_t kHalfMaxBits = 0x477fe000u;       // kHalfMax
+constexpr uint32_t kHalfOverflowBits =
+    0x477ff000u;                                // 65520: the least magnitude that rounds past the largest FP16 number
+constexpr uint32_t kHalfMaxBits = 0x477fe000u;  // 65504: the largest FP16 number
 
 KVC_HD uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)

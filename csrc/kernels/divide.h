@@ -17,7 +17,6 @@ struct FastDivider {
   static FastDivider by(uint32_t d) {
     FastDivider f;
     f.divisor = d;
-    f.shift = 0;
     while ((uint64_t{1} << f.shift) < d) ++f.shift;
     f.multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << f.shift) - d)) / d + 1);
     return f;
