@@ -107,6 +107,7 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "attend: query a list": (lambda c, d: c.attend(0, [1.0]), TypeError, ["query", "list"]),
     "attend: query of other head_dim": (lambda c, d: c.attend(0, t(2, 9).to(d)), ValueError, ["query", "query heads, 8", "[2, 9]"]),
     "attend: query of an odd group": (lambda c, d: c.attend(0, t(3, 8).to(d)), ValueError, ["query", "2 heads", "3"]),
+    "attend: query expanded without end": (lambda c, d: c.attend(0, t(1, 1, 1, 1).to(d).expand(2**20, 1, 2**20, 8)), ValueError, ["query", "1048576"]),
     "attend: query without heads": (lambda c, d: c.attend(0, t(0, 8).to(d)), ValueError, ["query", "2 heads", "0"]),
     "attend: query float64": (lambda c, d: c.attend(0, t(2, 8).double().to(d)), TypeError, ["query", "float64"]),
     "attend: query strided": (lambda c, d: c.attend(0, t(8, 2).to(d).T), ValueError, ["query", "stride"]),

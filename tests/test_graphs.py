@@ -121,6 +121,25 @@ def test_replayed_attention_is_the_eager_one(rows: int) -> None:
     assert not captured._workspace[:1024].any()
 
 
+def test_ragged_attention_in_a_graph() -> None:
+    """new_lengths is read at each replay; padding queries answer zeros."""
+    captured, eager = (
+        make_cache(GPU, num_layers=1, max_positions=20, batch_size=3, head_dim=64, sink_positions=2) for _ in range(2)
+    )
+    x = torch.empty(3, 1, 2, 64, device=GPU)
+    lengths = torch.zeros(3, dtype=torch.int64, device=GPU)
+    out = torch.empty_like(x)
+    graph = capture(lambda: captured.append_attend(0, x, x * 2, x * 3, new_lengths=lengths, out=out))
+    for i in range(60):
+        x.normal_()
+        lengths.copy_(torch.tensor([1, i % 2, 0]))
+        graph.replay()
+        assert_same_bits(out, eager.append_attend(0, x, x * 2, x * 3, new_lengths=lengths))
+        assert not out[2].any()
+    assert captured.cache_seqlens.tolist() == eager.cache_seqlens.tolist() == [[60, 30, 0]]
+    assert_same_bits(captured.k_cache, eager.k_cache)
+
+
 def test_a_hundred_thousand_replays_of_attention() -> None:
     """Tickets and lengths, which no sanitizer sees: every replay of a wrapping cache against eager, bit for bit."""
     captured, eager = (
@@ -208,11 +227,15 @@ def test_out_calls_allocate_nothing() -> None:
     key = torch.ones(5, 2, 8, device=GPU)
     indices = torch.arange(5, device=GPU)
     out = (torch.empty(5, 2, 8, device=GPU), torch.empty(5, 2, 8, device=GPU))
+    query = torch.randn(5, 4, 8, device=GPU)
+    answer = torch.empty_like(query)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     for _ in range(3):
         cache.append(0, key, key)
         cache.gather(0, indices, out=out)
         cache.get_range_f32(0, 0, 5, out=out)
+        cache.attend(0, query, out=answer)
+        cache.append_attend(0, query[0], key[0], key[0], out=answer[0])
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 

@@ -322,6 +322,10 @@ Rows<Pointer> query_rows(Pointer data, const at::Tensor& t, const CacheView& c) 
 
 }  // namespace
 
+void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache) {
+  query_form(op, query, cache);
+}
+
 AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
                            const AttendOptions& options, const AppendParams* append, const at::Tensor& workspace,
                            const at::Tensor& out, const at::Tensor& lse) {

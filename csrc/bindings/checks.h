@@ -58,6 +58,9 @@ struct AttendOptions {
 // The largest T that the decode kernels take.
 constexpr int64_t kMostQueries = 16;
 
+// Raises unless `query` has one of the shapes that attention takes: before an answer is allocated for it.
+void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache);
+
 // Attention of one layer, with an append in the same call where `append` is given. `lse` may be undefined; so may
 // `out`, where all that is wanted is the checks.
 AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,

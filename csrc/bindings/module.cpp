@@ -229,6 +229,7 @@ class Cache {
   at::Tensor attend_output(const char* op, const at::Tensor& query, py::handle out) const {
     if (!out.is_none()) return tensor_argument(op, "out", out);
     kernel_dtype(op, "query", query.scalar_type());
+    check_query_shape(op, query, cache_.view);
     return at::empty(query.sizes(), query.options().requires_grad(false));
   }
 
