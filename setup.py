@@ -116,6 +116,19 @@ def holding(toolkit: Path, name: str, *patterns: str) -> list[str]:
     return next(([str(folder)] for folder in folders if (folder / name).exists()), [])
 
 
+def loaded_cxx_library() -> list[str]:
+    """The C++ standard library that torch has in use here.
+
+    A toolchain whose own is static would put a second copy into the extension, and an exception or a stream that meets
+    both crashes.
+    """
+    try:
+        mapped = (line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines())
+        return [next(path for path in mapped if Path(path).name.startswith("libstdc++.so"))]
+    except (OSError, StopIteration):
+        return []
+
+
 def extension_and_commands() -> dict[str, object]:
     compiler = cxx_compiler()
     try:
@@ -134,7 +147,8 @@ def extension_and_commands() -> dict[str, object]:
     if sys.platform.startswith("linux"):
         # Compiled for OpenMP, never linked with it: the symbols are then those of torch's own thread pool.
         cxx.append("-fopenmp")
-    options: dict[str, object] = {"extra_compile_args": {"cxx": cxx}}
+    link = loaded_cxx_library()
+    options: dict[str, object] = {"extra_compile_args": {"cxx": cxx}, "extra_link_args": link}
     if toolkit is not None:
         cpp_extension.CUDA_HOME = str(toolkit)  # which a CPU build of torch leaves empty, whatever the environment says
         libraries = holding(toolkit, "libcudart.so", "lib64", "lib", "targets/*/lib")
@@ -145,7 +159,7 @@ def extension_and_commands() -> dict[str, object]:
             "libraries": ["cudart"],
             "library_dirs": libraries,
             # torch brings its own runtime of the same name, which is the one in use; this one is for where it does not.
-            "extra_link_args": [f"-Wl,-rpath,{folder}" for folder in libraries],
+            "extra_link_args": [*link, *(f"-Wl,-rpath,{folder}" for folder in libraries)],
         }
 
     class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
