@@ -145,7 +145,7 @@ class Bench:
         self.device = device
         self.results = results
         self.best = best
-        self.rounds = 3 if quick else 15 if on_gpu(device) else 9
+        self.rounds = 3 if quick else 9
 
     def prefill(self, name: str, storage: Storage, sources: Sources, rows: int, htd: bool = False) -> None:
         size = rows * ROW * 2 * (sources.dtype.itemsize + 2)

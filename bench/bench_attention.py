@@ -127,7 +127,7 @@ class Case:
 
             with contextlib.suppress(RuntimeError):  # not for this shape, or not in this build
                 found[name] = self.sampler(attend, torch.float16)
-        if on_gpu(self.device) or self.bytes < 2**28:
+        if self.bytes < 2**28 or (on_gpu(self.device) and self.bytes < 2**31 and len(self.query) == 1):
             with contextlib.suppress(RuntimeError):
                 found["to FP32, SDPA"] = self.sampler(self.converted)
         if on_gpu(self.device) and len(self.query) == 1:
@@ -208,14 +208,16 @@ def main() -> None:
     torch.set_grad_enabled(False)
     device = choose_device(args.device)
     results = open_results(args, device)
-    rounds = 3 if args.quick else 9
+    rounds = 3 if args.quick else 5 if on_gpu(device) else 9
 
     sweep = []
-    for shape, (query_heads, heads) in SHAPES.items():
-        for batch in BATCHES if on_gpu(device) else BATCHES[:2]:
+    for batch in BATCHES if on_gpu(device) else BATCHES[:2]:
+        for shape, (query_heads, heads) in SHAPES.items():
             for positions in GPU_POSITIONS if on_gpu(device) else CPU_POSITIONS:
                 size = 2 * batch * positions * heads * HEAD_DIM * 2
                 if size > (0.6 if on_gpu(device) else 0.2) * free_bytes(device) or (args.quick and size > 2**28):
+                    continue
+                if batch > 1 and size > 2**33:
                     continue
                 sweep.append((shape, query_heads, heads, positions, batch))
     with progress("attention", len(sweep) + 1) as advance:
@@ -225,6 +227,7 @@ def main() -> None:
             part = "" if batch == 1 else f"/b{batch}"
             case = Case(query_heads, heads, positions, batch, device)
             measure(f"attention/{shape}{part}/{positions}", case, results, rounds)
+            results.save(last=False)
             advance(1)
 
     targets = ERROR_TARGET | (H200_TARGETS if "H200" in device_name(device) else {})

@@ -58,7 +58,7 @@ class Bench:
         self.device = device
         self.results = results
         self.best = best
-        self.rounds = 3 if quick else 15 if on_gpu(device) else 9
+        self.rounds = 3 if quick else 9
         self.layers = 4 if on_gpu(device) else 1
         self.cache = self._full_cache()
         self.k_slots = self.cache.k_cache[:, 0].unbind()  # [positions, H, D] of each layer

@@ -159,8 +159,8 @@ class Results:
         self.measurements[measurement.name] = measurement
         return measurement
 
-    def save(self) -> None:
-        """Merges what was added into the file."""
+    def save(self, last: bool = True) -> None:
+        """Merges what was added into the file, and when it is the last time says so."""
         if self.path is None or not self.measurements:
             return
         entries = {}
@@ -173,7 +173,8 @@ class Results:
         head = json.dumps(self._head)[:-1]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(head + ',\n "measurements": [\n  ' + ",\n  ".join(lines) + "]}\n")
-        print(f"{len(self.measurements)} measurements written to {shown_path(self.path)}")
+        if last:
+            print(f"{len(self.measurements)} measurements written to {shown_path(self.path)}")
 
 
 def shown_path(path: Path) -> str:

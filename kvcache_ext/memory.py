@@ -18,13 +18,14 @@ def cache_bytes(num_layers: int, batch_size: int, max_positions: int, num_heads:
 def workspace_floats(device: torch.device, head_dim: int) -> int:
     """FP32 elements of attention's workspace: 1,024 tickets, and what each block of the largest launch leaves.
 
-    A launch has at most two blocks a multiprocessor that leave anything: up to 8 queries' weighted sums, maxima and
-    sums of weights.
+    A launch has at most one block a multiprocessor that leaves anything: the weighted sums, maxima and sums of weights
+    of up to 16 queries, for head sizes padded to a power of two.
     """
     multiprocessors = 0
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return 1024 + 2 * max(multiprocessors, 8) * 8 * (head_dim + 2)
+    width = max(64, 1 << (head_dim - 1).bit_length())
+    return 1024 + max(multiprocessors, 8) * 16 * (width + 2)
 
 
 def _read_number(path: str) -> int | None:

@@ -124,7 +124,8 @@ def test_a_compiled_attention_step_is_the_eager_one(device: torch.device, mode: 
     step = torch.compile(attention_step, fullgraph=True, mode=mode)
     for i in range(20):
         hidden = torch.randn(32, device=device)
-        torch.testing.assert_close(step(compiled, hidden), attention_step(eager, hidden), rtol=1e-4, atol=1e-4)
+        # A last bit of sin() or of a fused sum can round a key or value to the next FP16 number, 2^-11 away.
+        torch.testing.assert_close(step(compiled, hidden), attention_step(eager, hidden), rtol=2e-3, atol=2e-3)
         assert compiled.position == eager.position == i + 1
     torch.testing.assert_close(compiled.k_cache, eager.k_cache, rtol=1e-2, atol=1e-3)
 

@@ -9,6 +9,7 @@
 // Signing in does not wait for the block's own stores: nothing but a later launch reads them.
 #include "launch.h"
 #include "layout.h"
+#include "overlap.cuh"
 #include "tiling.h"
 #include "vec.cuh"
 
@@ -31,59 +32,171 @@ __device__ __forceinline__ Vec<uint16_t, kVector> convert(const Vec<typename Ele
   }
 }
 
-template <DType kType, int kVector, int kUnroll>
-__global__ void __launch_bounds__(kCopyThreads, 2) append_kernel(const AppendParams p, const Tiling tiling) {
+// The state changes during a launch: volatile keeps these loads out of the read-only cache.
+__device__ __forceinline__ SequenceState read_state(const int64_t* seen, const int64_t* first) {
+  return {*static_cast<const volatile int64_t*>(seen), *static_cast<const volatile int64_t*>(first)};
+}
+
+// Few rows, as in decoding: one block for a layer and sequence, so that nobody need sign in, and no thread has more
+// than kTurns vectors. What counts here is the time to the last store. Where the rows go is found while the previous
+// launch is at work, and again if that launch moved the sequence on.
+constexpr int kFewHalf = 512;
+
+template <DType kType, int kVector, int kTurns>
+__global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendParams p, const Tiling tiling) {
   using T = typename Element<kType>::Type;
-  const uint32_t matrix = tiling.blocks(blockIdx.x);
-  const uint32_t block = blockIdx.x - matrix * tiling.blocks.divisor;
-  const bool is_value = matrix & 1;
-  const int64_t layer = (matrix >> 1) / static_cast<uint32_t>(p.cache.batch);
-  const int64_t sequence = (matrix >> 1) - layer * p.cache.batch;
+  let_next_launch_begin();
+  const bool is_value = threadIdx.x >= kFewHalf;
+  const uint32_t thread = threadIdx.x - (is_value ? kFewHalf : 0);
+  const int64_t layer = tiling.batch(blockIdx.x);
+  const int64_t sequence = blockIdx.x - layer * p.cache.batch;
+  const Rows<const void*>& rows = is_value ? p.value : p.key;
+  const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + sequence * rows.batch_stride;
+  const int64_t entry = (p.first_layer + layer) * p.cache.batch + sequence;
+  const int64_t row_elements = p.cache.heads * p.cache.head_dim;
+  uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
+  int64_t* seen = p.cache.state + entry;
+  int64_t* first = seen + p.cache.layers * p.cache.batch;
+
+  const T* from[kTurns];
+  uint16_t* to[kTurns];
+  int64_t row[kTurns];  // -1: none
+#pragma unroll
+  for (int u = 0; u < kTurns; ++u) {
+    const uint32_t i = thread + u * kFewHalf;
+    row[u] = i / tiling.columns;
+    const uint32_t column = i - static_cast<uint32_t>(row[u]) * tiling.columns;
+    from[u] = source + row[u] * rows.row_stride + tiling.offset(rows, column);
+    to[u] = cache + column * kVector;
+    if (row[u] >= p.rows) row[u] = -1;
+  }
+  int64_t slot[kTurns];
+  const auto find_slots = [&](int64_t seen_before, int64_t appended) {
+    const AppendPlan plan = AppendPlan::make(seen_before, p.rows, appended, p.cache);
+#pragma unroll
+    for (int u = 0; u < kTurns; ++u) slot[u] = row[u] < 0 ? kPadding : plan.slot(row[u]);
+  };
+  SequenceState state = read_state(seen, first);
+  find_slots(state.seen, p.rows);
+  wait_for_previous_launch();
+
+  const SequenceState now = read_state(seen, first);
+  Vec<T, kVector> in[kTurns];
+#pragma unroll
+  for (int u = 0; u < kTurns; ++u) {
+    if (row[u] >= 0) in[u] = load<T, kVector>(from[u]);
+  }
+  const int64_t appended = appended_rows(p, sequence);
+  if (now.seen != state.seen || appended != p.rows) find_slots(now.seen, appended);
+  uint32_t overflows = 0;
+#pragma unroll
+  for (int u = 0; u < kTurns; ++u) {
+    if (slot[u] == kPadding) continue;
+    const Vec<uint16_t, kVector> out = convert<kType, kVector>(in[u], p.saturate, overflows);
+    if (slot[u] >= 0) store<uint16_t, kVector>(to[u] + slot[u] * row_elements, out);
+  }
+  __syncthreads();  // all threads have read the state
+  if (threadIdx.x == 0) {
+    const SequenceState next = state_after_append(now, appended, p.cache.ring.divisor);
+    *seen = next.seen;
+    *first = next.first;
+  }
+  if constexpr (kType != DType::f16) {
+    overflows = __reduce_add_sync(0xffffffffu, overflows);
+    if (overflows != 0 && threadIdx.x % 32 == 0) {
+      atomicAdd(reinterpret_cast<Counter*>(p.overflow_counts + p.first_layer + layer), Counter{overflows});
+    }
+  }
+}
+
+template <DType kType, int kVector, int kHalf, int kUnroll>
+__global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p, const Tiling tiling) {
+  using T = typename Element<kType>::Type;
+  let_next_launch_begin();
+  const BlockPart part = BlockPart::make(tiling, blockIdx.x);
+  const bool is_value = threadIdx.x >= kHalf;
+  const uint32_t thread = threadIdx.x - (is_value ? kHalf : 0);
+  const int64_t layer = tiling.batch(part.matrix);
+  const int64_t sequence = part.matrix - layer * p.cache.batch;
 
   const Rows<const void*>& rows = is_value ? p.value : p.key;
   const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + sequence * rows.batch_stride;
   const int64_t entry = (p.first_layer + layer) * p.cache.batch + sequence;
-  uint16_t* cache =
-      (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * (p.cache.heads * p.cache.head_dim);
+  const int64_t row_elements = p.cache.heads * p.cache.head_dim;
+  uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
   int64_t* seen = p.cache.state + entry;
   int64_t* first = seen + p.cache.layers * p.cache.batch;
   Counter* arrivals = reinterpret_cast<Counter*>(first + p.cache.layers * p.cache.batch);
-
+  wait_for_previous_launch();
   const int64_t appended = appended_rows(p, sequence);
+
   __shared__ AppendPlan shared_plan;
+  __shared__ int64_t shared_run;  // the slot of the block's first row if its rows' slots follow each other, else -1
   SequenceState state{0, 0};
   if (threadIdx.x == 0) {
-    // The state changes during this launch: volatile keeps these loads out of the read-only cache.
-    state = {*const_cast<volatile int64_t*>(seen), *const_cast<volatile int64_t*>(first)};
-    shared_plan = AppendPlan::make(state.seen, p.rows, appended, p.cache);
+    state = read_state(seen, first);
+    const AppendPlan plan = AppendPlan::make(state.seen, p.rows, appended, p.cache);
+    shared_plan = plan;
+    shared_run = plan.run(part.row_begin, part.row_end);
   }
 
-  // The rows do not depend on the state: they are on their way while thread 0 waits for it.
-  const Place start = tiling.block_start(block);
+  // Rows are counted from the block's first here. The first are on their way while one thread waits for the state.
+  const T* from = source + part.row_begin * rows.row_stride;
+  const int row_count = static_cast<int>(part.row_end - part.row_begin);
+  const int thread_row = static_cast<int>(thread >> tiling.log2_width);
+  const int thread_rows = kHalf >> tiling.log2_width;
+  uint32_t column = part.column_begin + (thread & (tiling.width - 1));
+  int row0 = thread_row;
   Vec<T, kVector> in[kUnroll];
+  const auto load_rows = [&] {
+    const T* column_from = from + tiling.offset(rows, column);
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const Place at = tiling.place(start, u * kCopyThreads + threadIdx.x);
-    if (at.row < p.rows && at.row >= p.rows - appended) in[u] = load<T, kVector>(source + element_offset(rows, at));
-  }
+    for (int u = 0; u < kUnroll; ++u) {
+      const int row = row0 + u * thread_rows;
+      if (row < row_count) in[u] = load<T, kVector>(column_from + row * rows.row_stride);
+    }
+  };
+  if (column < part.column_end) load_rows();
   __syncthreads();
-  const AppendPlan plan = shared_plan;
 
-  const Counter blocks_of_entry = 2 * static_cast<Counter>(tiling.blocks.divisor);
-  Counter arrived = 0;
-  if (threadIdx.x == 0) {
+  bool last = threadIdx.x == 0;
+  if (threadIdx.x == 0 && tiling.blocks.divisor > 1) {
     __threadfence();  // the state was read before this block signs in
-    arrived = atomicAdd(arrivals, Counter{1}) + 1;
+    last = atomicAdd(arrivals, Counter{1}) + 1 == tiling.blocks.divisor;
   }
 
   uint32_t overflows = 0;
+  const int64_t run = shared_run;
+  if (run >= 0) {
+    cache += run * row_elements;
+    while (column < part.column_end && row0 < row_count) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const Place at = tiling.place(start, u * kCopyThreads + threadIdx.x);
-    const int64_t slot = at.row < p.rows ? plan.slot(at.row) : kPadding;
-    if (slot != kPadding) {
-      const Vec<uint16_t, kVector> out = convert<kType, kVector>(in[u], p.saturate, overflows);
-      if (slot >= 0) store<uint16_t, kVector>(cache + cache_offset(p.cache, slot, at), out);
+      for (int u = 0; u < kUnroll; ++u) {
+        const int row = row0 + u * thread_rows;
+        if (row >= row_count) break;
+        const Vec<uint16_t, kVector> out = convert<kType, kVector>(in[u], p.saturate, overflows);
+        store<uint16_t, kVector>(cache + row * row_elements + column * kVector, out);
+      }
+      row0 += kUnroll * thread_rows;
+      if (row0 >= row_count) {
+        column += tiling.width;
+        row0 = thread_row;
+        if (column >= part.column_end) break;
+      }
+      load_rows();
+    }
+  } else {
+    // Where the ring wraps, where rows are padding or overwritten by later ones of the same call.
+#pragma unroll 1
+    for (; column < part.column_end; column += tiling.width) {
+#pragma unroll 1
+      for (int row = thread_row; row < row_count; row += thread_rows) {
+        const int64_t slot = shared_plan.slot(part.row_begin + row);
+        if (slot == kPadding) continue;
+        const Vec<T, kVector> one = load<T, kVector>(from + tiling.offset(rows, column) + row * rows.row_stride);
+        const Vec<uint16_t, kVector> out = convert<kType, kVector>(one, p.saturate, overflows);
+        if (slot >= 0) store<uint16_t, kVector>(cache + slot * row_elements + column * kVector, out);
+      }
     }
   }
   if constexpr (kType != DType::f16) {
@@ -93,43 +206,58 @@ __global__ void __launch_bounds__(kCopyThreads, 2) append_kernel(const AppendPar
     }
   }
 
-  if (threadIdx.x == 0 && arrived == blocks_of_entry) {
-    __threadfence();  // every block's reads of the state come before these writes
+  if (last) {
+    if (tiling.blocks.divisor > 1) {
+      __threadfence();  // every block's reads of the state come before these writes
+      *arrivals = 0;
+    }
     const SequenceState next = state_after_append(state, appended, p.cache.ring.divisor);
     *seen = next.seen;
     *first = next.first;
-    *arrivals = 0;
   }
 }
 
-template <DType kType, int kVector, int kUnroll>
-cudaError_t launch(const AppendParams& p, cudaStream_t stream) {
+template <DType kType, int kVector, int kHalf, int kUnroll>
+cudaError_t launch(const AppendParams& p, int turns, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
-  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kCopyThreads * kUnroll,
-                    2 * p.layer_count * p.cache.batch, grid)) {
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kHalf, kUnroll, turns,
+                    p.layer_count * p.cache.batch, p.cache.batch, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kCopyThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, append_kernel<kType, kVector, kUnroll>, p, tiling);
+  OverlappingLaunch launch(grid, 2 * kHalf, 0, stream);
+  return cudaLaunchKernelEx(&launch.config, append_kernel<kType, kVector, kHalf, kUnroll>, p, tiling);
 }
 
-// Little work is spread over many blocks, one vector a thread, for latency; much of it takes four loads in flight a
-// thread, for bandwidth.
-constexpr int64_t kManyVectors = int64_t{1} << 20;
+template <DType kType, int kVector, int kTurns>
+cudaError_t launch_few(const AppendParams& p, cudaStream_t stream) {
+  Tiling tiling;
+  int64_t grid;
+  const int64_t entries = p.layer_count * p.cache.batch;
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kFewHalf, 1, kTurns, entries,
+                    p.cache.batch, grid)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  OverlappingLaunch launch(entries, 2 * kFewHalf, 0, stream);
+  return cudaLaunchKernelEx(&launch.config, append_few_kernel<kType, kVector, kTurns>, p, tiling);
+}
+
+// Vectors of eight: 16 bytes of the cache. Fewer than this many are spread over many blocks, a vector a thread, for
+// latency; more take two at a time and two turns, for bandwidth.
+constexpr int64_t kManyVectors = int64_t{1} << 17;
 
 template <DType kType>
 cudaError_t launch_for(const AppendParams& p, cudaStream_t stream) {
-  constexpr int kVector = kVectorOf<kType>;
+  constexpr int kVector = 8;
   if (!allows_vectors(p.cache, p.key, kVector, dtype_size(kType)) ||
       !allows_vectors(p.cache, p.value, kVector, dtype_size(kType))) {
-    return launch<kType, 1, 4>(p, stream);
+    return launch<kType, 1, 128, 4>(p, 1, stream);
   }
-  const int64_t vectors = 2 * p.layer_count * p.cache.batch * p.rows * p.cache.heads * (p.cache.head_dim / kVector);
-  return vectors < kManyVectors ? launch<kType, kVector, 1>(p, stream) : launch<kType, kVector, 4>(p, stream);
+  const int64_t vectors = p.rows * p.cache.heads * (p.cache.head_dim / kVector);
+  if (vectors <= kFewHalf) return launch_few<kType, kVector, 1>(p, stream);
+  if (vectors <= 2 * kFewHalf) return launch_few<kType, kVector, 2>(p, stream);
+  return vectors * p.layer_count * p.cache.batch < kManyVectors ? launch<kType, kVector, 128, 1>(p, 1, stream)
+                                                                : launch<kType, kVector, 128, 2>(p, 2, stream);
 }
 
 }  // namespace
@@ -137,7 +265,6 @@ cudaError_t launch_for(const AppendParams& p, cudaStream_t stream) {
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream) {
   AppendParams p = params;
   if (p.rows == 0) return cudaSuccess;
-  join_heads(p.cache, p.key, p.value);
   switch (p.dtype) {
     case DType::f32: return launch_for<DType::f32>(p, stream);
     case DType::f16: return launch_for<DType::f16>(p, stream);

@@ -1,61 +1,72 @@
 // gather: copy chronological indices of one layer out of the cache, FP16 to FP32, BF16 or FP16, in order of index.
 //
 // One launch covers K and V of every sequence: a matrix of n rows each. Grid: the blocks of all matrices, one after the
-// other (tiling.h). A block of 256 threads moves kUnroll vectors a thread; one thread reads where the sequence stands.
-// A thread loads all its vectors before it stores the first. An index that is not held gives zeros.
+// other (tiling.h). Every thread of a block has kUnroll rows of a
+// column under way: it loads them before it stores the first. An index that is not held gives zeros.
 #include "launch.h"
 #include "layout.h"
+#include "overlap.cuh"
 #include "tiling.h"
 #include "vec.cuh"
 
 namespace kvc {
 namespace {
 
+constexpr int kThreads = 128;
+
+// Blocks on a multiprocessor at a time: many small ones hide the latency, as far as registers allow.
+template <int kVector>
+constexpr int kBlocksAtATime = kVector == 4 ? 12 : 8;
+
 template <DType kType, int kVector, int kUnroll>
-__global__ void __launch_bounds__(kCopyThreads, 2) gather_kernel(const GatherParams p, const Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtATime<kVector>)
+    gather_kernel(const GatherParams p, const Tiling tiling) {
   using T = typename Element<kType>::Type;
-  const uint32_t matrix = tiling.blocks(blockIdx.x);
-  const uint32_t block = blockIdx.x - matrix * tiling.blocks.divisor;
-  const bool is_value = matrix & 1;
-  const int64_t sequence = matrix >> 1;
+  let_next_launch_begin();
+  const BlockPart part = BlockPart::make(tiling, blockIdx.x);
+  const bool is_value = part.matrix & 1;
+  const int64_t sequence = part.matrix >> 1;
 
   const Rows<void*>& rows = is_value ? p.value : p.key;
   T* out = static_cast<T*>(rows.data) + sequence * rows.batch_stride;
   const int64_t entry = p.layer * p.cache.batch + sequence;
-  const uint16_t* cache =
-      (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * (p.cache.heads * p.cache.head_dim);
+  const int64_t row_elements = p.cache.heads * p.cache.head_dim;
+  const uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
+  const int64_t thread_row = part.row_begin + (threadIdx.x >> tiling.log2_width);
+  const int thread_rows = kThreads >> tiling.log2_width;
+  const int64_t* indices = p.indices == nullptr ? nullptr : p.indices + sequence * p.indices_batch_stride;
+  wait_for_previous_launch();
 
-  __shared__ ReadPlan shared_plan;
-  if (threadIdx.x == 0) {
-    const SequenceState state{p.cache.state[entry], p.cache.state[entry + p.cache.layers * p.cache.batch]};
-    shared_plan = ReadPlan::make(state, p.cache);
-  }
-  __syncthreads();
-  const ReadPlan plan = shared_plan;
-
-  const Place start = tiling.block_start(block);
-  Vec<uint16_t, kVector> in[kUnroll];
+  const SequenceState state{p.cache.state[entry], p.cache.state[entry + p.cache.layers * p.cache.batch]};
+  const ReadPlan plan = ReadPlan::make(state, p.cache);
+  const int64_t run =
+      indices == nullptr ? plan.run(p.start + part.row_begin, p.start + part.row_end) : kNoSlot;  // the usual range
+  for (uint32_t column = part.column_begin + (threadIdx.x & (tiling.width - 1)); column < part.column_end;
+       column += tiling.width) {
+    const uint16_t* from = cache + column * kVector;
+    T* to = out + tiling.offset(rows, column);
+    for (int64_t row0 = thread_row; row0 < part.row_end; row0 += kUnroll * thread_rows) {
+      Vec<uint16_t, kVector> in[kUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const Place at = tiling.place(start, u * kCopyThreads + threadIdx.x);
-    int64_t slot = kNoSlot;
-    if (at.row < p.rows) {
-      const int64_t index = p.indices == nullptr
-                                ? p.start + at.row
-                                : p.indices[sequence * p.indices_batch_stride + at.row * p.indices_stride];
-      slot = plan.slot(index);
-    }
-    in[u] = {};
-    if (slot >= 0) in[u] = load<uint16_t, kVector>(cache + cache_offset(p.cache, slot, at));
-  }
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t row = row0 + u * thread_rows;
+        int64_t slot = kNoSlot;
+        if (row < part.row_end) {
+          slot = run >= 0 ? run + (row - part.row_begin)
+                          : plan.slot(indices == nullptr ? p.start + row : indices[row * p.indices_stride]);
+        }
+        in[u] = {};
+        if (slot >= 0) in[u] = load<uint16_t, kVector>(from + slot * row_elements);
+      }
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const Place at = tiling.place(start, u * kCopyThreads + threadIdx.x);
-    if (at.row < p.rows) {
-      Vec<T, kVector> converted;
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t row = row0 + u * thread_rows;
+        if (row >= part.row_end) continue;
+        Vec<T, kVector> converted;
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) converted.x[i] = Element<kType>::from_half(in[u].x[i]);
-      store<T, kVector>(out + element_offset(rows, at), converted);
+        for (int i = 0; i < kVector; ++i) converted.x[i] = Element<kType>::from_half(in[u].x[i]);
+        store<T, kVector>(to + row * rows.row_stride, converted);
+      }
     }
   }
 }
@@ -64,15 +75,12 @@ template <DType kType, int kVector, int kUnroll>
 cudaError_t launch(const GatherParams& p, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
-  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kCopyThreads * kUnroll, 2 * p.cache.batch,
-                    grid)) {
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kThreads, kUnroll, 1, 2 * p.cache.batch,
+                    p.cache.batch, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kCopyThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, gather_kernel<kType, kVector, kUnroll>, p, tiling);
+  OverlappingLaunch launch(grid, kThreads, 0, stream);
+  return cudaLaunchKernelEx(&launch.config, gather_kernel<kType, kVector, kUnroll>, p, tiling);
 }
 
 template <DType kType>
@@ -88,7 +96,6 @@ cudaError_t launch_for(const GatherParams& p, cudaStream_t stream) {
 cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream) {
   GatherParams p = params;
   if (p.rows == 0) return cudaSuccess;
-  join_heads(p.cache, p.key, p.value);
   switch (p.dtype) {
     case DType::f32: return launch_for<DType::f32>(p, stream);
     case DType::f16: return launch_for<DType::f16>(p, stream);

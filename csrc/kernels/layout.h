@@ -79,6 +79,13 @@ struct AppendPlan {
     }
     return sinks + place;
   }
+
+  // The slot of row `begin` if the rows [begin, end) lie in slots that follow each other, else -1.
+  KVC_HD int64_t run(int64_t begin, int64_t end) const {
+    const int64_t slot0 = slot(begin);
+    const bool none_lost = begin - padding >= lost;
+    return slot0 >= 0 && none_lost && slot(end - 1) - slot0 == end - 1 - begin ? slot0 : -1;
+  }
 };
 
 // The slots of chronological indices of one sequence.
@@ -100,6 +107,12 @@ struct ReadPlan {
     int64_t place = base + (index - held_sinks);
     if (place >= ring) place -= ring;
     return sinks + place;
+  }
+
+  // The slot of index `begin` if the indices [begin, end) lie in slots that follow each other, else -1.
+  KVC_HD int64_t run(int64_t begin, int64_t end) const {
+    const int64_t slot0 = slot(begin);
+    return slot0 >= 0 && slot(end - 1) - slot0 == end - 1 - begin ? slot0 : -1;
   }
 };
 

@@ -1,7 +1,9 @@
 // How a copy between the cache and rows elsewhere is cut into blocks, for append and gather alike.
 //
 // A launch covers `matrices` matrices of `rows` positions, each row heads * head_dim elements, moved in vectors of a
-// few elements. The vectors of a matrix are numbered in the cache's memory order; a block takes a run of them.
+// few elements: the columns. A block takes some rows and some columns of a matrix. Its threads stand side by side in
+// `width` columns and below each other in as many rows as that leaves; each goes down its column kUnroll rows at a
+// time, then on to the next of its columns, so that what depends on the column alone is computed once.
 #pragma once
 
 #include <cstdint>
@@ -12,83 +14,88 @@
 
 namespace kvc {
 
-constexpr int kCopyThreads = 256;
-
-struct Place {
-  int64_t row;
-  uint32_t head;
-  uint32_t element;  // within the head
-};
-
 struct Tiling {
   int64_t rows;
-  uint32_t head_dim;
-  uint32_t vector;           // elements of one vector
-  uint32_t block_vectors;    // vectors a block moves
-  FastDivider blocks;        // blocks of one matrix
-  FastDivider row_vectors;   // vectors of one row
-  Divider row_vectors_wide;  // the same, for the numbers of vectors of a whole matrix
-  FastDivider head_vectors;  // vectors of one head
+  uint32_t columns;   // vectors of one row
+  uint32_t vector;    // elements of one vector
+  uint32_t head_dim;  // elements of one head
+  uint32_t width;     // threads side by side, a power of two
+  uint32_t log2_width;
+  uint32_t block_rows;        // of a block
+  uint32_t block_columns;     // likewise, a multiple of width
+  FastDivider column_blocks;  // blocks side by side
+  FastDivider blocks;         // blocks of one matrix
+  FastDivider head_vectors;   // vectors of one head
+  FastDivider batch;          // sequences of a layer
 
+  // For blocks of `threads` threads, a power of two, that each hold `unroll` vectors at a time, at least `turns` times.
   // False when the launch would need more blocks than a grid has.
-  static bool make(Tiling& t, int64_t rows, int64_t heads, int64_t head_dim, int vector, int block_vectors,
-                   int64_t matrices, int64_t& grid) {
-    const int64_t row_vectors = heads * (head_dim / vector);
-    const int64_t blocks = (rows * row_vectors + block_vectors - 1) / block_vectors;
+  static bool make(Tiling& t, int64_t rows, int64_t heads, int64_t head_dim, int vector, int threads, int unroll,
+                   int turns, int64_t matrices, int64_t batch, int64_t& grid) {
+    const int64_t columns = heads * (head_dim / vector);
+    if (columns >= (int64_t{1} << 30) || heads * head_dim >= (int64_t{1} << 31)) return false;
+    uint32_t log2_width = 0;
+    while ((1 << log2_width) < threads && (1 << log2_width) < columns) ++log2_width;
+    const int64_t width = int64_t{1} << log2_width;
+    // A block's rows first, then, when there are not that many, more columns.
+    const int64_t down = static_cast<int64_t>(threads >> log2_width) * unroll;
+    const int64_t block_rows = imin(down * turns, (rows + down - 1) / down * down);
+    const int64_t row_turns = block_rows / down;
+    const int64_t block_columns = imin(width * (turns / row_turns), (columns + width - 1) / width * width);
+    const int64_t column_blocks = (columns + block_columns - 1) / block_columns;
+    const int64_t blocks = (rows + block_rows - 1) / block_rows * column_blocks;
     grid = blocks * matrices;
-    if (row_vectors >= (int64_t{1} << 30) || grid >= (int64_t{1} << 31)) return false;
+    if (grid >= (int64_t{1} << 31)) return false;
     t.rows = rows;
-    t.head_dim = static_cast<uint32_t>(head_dim);
+    t.columns = static_cast<uint32_t>(columns);
     t.vector = static_cast<uint32_t>(vector);
-    t.block_vectors = static_cast<uint32_t>(block_vectors);
+    t.head_dim = static_cast<uint32_t>(head_dim);
+    t.width = static_cast<uint32_t>(width);
+    t.log2_width = log2_width;
+    t.block_rows = static_cast<uint32_t>(block_rows);
+    t.block_columns = static_cast<uint32_t>(block_columns);
+    t.column_blocks = FastDivider::by(static_cast<uint32_t>(column_blocks));
     t.blocks = FastDivider::by(static_cast<uint32_t>(blocks));
-    t.row_vectors = FastDivider::by(static_cast<uint32_t>(row_vectors));
-    t.row_vectors_wide = Divider::by(row_vectors);
     t.head_vectors = FastDivider::by(static_cast<uint32_t>(head_dim / vector));
+    t.batch = FastDivider::by(static_cast<uint32_t>(batch));
     return true;
   }
 
-  // The first vector of a block: its row, and its number within that row (in `Place::element`, still in vectors).
-  KVC_HD Place block_start(uint32_t block) const {
-    const int64_t first = static_cast<int64_t>(block) * block_vectors;
-    const int64_t row = row_vectors_wide.div(first);
-    return {row, 0, static_cast<uint32_t>(first - row * row_vectors_wide.divisor)};
-  }
-
-  // The place of the i-th vector of a block. May lie past the last row.
-  KVC_HD Place place(const Place& start, uint32_t i) const {
-    const uint32_t n = start.element + i;
-    const uint32_t rows_on = row_vectors(n);
-    const uint32_t in_row = n - rows_on * row_vectors.divisor;
-    const uint32_t head = head_vectors(in_row);
-    return {start.row + rows_on, head, (in_row - head * head_vectors.divisor) * vector};
+  // Elements from the start of a row elsewhere to a column.
+  template <typename Pointer>
+  KVC_HD int64_t offset(const Rows<Pointer>& outside, uint32_t column) const {
+    const uint32_t head = head_vectors(column);
+    return head * outside.head_stride + static_cast<int64_t>((column - head * head_vectors.divisor) * vector);
   }
 };
 
-template <typename Pointer>
-KVC_HD int64_t element_offset(const Rows<Pointer>& rows, const Place& at) {
-  return at.row * rows.row_stride + at.head * rows.head_stride + at.element;
-}
+// Which part of a matrix a block takes.
+struct BlockPart {
+  uint32_t matrix;
+  int64_t row_begin;
+  int64_t row_end;
+  uint32_t column_begin;
+  uint32_t column_end;
 
-KVC_HD int64_t cache_offset(const CacheView& c, int64_t slot, const Place& at) {
-  return slot * (c.heads * c.head_dim) + at.head * c.head_dim + at.element;
-}
-
-// Heads that lie side by side are one long head: a vector may then cross from one to the next.
-template <typename RowsType>
-inline void join_heads(CacheView& cache, RowsType& key, RowsType& value) {
-  if (cache.heads == 1 || (key.head_stride == cache.head_dim && value.head_stride == cache.head_dim)) {
-    cache.head_dim *= cache.heads;
-    cache.heads = 1;
-    key.head_stride = value.head_stride = 0;
+  KVC_HD static BlockPart make(const Tiling& t, uint32_t block) {
+    BlockPart b;
+    b.matrix = t.blocks(block);
+    const uint32_t rest = block - b.matrix * t.blocks.divisor;
+    const uint32_t down = t.column_blocks(rest);
+    b.row_begin = static_cast<int64_t>(down) * t.block_rows;
+    b.row_end = imin(b.row_begin + t.block_rows, t.rows);
+    b.column_begin = (rest - down * t.column_blocks.divisor) * t.block_columns;
+    b.column_end = b.column_begin + t.block_columns < t.columns ? b.column_begin + t.block_columns : t.columns;
+    return b;
   }
-}
+};
 
-// Can `rows` and the cache be walked in vectors of `vector` elements of `size` bytes?
+// Can `rows` and the cache be walked in vectors of `vector` elements of `size` bytes, moved by accesses of at most 16?
 template <typename Pointer>
 inline bool allows_vectors(const CacheView& cache, const Rows<Pointer>& rows, int vector, int size) {
   const int64_t strides = rows.layer_stride | rows.batch_stride | rows.row_stride | rows.head_stride;
-  return reinterpret_cast<uintptr_t>(rows.data) % (vector * size) == 0 && (strides & (vector - 1)) == 0 &&
+  const int bytes = vector * size < 16 ? vector * size : 16;
+  return reinterpret_cast<uintptr_t>(rows.data) % bytes == 0 && strides * size % bytes == 0 &&
          cache.head_dim % vector == 0 && reinterpret_cast<uintptr_t>(cache.k_cache) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(cache.v_cache) % 16 == 0;
 }

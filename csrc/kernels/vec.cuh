@@ -15,21 +15,21 @@
 
 namespace kvc {
 
-// N elements moved as one packet of sizeof(T) * N bytes (2, 4, 8 or 16); the address must be a multiple of that.
+// N elements moved as packets of at most 16 bytes (2, 4, 8 or 16); the address must be a multiple of a packet's size.
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Vec {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T x[N];
 };
 
 template <typename T, int N>
 __device__ __forceinline__ Vec<T, N> load(const T* address) {
-  KVC_CHECK_ALIGNMENT(address, sizeof(Vec<T, N>));
+  KVC_CHECK_ALIGNMENT(address, alignof(Vec<T, N>));
   return *reinterpret_cast<const Vec<T, N>*>(address);
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T* address, const Vec<T, N>& v) {
-  KVC_CHECK_ALIGNMENT(address, sizeof(Vec<T, N>));
+  KVC_CHECK_ALIGNMENT(address, alignof(Vec<T, N>));
   *reinterpret_cast<Vec<T, N>*>(address) = v;
 }
 

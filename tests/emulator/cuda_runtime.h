@@ -15,10 +15,13 @@
 #include <functional>
 #include <utility>
 
+#define KVC_EMULATED  // kernels/tensor.cuh then takes emulated_tensor.h from this folder
+
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __shared__ static
 #define __launch_bounds__(...)
 
@@ -30,23 +33,45 @@ struct dim3 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
-// A GPU of few multiprocessors, so that small tests fill it and large ones do not take for ever.
+// A GPU of few multiprocessors, so that small tests fill it and large ones do not take for ever, with the smallest
+// shared memory that GPUs since sm_80 have.
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 6;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 6
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 101376;
   return cudaSuccess;
 }
+template <typename Kernel>
+inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
   dim3 blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -58,6 +83,9 @@ void block_barrier();
 void check_alignment(const void* address, size_t bytes);
 // Waits for the warp, then returns the 32 values that its lanes brought.
 const uint64_t* warp_exchange(uint64_t value);
+char* dynamic_shared();  // of the block that runs: poisoned when it begins
+void set_dynamic_shared(size_t bytes);
+uint32_t random_below(uint32_t n);
 
 }  // namespace emulator
 
@@ -80,14 +108,26 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   return sum;
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+inline float __shfl_sync(unsigned, float value, int lane) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
   const uint64_t* lanes = emulator::warp_exchange(bits);
   float other;
-  std::memcpy(&other, &lanes[(threadIdx.x % 32) ^ static_cast<unsigned>(mask)], sizeof other);
+  std::memcpy(&other, &lanes[lane], sizeof other);
   return other;
 }
+inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ distance);
+}
+
+inline int __any_sync(unsigned, int value) {
+  const uint64_t* lanes = emulator::warp_exchange(value != 0);
+  uint64_t any = 0;
+  for (int i = 0; i < 32; ++i) any |= lanes[i];
+  return any != 0;
+}
+
+inline void __syncwarp() { emulator::warp_exchange(0); }
 
 template <typename... Parameters, typename... Arguments>
 inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -95,6 +135,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x % 32 != 0) {
     return cudaErrorInvalidConfiguration;
   }
+  emulator::set_dynamic_shared(config->dynamicSmemBytes);
   emulator::run_grid(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -8,6 +8,7 @@
 
 #include "cuda_runtime.h"
 #include "launch.h"
+#include "tensor.cuh"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -22,6 +23,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Waiting waiting = Waiting::no;
   uint64_t brought = 0;
+  Copies copies;
+  Operands operands[2];
+  unsigned products = 0;
 };
 
 ucontext_t scheduler;
@@ -29,12 +33,8 @@ std::vector<Fiber> fibers;
 unsigned current;
 const std::function<void()>* running;
 std::vector<uint64_t> warp_values;
+std::vector<char> shared_memory;
 uint32_t random_state = 12345;
-
-uint32_t random_below(uint32_t n) {
-  random_state = random_state * 1664525u + 1013904223u;
-  return static_cast<uint32_t>((static_cast<uint64_t>(random_state) * n) >> 32);
-}
 
 std::vector<unsigned> shuffled(unsigned n) {
   std::vector<unsigned> order(n);
@@ -73,6 +73,7 @@ bool release(unsigned begin, unsigned end, Waiting kind) {
 void run_block(unsigned threads) {
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   warp_values.assign(threads, 0);
+  std::fill(shared_memory.begin(), shared_memory.end(), '\xff');  // NaN
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     getcontext(&f.context);
@@ -80,6 +81,8 @@ void run_block(unsigned threads) {
     f.context.uc_stack.ss_size = kStackBytes;
     f.context.uc_link = nullptr;
     f.waiting = Waiting::no;
+    f.copies = {};
+    f.products = 0;
     makecontext(&f.context, fiber_main, 0);
   }
   for (;;) {
@@ -104,6 +107,31 @@ void run_block(unsigned threads) {
 }
 
 }  // namespace
+
+uint32_t random_below(uint32_t n) {
+  random_state = random_state * 1664525u + 1013904223u;
+  return static_cast<uint32_t>((static_cast<uint64_t>(random_state) * n) >> 32);
+}
+
+Copies& copies_of_thread() { return fibers[current].copies; }
+
+void set_dynamic_shared(size_t bytes) { shared_memory.resize(bytes + 128); }
+
+char* dynamic_shared() {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(shared_memory.data());
+  return reinterpret_cast<char*>((start + 127) / 128 * 128);
+}
+
+const Operands* warp_operands(const Operands& mine) {
+  static Operands of_warp[32];  // read before the next lane runs
+  Fiber& self = fibers[current];
+  const unsigned set = self.products++ % 2;
+  self.operands[set] = mine;
+  warp_exchange(0);
+  const unsigned first = current / 32 * 32;
+  for (unsigned i = 0; i < 32; ++i) of_warp[i] = fibers[first + i].operands[set];
+  return of_warp;
+}
 
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   gridDim = grid;

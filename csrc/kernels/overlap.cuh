@@ -1,0 +1,52 @@
+// Launches that overlap (programmatic dependent launch, sm_90 and newer): a kernel's blocks may be placed on the GPU
+// while the last blocks of the one before are still at work, and wait there for its end. What that saves is the time
+// between two kernels. Every kernel of this folder first lets the next begin and then waits for the previous one,
+// before it reads or writes anything but its parameters; on older GPUs both do nothing.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace kvc {
+
+#if defined(KVC_EMULATED)
+inline void let_next_launch_begin() {}
+inline void wait_for_previous_launch() {}
+#else
+// The launch after this one, if it asked for that, may begin once every block of this one has said so (or is done)...
+__device__ __forceinline__ void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+// ...and waits here until the one before it is done and its writes are to be seen.
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+#endif
+
+struct OverlappingLaunch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  OverlappingLaunch(int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    int device = 0;
+    int major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (major < 9) return;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  OverlappingLaunch(const OverlappingLaunch&) = delete;
+  OverlappingLaunch& operator=(const OverlappingLaunch&) = delete;
+};
+
+}  // namespace kvc
