@@ -54,6 +54,19 @@ extern "C" __global__ void __launch_bounds__(kThreads) read_only(const uint4* in
   if (mixed == 0x9e3779b9u) *out = mixed;  // next to never, but the compiler cannot know
 }
 
+extern "C" __global__ void __launch_bounds__(kThreads) copy(const uint4* in, uint4* out, int count) {
+  const int start = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
+  uint4 v[kUnroll];
+  #pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (start + u * kThreads < count) v[u] = in[start + u * kThreads];
+  }
+  #pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (start + u * kThreads < count) out[start + u * kThreads] = v[u];
+  }
+}
+
 __device__ __forceinline__ unsigned two_halves(float low, float high) {
   unsigned pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -217,7 +230,12 @@ def _measure_gpu(device: torch.device, quick: bool) -> Ceilings:
         found.how[name] = f"{winner}, {bytes_moved:,} bytes read and written"
         return rates[winner]
 
-    found.copy = settle("copy", 2 * size, lambda: copied.copy_(floats), None)
+    # torch's copy_ within one dtype is a memcpy, which a graph may hand to a copy engine: slower than a kernel.
+    copy = plain_kernel("copy", size // 16, floats, copied)
+    if copy is not None:
+        copy()
+        _check_equal("copy", copied, floats)
+    found.copy = settle("copy", 2 * size, lambda: copied.copy_(floats), copy)
 
     narrow = plain_kernel("narrow", size // 32, floats, halves)
     if narrow is not None:

@@ -345,8 +345,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
 
-        Up to 16 positions run in one kernel, which on a GPU reads a key and value once for every 8 queries that share
-        it (4 where `T` is not 1 or head_dim is above 128, 2 above 256); more of them run in blocks of keys through
+        Up to 16 positions run in one kernel, which on a GPU reads a key and value once for every 16 queries that share
+        it (8 where head_dim is above 128, 4 above 256); more of them run in blocks of keys through
         matmul and an online softmax (see `kvcache_ext.attention.prefill`).
         """
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
