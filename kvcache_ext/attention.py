@@ -2,7 +2,8 @@
 
 Up to `MOST_KERNEL_QUERIES` positions of a query are the kernels' affair (csrc/kernels/decode_attention.cu). More of
 them (a prompt, a long chunk) are matmul work, which PyTorch's libraries do well: `prefill` goes through the keys in
-blocks, converted to FP32, with an online softmax over the blocks (Milakov and Gimelshein, 2018).
+blocks, converted to FP32, with an online softmax over the blocks (Milakov and Gimelshein, 2018); or, where FP16 answers
+will do (`precision="fp16"`), through scaled_dot_product_attention on the FP16 data where it lies.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops
 from ._extension import extension
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST_KERNEL_QUERIES = 16  # kMostQueries in csrc/bindings/checks.h
 _KEYS_PER_BLOCK = 1024
+_HALF_QUERIES_PER_BLOCK = 256
 _SCORES_PER_BLOCK = 2**24  # FP32 elements at most: 64 MB, whatever T is; some copies of it are alive at a time
 
 
@@ -45,6 +49,11 @@ def kernel_options(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     return head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0
+
+
+def check_precision(precision: str) -> None:
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"precision must be 'fp32' or 'fp16', got {precision!r}")
 
 
 def merge_states(
@@ -240,8 +249,10 @@ def _prefill_in_blocks(
     for start in range(0, rows, queries_per_block):
         part = slice(start, start + queries_per_block)
         softmax = _Softmax(query[:, part], heads, scale, softcap)
-        for begin in range(0, longest, _KEYS_PER_BLOCK):
-            index = torch.arange(begin, min(begin + _KEYS_PER_BLOCK, longest), device=device)
+        # Without new keys, the last of these queries sees no index that is newer than this.
+        newest = longest if new_keys is not None else longest - rows + min(part.stop, rows)
+        for begin in range(0, newest, _KEYS_PER_BLOCK):
+            index = torch.arange(begin, min(begin + _KEYS_PER_BLOCK, newest), device=device)
             sinks_held = seen.clamp(max=sinks)
             positions = torch.where(index < sinks_held, index, first + index - sinks_held)
             positions = torch.where(positions < seen, positions, 2**62)  # not held
@@ -251,8 +262,9 @@ def _prefill_in_blocks(
             )
             softmax.add(keys, values, sees(positions, part))
         if new_keys is not None and new_values is not None:
-            for begin in range(0, rows, _KEYS_PER_BLOCK):
-                block = slice(begin, min(begin + _KEYS_PER_BLOCK, rows))
+            newest = min(part.stop, rows)  # a query sees the new keys up to its own
+            for begin in range(0, newest, _KEYS_PER_BLOCK):
+                block = slice(begin, min(begin + _KEYS_PER_BLOCK, newest))
                 index = torch.arange(block.start, block.stop, device=device)
                 positions = torch.where(index >= padding, seen + index - padding, 2**62)
                 softmax.add(new_keys[0, :, block].float(), new_values[0, :, block].float(), sees(positions, part))
@@ -260,6 +272,34 @@ def _prefill_in_blocks(
         answers.append(answer)
         lses.append(lse)
     return torch.cat(answers, 1), torch.cat(lses, 1)
+
+
+def _half_answer(cache: StreamingKVCacheFp16, layer: int, query: Tensor, scale: float) -> Tensor | None:
+    """Attention of `query` `[B, T, Hq, D]` by torch over views of the FP16 data; None where there are no such views.
+
+    The mask is causal and aligned to the lower right, as torch's own `is_causal` is not. On a CPU torch builds that
+    mask, so that the queries go in blocks there.
+    """
+    slot, held = extension.run_or_none(cache._state, layer)
+    rows = query.shape[1]
+    if slot < 0 or held < rows:
+        return None
+    keys, values = (
+        x[layer, :, slot : slot + held].transpose(1, 2) for x in (cache.k_cache, cache.v_cache)
+    )  # [B, H, held, D], where they lie
+    queries = query.transpose(1, 2).half()
+    block = rows if query.is_cuda else _HALF_QUERIES_PER_BLOCK
+    answers = []
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, rows, block):
+            some = queries[:, :, start : start + block]
+            seen = held - rows + start + some.shape[2]
+            answer = scaled_dot_product_attention(
+                some, keys[:, :, :seen], values[:, :, :seen], attn_mask=causal_lower_right(some.shape[2], seen),
+                scale=scale, enable_gqa=query.shape[2] != cache.num_heads,
+            )  # fmt: skip
+            answers.append(answer.transpose(1, 2))
+    return (answers[0] if len(answers) == 1 else torch.cat(answers, 1)).to(query.dtype)
 
 
 def prefill(
@@ -272,29 +312,58 @@ def prefill(
     softcap: float | None,
     return_lse: bool,
     out: Tensor | None,
+    precision: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attend` (or, with `new` = key, value, new_lengths, `append_attend`) for many queries, in FP32.
+    """`attend` (or, with `new` = key, value, new_lengths, `append_attend`) for many queries, in FP32 or FP16.
+
+    `precision="fp32"`:
 
     Memory beside the answer: some 256 MB for one block of keys against one block of queries, whatever T is (more only
     where a single query of the whole batch takes more). It does not synchronise: where lengths are not known on the
     host (after `new_lengths` or a captured graph) it goes through all slots. The error against FP64 is that of
     the kernels (tests/test_attention.py holds it to 1e-6 for N(0, 1) data), whatever precision is set for matmul or
     autocast.
+
+    `precision="fp16"`: queries rounded to FP16, torch's scaled_dot_product_attention on views of the storage; its
+    error is that of FP16 attention (the tests hold it to 2e-3, whatever the query's dtype), and a query beyond the
+    FP16 range gives NaN. For that the sequences must hold equally many positions in consecutive slots, which is known
+    on the host until the ring wraps; the call must evict nothing, and have no window, softcap, LSE or new_lengths.
+    Every other call, and compiled code, gets the FP32 answer.
     """
     key, value, new_lengths = new
+    half = (
+        precision == "fp16" and not is_compiling() and not (window or softcap or return_lse or new_lengths is not None)
+    )
     if is_compiling():
         scale, window, softcap = kernel_options(cache.head_dim, scale, window, softcap)
     else:
         scale, window, softcap = cache._compiled.check_attend(
             layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out
         )
-    answer, lse = _prefill(
-        cache.k_cache, cache.v_cache, cache._state, layer, query if query.dim() == 4 else query[None], key, value,
-        new_lengths, cache.sink_positions, cache.overflow == "saturate", scale, window, softcap,
-    )  # fmt: skip
+    batched = query if query.dim() == 4 else query[None]
+    answer = None
+    if half:
+        if key is None or value is None:
+            answer = _half_answer(cache, layer, batched, scale)
+        elif (
+            extension.longest_or_all(cache._state, layer, cache.max_positions) + batched.shape[1] <= cache.max_positions
+        ):
+            # Nothing is evicted, so that appending first changes nothing for the earlier queries.
+            cache.append(layer, key, value)
+            key = value = None
+            answer = _half_answer(cache, layer, batched, scale)
+    lse = None
+    if answer is None:
+        answer, lse = _prefill(
+            cache.k_cache, cache.v_cache, cache._state, layer, batched, key, value, new_lengths, cache.sink_positions,
+            cache.overflow == "saturate", scale, window, softcap,
+        )  # fmt: skip
     if key is not None and value is not None:
         cache.append(layer, key, value, new_lengths=new_lengths)
-    answer = answer.view(query.shape)
+    answer = answer.reshape(query.shape)
     if out is not None:
         answer = out.copy_(answer)
-    return (answer, lse.view(query.shape[:-1])) if return_lse else answer
+    if not return_lse:
+        return answer
+    assert lse is not None  # FP16 answers come without
+    return answer, lse.view(query.shape[:-1])

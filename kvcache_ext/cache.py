@@ -321,6 +321,7 @@ class StreamingKVCacheFp16:
         softcap: float | None = None,
         return_lse: bool = False,
         out: Tensor | None = None,
+        precision: str = "fp32",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Softmax attention of `query` over what one layer holds, read as FP16 where it lies, computed in FP32.
 
@@ -338,6 +339,8 @@ class StreamingKVCacheFp16:
             return_lse: also return the natural log-sum-exp of the scaled and capped scores: FP32 of the query's shape
                 without head_dim.
             out: a tensor of the query's shape and dtype to write into.
+            precision: "fp16" lets torch's FP16 attention answer many queries (`T` over 16) where it can, faster and
+                with its error, some 5e-4; "fp32" and calls that it cannot serve are answered at FP32 accuracy.
 
         Returns:
             The answer, of the query's shape and dtype; with `return_lse` a pair with the LSE.
@@ -349,6 +352,7 @@ class StreamingKVCacheFp16:
         it (8 where head_dim is above 128, 4 above 256); more of them run in blocks of keys through
         matmul and an online softmax (see `kvcache_ext.attention.prefill`).
         """
+        attention.check_precision(precision)
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
             if not is_compiling():
                 return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out)
@@ -369,7 +373,9 @@ class StreamingKVCacheFp16:
                 lse=lse,
             )
             return out if lse is None else (out, lse)
-        return attention.prefill(self, layer, query, (None, None, None), scale, window, softcap, return_lse, out)
+        return attention.prefill(
+            self, layer, query, (None, None, None), scale, window, softcap, return_lse, out, precision
+        )
 
     def append_attend(
         self,
@@ -384,6 +390,7 @@ class StreamingKVCacheFp16:
         softcap: float | None = None,
         return_lse: bool = False,
         out: Tensor | None = None,
+        precision: str = "fp32",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`append` and `attend` in one: each new position is appended, then attended to by its query.
 
@@ -393,6 +400,7 @@ class StreamingKVCacheFp16:
 
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
+        attention.check_precision(precision)
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
             if not is_compiling():
                 return self._compiled.append_attend(
@@ -421,7 +429,7 @@ class StreamingKVCacheFp16:
             )
             return out if lse is None else (out, lse)
         new = (key, value, new_lengths)
-        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out)
+        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out, precision)
 
     # Lengths and figures
 

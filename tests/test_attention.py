@@ -10,7 +10,7 @@ from conftest import Backend, Twin, assert_same_bits, make_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcache_ext import StreamingKVCacheFp16, merge_states, reference
+from kvcache_ext import StreamingKVCacheFp16, attention, merge_states, reference
 
 # Relative error of an answer, by the query's dtype: the design's for FP32; rounding the answer itself for the others.
 BOUND = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -427,3 +427,56 @@ def test_error_over_65536_positions(device: torch.device) -> None:
     weights = (torch.einsum("hd,nhd->hn", query.double(), keys) * 128**-0.5).softmax(-1)
     want = torch.einsum("hn,nhd->hd", weights, values)
     assert ((out - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("lengths", [None, [40, 3], [0, 29]])
+def test_prefill_in_many_blocks(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None
+) -> None:
+    """Blocks of queries and keys so small that the mask hides some whole."""
+    monkeypatch.setattr(attention, "_KEYS_PER_BLOCK", 8)
+    monkeypatch.setattr(attention, "_SCORES_PER_BLOCK", 8 * 2 * 4 * 7)  # seven queries
+    twin = attention_twin(Backend(device.type, device), 61, batch_size=2, max_positions=90, sink_positions=3)
+    for window in (None, 5):
+        check_both(twin, Backend(device.type, device), rows=40, new_lengths=lengths, window=window)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("group", [1, 4])
+def test_fp16_prefill(device: torch.device, dtype: torch.dtype, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many queries by torch's FP16 attention, aligned to the lower right; appended first or with the call."""
+    one, two = (make_cache(device, batch_size=2, max_positions=150, num_heads=2, head_dim=64) for _ in range(2))
+    monkeypatch.setattr(attention, "_HALF_QUERIES_PER_BLOCK", 32)
+    for rows in (70, 17, 40):
+        key, value = (torch.randn(2, 2, rows, 64, device=device).transpose(1, 2) for _ in range(2))
+        query = torch.randn(2, rows, 2 * group, 64, device=device).to(dtype)
+        got = one.append_attend(0, query, key, value, precision="fp16")
+        two.append(0, key, value)
+        want, _ = reference.attend(two.k_cache, two.v_cache, two._state, 0, query)
+        assert got.dtype == dtype and torch.equal(one._state, two._state)
+        error = (got.double() - want).norm(dim=-1) / want.norm(dim=-1)
+        assert error.max() < (2**-7 if dtype == torch.bfloat16 else 2e-3)
+        out = torch.empty_like(query)
+        assert two.attend(0, query, precision="fp16", out=out) is out
+        assert_same_bits(out, got)
+        assert dtype != torch.float32 or not torch.equal(got, two.attend(0, query))  # it is another way to the answer
+
+
+def test_fp16_prefill_where_it_cannot_be(device: torch.device) -> None:
+    """Wrapped rings, calls that evict, windows, soft caps, LSE, ragged lengths: the FP32 answer."""
+    one, two = (make_cache(device, max_positions=64, num_heads=2, head_dim=64) for _ in range(2))
+    new = [torch.randn(1, 30, 2, 64, device=device) for _ in range(2)]
+    query = torch.randn(1, 30, 4, 64, device=device)
+    for call in (
+        lambda c, p: c.append_attend(0, query, *new, precision=p, window=7),
+        lambda c, p: c.append_attend(0, query, *new, precision=p, softcap=2.0),
+        lambda c, p: c.append_attend(0, query, *new, precision=p),  # evicts
+        lambda c, p: c.attend(0, query, precision=p),  # wrapped
+        lambda c, p: c.attend(0, query, precision=p, return_lse=True)[0],
+        lambda c, p: c.append_attend(0, query, *new, precision=p, new_lengths=torch.tensor([9], device=device)),
+    ):
+        assert_same_bits(call(one, "fp16"), call(two, "fp32"))
+    one.clear()
+    assert not one.attend(0, query, precision="fp16").any()  # nothing is held
+    with pytest.raises(ValueError, match="precision must be 'fp32' or 'fp16', got 'fp8'"):
+        one.attend(0, query, precision="fp8")

@@ -132,10 +132,23 @@ int64_t HostLengths::longest(int64_t layer) const {
   return n;
 }
 
-int64_t HostLengths::longest_or_all(int64_t layer) {
+bool HostLengths::known_without_looking() {
   if (!on_host()) notice_copies();
-  const bool known = on_host() || (exact_ && !capturing());
-  return known ? longest(layer) : sinks_ + ring_.divisor;
+  return on_host() || (exact_ && !capturing());
+}
+
+int64_t HostLengths::longest_or_all(int64_t layer) {
+  return known_without_looking() ? longest(layer) : sinks_ + ring_.divisor;
+}
+
+std::pair<int64_t, int64_t> HostLengths::run_or_none(int64_t layer) {
+  if (!known_without_looking()) return {-1, 0};
+  const int64_t n = held(layer, 0);
+  for (int64_t b = 1; b < batch_; ++b) {
+    if (held(layer, b) != n) return {-1, 0};
+  }
+  const int64_t slot = n == 0 ? -1 : contiguous_slot(layer, 0, n);
+  return {slot, slot < 0 ? 0 : n};
 }
 
 int64_t HostLengths::shortest() const {

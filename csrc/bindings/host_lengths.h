@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../kernels/params.h"
@@ -39,6 +40,9 @@ class HostLengths {
   int64_t longest(int64_t layer) const;  // the largest number held by a sequence of the layer
   // The same without looking at the device: all slots where the copy is not exact, or is about to be captured.
   int64_t longest_or_all(int64_t layer);
+  // All that a layer holds as a run of slots, likewise without looking: the first slot and the number. -1 and 0 where
+  // the slots do not follow each other, the sequences differ, nothing is held, or the copy is not exact.
+  std::pair<int64_t, int64_t> run_or_none(int64_t layer);
   int64_t shortest() const;  // the smallest number held by any
   int64_t position() const;  // the largest number seen by any
   // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in every
@@ -48,6 +52,7 @@ class HostLengths {
  private:
   bool on_host() const { return state_.is_cpu(); }
   bool capturing() const;
+  bool known_without_looking();
   void note_launch();    // notices capture
   void notice_copies();  // notices that torch itself has written to the state, as compilers that copy tensors do
 

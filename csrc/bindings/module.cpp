@@ -312,6 +312,11 @@ PYBIND11_MODULE(_C, m) {
     const auto lengths = kvc::HostLengths::of(state);
     return lengths ? lengths->longest_or_all(layer) : max_positions;
   });
+  // All that a layer holds as (first slot, number), as far as that is known on the host and a run; else (-1, 0).
+  m.def("run_or_none", [](const at::Tensor& state, int64_t layer) {
+    const auto lengths = kvc::HostLengths::of(state);
+    return lengths ? lengths->run_or_none(layer) : std::pair<int64_t, int64_t>(-1, 0);
+  });
   m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
   m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });
   m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });
