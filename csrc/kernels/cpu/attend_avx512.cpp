@@ -39,6 +39,16 @@ struct Avx512 {
     return _mm512_maskz_scalef_ps(kept, a, power);
   }
   static float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+  static Floats pairs(Floats x, Floats y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); }
+  // The sums of four, together: a transposition takes half the steps of four reductions.
+  static void sum_four(const Floats* a, float* sums) {
+    const __m512d first = _mm512_castps_pd(pairs(a[0], a[1]));
+    const __m512d second = _mm512_castps_pd(pairs(a[2], a[3]));
+    const Floats quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                                          _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+  }
 };
 
 }  // namespace

@@ -53,6 +53,9 @@ struct Eight {
       return a.x[i] * bits_float(static_cast<uint32_t>(static_cast<int32_t>(power.x[i]) + 127) << 23);
     });
   }
+  static void sum_four(const Floats* a, float* sums) {
+    for (int i = 0; i < 4; ++i) sums[i] = sum(a[i]);
+  }
   static float sum(const Floats& a) {
     return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
   }

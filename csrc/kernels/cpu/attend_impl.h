@@ -58,6 +58,15 @@ struct Attention {
     return i / group * p.query_heads + head * group + i % group;
   }
 
+  template <int kCount>
+  static void sum_each(const Floats (&a)[kCount], float (&sums)[kCount]) {
+    if constexpr (kCount == 4) {
+      S::sum_four(a, sums);
+    } else {
+      for (int i = 0; i < kCount; ++i) sums[i] = S::sum(a[i]);
+    }
+  }
+
   // Scores of `kQueries` queries against one head of one row.
   template <int kQueries>
   void score(const uint16_t* key, int64_t head, int64_t i, int r) {
@@ -71,7 +80,9 @@ struct Attention {
       const Floats k = S::load_halves(key + d);
       for (int m = 0; m < kQueries; ++m) sum[m] = S::fma(S::load(q[m] + d), k, sum[m]);
     }
-    for (int m = 0; m < kQueries; ++m) scores[query_number(head, i + m) * kTile + r] = S::sum(sum[m]);
+    float sums[kQueries];
+    sum_each(sum, sums);
+    for (int m = 0; m < kQueries; ++m) scores[query_number(head, i + m) * kTile + r] = sums[m];
   }
 
   // The same for the only query of each of `kHeads` heads side by side: sums that do not wait for each other.
@@ -86,7 +97,9 @@ struct Attention {
         sum[h] = S::fma(S::load(q + at), S::load_halves(key + at), sum[h]);
       }
     }
-    for (int h = 0; h < kHeads; ++h) scores[(head + h) * kTile + r] = S::sum(sum[h]);
+    float sums[kHeads];
+    sum_each(sum, sums);
+    for (int h = 0; h < kHeads; ++h) scores[(head + h) * kTile + r] = sums[h];
   }
 
   // Adds the tile's weighted values to `kQueries` states, kParts vectors of each at a time.
@@ -204,11 +217,22 @@ struct Attention {
         for (int r = 0; r < rows; ++r) seen_in_part = seen_in_part || !plan.sees(t, row0 + r);
       }
       for (int r = 0; r < rows; ++r) {
-        for (int64_t d = 0; d < p.cache.heads * head_dim; d += 32) __builtin_prefetch(value_rows[r] + d, 0, 2);
+        const int64_t row_elements = p.cache.heads * head_dim;
+        const uint16_t* ahead = r + 2 < rows ? key_rows[r + 2] : key_rows[rows - 1] + (r + 3 - rows) * row_elements;
         int64_t h = 0;
-        for (; sharing == 1 && h + 4 <= p.cache.heads; h += 4) score_heads<4>(key_rows[r] + h * head_dim, h, r);
+        for (; sharing == 1 && h + 4 <= p.cache.heads; h += 4) {
+          for (int64_t d = h * head_dim; d < (h + 4) * head_dim; d += 32) {
+            __builtin_prefetch(value_rows[r] + d, 0, 2);
+            __builtin_prefetch(ahead + d, 0, 2);
+          }
+          score_heads<4>(key_rows[r] + h * head_dim, h, r);
+        }
         for (; h < p.cache.heads; ++h) {
           const uint16_t* key = key_rows[r] + h * head_dim;
+          for (int64_t d = h * head_dim; d < (h + 1) * head_dim; d += 32) {
+            __builtin_prefetch(value_rows[r] + d, 0, 2);
+            __builtin_prefetch(ahead + d, 0, 2);
+          }
           int64_t i = 0;
           for (; i + 4 <= sharing; i += 4) score<4>(key, h, i, r);
           for (; i < sharing; ++i) score<1>(key, h, i, r);
