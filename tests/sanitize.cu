@@ -1,6 +1,6 @@
 // Every kernel over many shapes without torch, for compute-sanitizer (`make sanitize`): buffers come straight from
 // cudaMalloc, so that reading what nobody wrote, or past an end, is seen. Values are the other tests' affair; here it
-// is only asked that launches succeed and that no answer is NaN, where everything that may not be read is NaN.
+// is only asked that launches succeed and that the last answer of each FP32 shape is finite.
 #include <cuda_runtime.h>
 
 #include <cmath>

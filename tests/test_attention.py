@@ -272,6 +272,21 @@ def test_minus_infinity_scores(backend: Backend) -> None:
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("element", [1e-6, 1e-12, 1e-20])
+def test_minus_infinity_times_little(backend: Backend, element: float) -> None:
+    """An infinite key element against a query element that is next to nothing beside the query's others."""
+    twin = attention_twin(backend, 0, overflow="inf", num_heads=1, num_layers=1)
+    key = torch.zeros(20, 1, 64, device=backend.device)
+    key[5, 0, 1] = -1e6
+    value = torch.randn(20, 1, 64, device=backend.device)
+    twin.cache.append(0, key, value)
+    query = torch.zeros(1, 64, device=backend.device)
+    query[0, 0], query[0, 1] = 1.0, element
+    values = twin.cache.get_valid_f32(0)[1]
+    want = (values.sum(0) - values[5]) / 19
+    torch.testing.assert_close(twin.cache.attend(0, query), want, rtol=1e-5, atol=1e-6)
+
+
 def test_strides_and_out(backend: Backend) -> None:
     """[B, H, T, D] queries, keys and answers as model code has them; the answer written where it is wanted."""
     twin = attention_twin(backend, 50, batch_size=2)

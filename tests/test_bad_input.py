@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import HAS_GPU, make_cache
 
-from kvcache_ext import StreamingKVCacheFp16, build_info
+from kvcache_ext import StreamingKVCacheFp16, build_info, ops
 
 NAN = float("nan")
 
@@ -281,3 +281,6 @@ def test_bad_tensors_through_the_dispatcher(device: torch.device) -> None:
         append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 2, key, key, None, 0, True)
     with pytest.raises(ValueError, match="n must not be negative"):
         torch.ops.kvcache_ext.truncate(c.k_cache, c._state, -1, 0)
+    workspace = torch.zeros(c._workspace.numel() + 1, device=device)[1:]
+    with pytest.raises(ValueError, match="workspace must begin at a multiple of 16 bytes"):
+        ops.attend(c.k_cache, c.v_cache, c._state, workspace, 0, key, scale=1.0, out=torch.empty_like(key))

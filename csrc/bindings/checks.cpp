@@ -362,6 +362,8 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   TORCH_CHECK_VALUE(
       workspace.scalar_type() == at::kFloat && workspace.is_contiguous() && workspace.numel() >= kAttendTickets, op,
       ": workspace must be contiguous torch.float32 of at least ", kAttendTickets, " elements");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(workspace.const_data_ptr()) % 16 == 0, op,
+                    ": workspace must begin at a multiple of 16 bytes");
 
   p.layer = layer;
   p.rows = form.rows;

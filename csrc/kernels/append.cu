@@ -1,8 +1,9 @@
 // append: convert new keys and values to FP16, store them behind what each sequence has, advance its state.
 //
 // One launch covers the K and V rows of every layer and sequence appended to: a matrix of T rows each. Grid: the blocks
-// of all matrices, one after the other (tiling.h). A block of 256 threads moves kUnroll vectors a thread: it loads
-// them, learns from one thread where the sequence stands, converts, counts overflows and stores.
+// of all matrices, one after the other (tiling.h). The first half of a block's threads moves keys, the other
+// half values, kUnroll vectors a thread at a time: it loads them, learns from one thread where the sequence stands,
+// converts, counts overflows and stores. Few rows have a kernel of their own, below.
 //
 // The state is read by every block and advanced by none of them but the last to arrive: a block signs in after it has
 // read `seen` and `first`, and whoever signs in last knows that all have, writes the new ones and clears the count.

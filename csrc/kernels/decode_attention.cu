@@ -89,15 +89,18 @@ __device__ __forceinline__ uint16_t stored_element(const AppendParams& p, const 
   return stored_half(load_as_float(data, i, p.dtype), p.saturate, overflows);
 }
 
-// Two halves of a register: the high part of x, and what it lacks times 2^11.
+// Two halves of a register: the high part of x, and what it lacks times 2^11. The high part is 0 for 0 alone, as that
+// times an infinite key is NaN.
 __device__ __forceinline__ uint32_t high_and_low(float x) {
-  const uint16_t high = float_to_half(x);
+  uint16_t high = float_to_half(x);
+  if (x != 0.0f && (high & 0x7fffu) == 0) high |= 1;
   const uint16_t low = float_to_half((x - half_to_float(high)) * 2048.0f);
   return high | static_cast<uint32_t>(low) << 16;
 }
 
 // The same of a weight, which is not negative, with neither part negative and the low one at least the smallest FP16
-// number: a value that is infinite is to stay that in both products.
+// number: a value that is infinite is to stay that in both products. (Below 2^-38 of the largest weight the high part
+// is 0, and what an infinite value comes to is NaN.)
 __device__ __forceinline__ uint32_t weight_parts(float x) {
   const uint16_t high = float_to_half_down(x);
   uint32_t low = float_to_half((x - half_to_float(high)) * 2048.0f);
@@ -718,7 +721,8 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
                           FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
                           FastDivider::by(static_cast<uint32_t>(group_size)), static_cast<uint32_t>(stages)};
   const auto kernel = attend_kernel<kDepth, kTiles>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  // The same for every call, as two threads may be about to launch different sizes.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   OverlappingLaunch launch(units * splits, warps * 32, bytes, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, p, division);

@@ -50,8 +50,10 @@ KVC_HD SequenceState state_after_truncate(SequenceState s, int64_t length, int64
 // How many of T rows are appended to sequence b: the last new_lengths[b], clamped to 0..T.
 KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
   if (p.new_lengths == nullptr) return p.rows;
-  const int64_t n = p.new_lengths_are_32_bit ? static_cast<const int32_t*>(p.new_lengths)[b]
-                                             : static_cast<const int64_t*>(p.new_lengths)[b];
+  // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
+  // later.
+  const int64_t n = p.new_lengths_are_32_bit ? static_cast<const volatile int32_t*>(p.new_lengths)[b]
+                                             : static_cast<const volatile int64_t*>(p.new_lengths)[b];
   return imin(imax(n, 0), p.rows);
 }
 

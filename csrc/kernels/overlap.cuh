@@ -1,7 +1,8 @@
 // Launches that overlap (programmatic dependent launch, sm_90 and newer): a kernel's blocks may be placed on the GPU
 // while the last blocks of the one before are still at work, and wait there for its end. What that saves is the time
-// between two kernels. Every kernel of this folder first lets the next begin and then waits for the previous one,
-// before it reads or writes anything but its parameters; on older GPUs both do nothing.
+// between two kernels. A kernel that is launched so first lets the next begin, and waits for the previous one before it
+// writes anything or relies on what it reads. What it reads earlier is a guess, read past L1 and looked at again. On
+// older GPUs both do nothing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +11,7 @@ namespace kvc {
 
 #if defined(KVC_EMULATED)
 inline void let_next_launch_begin() {}
-inline void wait_for_previous_launch() {}
+inline void wait_for_previous_launch() { ::emulator::end_previous_launch(); }
 #else
 // The launch after this one, if it asked for that, may begin once every block of this one has said so (or is done)...
 __device__ __forceinline__ void let_next_launch_begin() {

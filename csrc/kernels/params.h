@@ -18,7 +18,7 @@ constexpr int dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }
 struct CacheView {
   uint16_t* k_cache;  // [L, B, N, H, D], contiguous
   uint16_t* v_cache;  // [L, B, N, H, D], contiguous
-  int64_t* state;     // [3, L, B]: seen, first, arrivals (scratch of append, zero between launches)
+  int64_t* state;     // [3, L, B]: seen, first, arrivals (scratch, zero between launches)
   int64_t layers;     // L
   int64_t batch;      // B
   int64_t positions;  // N

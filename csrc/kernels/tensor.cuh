@@ -1,5 +1,5 @@
 // Warp-wide building blocks of the attention kernel: asynchronous copies into shared memory, matrix fragments, tensor
-// core products, and launches that overlap. Thin names over PTX; the tests' emulator (tests/emulator) has its own.
+// core products. Thin names over PTX; the tests' emulator (tests/emulator) has its own.
 //
 // Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4, i = lane % 4:
 //   A, 16 x 16:  rows g and g + 8, columns 2i, 2i+1 and 2i+8, 2i+9, in the order (g, 2i), (g+8, 2i), (g, 2i+8), ...

@@ -28,7 +28,7 @@ struct Tiling {
   FastDivider head_vectors;   // vectors of one head
   FastDivider batch;          // sequences of a layer
 
-  // For blocks of `threads` threads, a power of two, that each hold `unroll` vectors at a time, at least `turns` times.
+  // For blocks of `threads` threads, a power of two, that each hold `unroll` vectors at a time, at most `turns` times.
   // False when the launch would need more blocks than a grid has.
   static bool make(Tiling& t, int64_t rows, int64_t heads, int64_t head_dim, int vector, int threads, int unroll,
                    int turns, int64_t matrices, int64_t batch, int64_t& grid) {

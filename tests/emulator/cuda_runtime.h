@@ -5,7 +5,11 @@
 //
 // Blocks run one after the other in a shuffled order. The threads of a block are fibers that run in a shuffled order
 // until each has reached the barrier or the warp operation that it waits for; a barrier that some thread of the block
-// never reaches ends the program with a message.
+// never reaches, while others wait there, ends the program with a message (a thread that has returned counts as there,
+// as on a GPU).
+//
+// Until the first thread of a block waits for the previous launch, the state of the sequences is not what it will be:
+// what a kernel reads of it by then must be no more than a guess.
 #pragma once
 
 #include <cmath>
@@ -86,6 +90,7 @@ const uint64_t* warp_exchange(uint64_t value);
 char* dynamic_shared();  // of the block that runs: poisoned when it begins
 void set_dynamic_shared(size_t bytes);
 uint32_t random_below(uint32_t n);
+void end_previous_launch();
 
 }  // namespace emulator
 

@@ -1,6 +1,7 @@
 // The fibers behind cuda_runtime.h, and the GPU ops as functions that kvcache_ext._C.load_cpu_ops() can load.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -35,6 +36,13 @@ const std::function<void()>* running;
 std::vector<uint64_t> warp_values;
 std::vector<char> shared_memory;
 uint32_t random_state = 12345;
+
+// The state [2, L, B] of a launch that may begin before the one before is done: true, and while that one runs.
+int64_t* guessed_state = nullptr;
+int64_t guessed_entries = 0;
+int64_t guessed_positions = 0;
+int64_t guessed_sinks = 0;
+std::vector<int64_t> true_state;
 
 std::vector<unsigned> shuffled(unsigned n) {
   std::vector<unsigned> order(n);
@@ -108,6 +116,23 @@ void run_block(unsigned threads) {
 
 }  // namespace
 
+void begin_previous_launch() {
+  if (guessed_state == nullptr) return;
+  true_state.assign(guessed_state, guessed_state + 2 * guessed_entries);
+  for (int64_t i = 0; i < 2 * guessed_entries; ++i) {
+    // Often one of the two numbers of a sequence alone has been written.
+    if (random_below(2) == 0) continue;
+    guessed_state[i] =
+        random_below(static_cast<uint32_t>(3 * guessed_positions) + 1) + (i < guessed_entries ? 0 : guessed_sinks);
+  }
+}
+
+void end_previous_launch() {
+  if (true_state.empty()) return;
+  std::copy(true_state.begin(), true_state.end(), guessed_state);
+  true_state.clear();
+}
+
 uint32_t random_below(uint32_t n) {
   random_state = random_state * 1664525u + 1013904223u;
   return static_cast<uint32_t>((static_cast<uint64_t>(random_state) * n) >> 32);
@@ -139,9 +164,20 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   running = &kernel;
   for (const unsigned b : shuffled(grid.x)) {
     blockIdx = dim3(b);
+    begin_previous_launch();
     run_block(block.x);
   }
 }
+
+struct Guess {
+  explicit Guess(const kvc::CacheView& cache) {
+    guessed_state = cache.state;
+    guessed_entries = cache.layers * cache.batch;
+    guessed_positions = cache.positions;
+    guessed_sinks = cache.sinks;
+  }
+  ~Guess() { guessed_state = nullptr; }
+};
 
 void check_alignment(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
@@ -161,8 +197,17 @@ const uint64_t* warp_exchange(uint64_t value) {
 }  // namespace emulator
 
 extern "C" {
-int kvc_append(const kvc::AppendParams* p) { return kvc::launch_append(*p, nullptr); }
-int kvc_gather(const kvc::GatherParams* p) { return kvc::launch_gather(*p, nullptr); }
-int kvc_attend(const kvc::AttendParams* p) { return kvc::launch_attend(*p, nullptr); }
+int kvc_append(const kvc::AppendParams* p) {
+  const emulator::Guess guess(p->cache);
+  return kvc::launch_append(*p, nullptr);
+}
+int kvc_gather(const kvc::GatherParams* p) {
+  const emulator::Guess guess(p->cache);
+  return kvc::launch_gather(*p, nullptr);
+}
+int kvc_attend(const kvc::AttendParams* p) {
+  const emulator::Guess guess(p->cache);
+  return kvc::launch_attend(*p, nullptr);
+}
 int kvc_truncate(const kvc::TruncateParams* p) { return kvc::launch_truncate(*p, nullptr); }
 }
