@@ -155,8 +155,14 @@ struct AttendBlock {
   static __device__ __forceinline__ int sum_place(int query, int d) { return query * kWidth + (d ^ (query & 3) * 8); }
 };
 
+// Blocks that a multiprocessor is to have registers for; 0 leaves it to the compiler, which then spills none of them.
 template <int kDepth, int kTiles>
-__global__ void __launch_bounds__(kMostWarps * 32, kDepth <= 8 && kTiles == 1 ? 2 : 1)
+constexpr int kBlocksAtATime = kDepth > 8 || kTiles == 2 ? 1
+                               : kTiles == 1             ? 2
+                                                         : 0;
+
+template <int kDepth, int kTiles>
+__global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime<kDepth, kTiles>)
     attend_kernel(const AttendParams p, const Division division) {
   using Block = AttendBlock<kDepth, kTiles>;
   constexpr int kQueries = Block::kQueries;
