@@ -9,8 +9,8 @@ What is here, and how a forward pass goes through it:
 
 1. The model asks for a mask. `_mask` is what transformers finds under this attention's name. A plain causal or sliding
    pattern needs no mask: attention over the cache is causal by itself. A 2D mask says which of the new tokens exist:
-   `_Shared.plan` turns it into what the kernels take, the number of rows to append for each sequence, and checks that it
-   says of the old tokens what it said before. Every other pattern is built as the 4D mask that it is.
+   `_Shared.plan` turns it into what the kernels take, the number of rows to append for each sequence, and checks that
+   it says of the old tokens what it said before. Every other pattern is built as the 4D mask that it is.
 2. Each layer calls `update`. With this attention it only hands the new rows on, in a `_NewRows`; with any other
    (eager, sdpa, flex, ...) it appends them and returns all keys and values, gathered, in the dtype that came in.
 3. Each layer calls its attention, `_attention`: `append_attend` on the cache where it lies, or under a 4D mask
@@ -23,6 +23,7 @@ included; `columns` is that number.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,8 +77,8 @@ class _LateCheck:
         self._flag: Tensor | None = None
         self._done: Any = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _LateCheck:
-        return _LateCheck()
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy begins without a flag: events cannot be copied
+        return _LateCheck, ()
 
     def raise_if_bad(self) -> None:
         if self._flag is None:
@@ -112,10 +113,10 @@ class _Shared:
     precision: str
     compileable: bool
     active: int | None = None  # sequences in use; None before the first tokens
-    # Which columns are held: bool [active, n]. None: all of them. Columns beyond n are held.
-    record: Tensor | None = None
+    # Which columns the layers with each window hold: bool [active, n]. None: all of them. Columns beyond n are held.
+    records: dict[int | None, Tensor | None] = field(default_factory=dict)
     sequences: dict[torch.device, Tensor] = field(default_factory=dict)
-    late: _LateCheck = field(default_factory=_LateCheck)
+    late: dict[int | None, _LateCheck] = field(default_factory=dict)
     refresh: Callable[[], None] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
@@ -155,8 +156,8 @@ class _Shared:
         self.active = active
         self.sequences.clear()
 
-    def plan(self, mask: Tensor, seen: int, new: int, *, no_padding: bool = False) -> Tensor | None:
-        """What a 2D mask `[B, seen + new]` means for the cache.
+    def plan(self, mask: Tensor, seen: int, new: int, window: int | None, *, no_padding: bool = False) -> Tensor | None:
+        """What a 2D mask `[B, seen + new]` means for the layers with this window.
 
         None: all new tokens exist. int32 `[B, 1, 1, 1]`: the last so many of each sequence do. int8 `[B, 1, 1, new]`:
         these do. (Four dimensions, because transformers takes those for a finished mask and passes them on.)
@@ -164,7 +165,8 @@ class _Shared:
         On a GPU several tokens cost one synchronisation; one token costs none, and a mask that does not fit is then
         noticed at the next step. With `no_padding` a new token that does not exist is an error too.
         """
-        self.late.raise_if_bad()
+        late = self.late.setdefault(window, _LateCheck())
+        late.raise_if_bad()
         if mask.shape[1] != seen + new:
             raise ValueError(
                 f"Fp16Cache: attention_mask has {mask.shape[1]} columns, and the cache holds {seen} tokens and gets "
@@ -177,29 +179,34 @@ class _Shared:
             )
         mask = mask.bool()
         keep = mask[:, seen:]
-        recorded = 0 if self.record is None else min(self.record.shape[1], seen)
+        record = self.records.get(window)
+        recorded = 0 if record is None else min(record.shape[1], seen)
         same = mask[:, recorded:seen].all()
-        if self.record is not None:
-            same = same & (mask[:, :recorded] == self.record[:, :recorded].to(mask.device)).all()
+        if record is not None:
+            same = same & (mask[:, :recorded] == record[:, :recorded].to(mask.device)).all()
         if mask.is_cuda and new == 1:
-            self.late.post(~(same & keep.all()) if no_padding else ~same)
-            self.record = mask.clone()
+            late.post(~(same & keep.all()) if no_padding else ~same)
+            self.records[window] = mask.clone()
             return keep.to(torch.int32)[:, None, None]
         padded_left = (keep[:, 1:] >= keep[:, :-1]).all()
         same_, all_old, all_new, left = torch.stack([same, mask[:, :seen].all(), keep.all(), padded_left]).tolist()
         if not same_ or (no_padding and not all_new):
             _mask_changed()
         self.refresh()
-        self.record = None if all_old and all_new else mask.clone()
+        self.records[window] = None if all_old and all_new else mask.clone()
         if all_new:
             return None
         if left:
             return keep.sum(1, dtype=torch.int32)[:, None, None, None]
         return keep.to(torch.int8)[:, None, None]
 
-    def forget_columns_from(self, seen: int) -> None:
-        if self.record is not None:
-            self.record = self.record[:, :seen]
+    def all_held_from(self, column: int, window: int | None) -> None:
+        """That from this column on, the layers with this window hold all that came."""
+        if is_compiling():  # no mask has been planned for it; and a record that grows would mean compiling anew
+            return
+        record = self.records.get(window)
+        if record is not None:
+            self.records[window] = record[:, :column]
 
 
 # Masks
@@ -246,36 +253,39 @@ def _mask(
     **options: Any,
 ) -> Tensor | None:
     """The mask that transformers gets for this attention: see the head of this file."""
-    if is_compiling():
-        if kv_offset != _COMPILED:
-            return _other_mask(
-                batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, options
-            )
-        if attention_mask is None:
+    if is_compiling() and kv_offset < 0:  # ours: see `Fp16Layer.get_mask_sizes`
+        window = -1 - kv_offset
+        if local_size is None:
+            plain = mask_function is causal_mask_function
+        else:
+            plain = mask_function.__name__ == "and_mask"  # closures are out of sight here
+        if plain and attention_mask is None and window == (local_size or 0):
             return None
-        raise RuntimeError(
-            "Fp16Cache: in compiled code a 2D attention_mask cannot be taken apart; make the cache with "
-            "compileable=True, so that generate() does that before the compiled part, or pass attention_mask=None"
-        )
+        if not plain or attention_mask is not None:
+            raise RuntimeError(
+                "Fp16Cache: compiled code can serve a plain causal or sliding pattern without attention_mask only; pass "
+                "attention_mask=None (new tokens of a decode step are never padding), or make the cache with "
+                "compileable=True, so that generate() prepares masks before the compiled part"
+            )
+        kv_offset = max(q_offset - window + 1, 0) if window else 0
+        options["allow_is_causal_skip"] = False
     if not isinstance(kv_length, _Columns):
         return _other_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, options
         )
     shared, seen = kv_length.shared, int(q_offset)
-    shared.forget_columns_from(seen)
-    if not _is_plain(mask_function, local_size):
+    if not _is_plain(mask_function, local_size) or local_size != kv_length.window:
+        # (The second: some models ask for masks that no layer will use, and so of no layer's window.)
         options["allow_is_causal_skip"] = False
         return _other_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, options
         )
-    if local_size != kv_length.window:
-        raise NotImplementedError(
-            f"Fp16Cache: the model's mask has a window of {local_size}, and by its configuration these layers have one "
-            f"of {kv_length.window}; make the cache with attention=None"
-        )
     if attention_mask is None:
         return None
-    return shared.plan(attention_mask.expand(batch_size, -1), seen, q_length)
+    if shared.compileable and q_length == 1:
+        # The same for every step, so that the compiled code is: what the last column says, without looking.
+        return attention_mask[:, -1:].expand(batch_size, 1).to(torch.int32)[:, None, None].contiguous()
+    return shared.plan(attention_mask.expand(batch_size, -1), seen, q_length, kv_length.window)
 
 
 def _other_mask(
@@ -302,8 +312,6 @@ def _other_mask(
         **options,
     )
 
-
-_COMPILED = -1  # a kv_offset that no cache has: how compiled code, where `_Columns` cannot pass, knows ours
 
 # Layers
 
@@ -372,8 +380,8 @@ class Fp16Layer(CacheLayerMixin):
         length = self.columns + query_length - offset
         if not self.shared.own_attention:
             return length, offset
-        if is_compiling():
-            return length, _COMPILED
+        if is_compiling():  # where `_Columns` cannot pass; an offset that no other cache has says that it is ours
+            return length, -1 - (self.window or 0)
         columns = _Columns(length)
         columns.shared, columns.window = self.shared, self.window
         return columns, offset
@@ -406,6 +414,8 @@ class Fp16Layer(CacheLayerMixin):
         """`query` `[B, T, Hq, D]`, `key`, `value` `[B, T, H, D]`: the answer, and the LSE if it is wanted."""
         batch, rows = query.shape[:2]
         self._check(batch, rows)
+        if new_lengths is None:
+            self.shared.all_held_from(self.columns, self.window)
         precision = self.shared.precision
         if precision == "auto":
             precision = "fp16" if query.dtype == torch.float16 else "fp32"
@@ -443,16 +453,17 @@ class Fp16Layer(CacheLayerMixin):
     # With any other
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The new keys and values, `[B, H, T, D]`: handed on to this attention, or appended and all of them gathered."""
+        """The new keys and values, `[B, H, T, D]`: handed on to this attention, or appended and all gathered."""
         if self.shared.own_attention:
             rows = _NewRows(self, key_states, value_states)
             return rows, rows
         return self.append_gather(key_states, value_states)
 
     def append_gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends every row, and returns the columns that `get_mask_sizes` spoke of: `[B, H, kv, D]` of the key's dtype."""
+        """Appends every row; the columns that `get_mask_sizes` spoke of, `[B, H, kv, D]` of the key's dtype."""
         batch, _, rows, _ = key.shape
         self._check(batch, rows)
+        self.shared.all_held_from(self.columns, self.window)
         before = self.columns
         start = 0 if self.window is None else max(before - self.window + 1, 0)
         new_key, new_value = key.transpose(1, 2), value.transpose(1, 2)
@@ -476,10 +487,11 @@ class Fp16Layer(CacheLayerMixin):
         """Columns `[start, stop)`, `[B, n, H, D]`; zeros where a column was padding."""
         batch = self.shared.active or 1
         indices = torch.arange(start, stop, device=self.cache.device)
-        if self.shared.record is None:
+        record = self.shared.records.get(self.window)
+        if record is None:
             indices = indices - self.first
         else:
-            held = self.shared.record[:, :stop].to(self.cache.device)
+            held = record[:, :stop].to(self.cache.device)
             if held.shape[1] < stop:
                 held = torch.nn.functional.pad(held, (0, stop - held.shape[1]), value=True)
             first = self.cache._state[1, self.index, :batch, None]
@@ -535,8 +547,8 @@ def _attention(
         )
     layer = key.layer
     if attention_mask is not None and (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
-        keys, values = layer.append_gather(key.new_key, key.new_value)
-        return _masked(query, keys.to(query.dtype), values.to(query.dtype), attention_mask, scaling, softcap, s_aux), None
+        keys, values = (x.to(query.dtype) for x in layer.append_gather(key.new_key, key.new_value))
+        return _masked(query, keys, values, attention_mask, scaling, softcap, s_aux), None
     new_query, new_key, new_value = (x.transpose(1, 2) for x in (query, key.new_key, key.new_value))
     new_lengths = order = None
     if attention_mask is not None:
@@ -618,9 +630,7 @@ def _other_attention(
     if mask is not None and mask.dtype in (torch.int8, torch.int32):
         raise RuntimeError("Fp16Cache: a mask that was prepared for an Fp16Cache reached attention without one")
     if softcap is None and s_aux is None:
-        answer, _ = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **options
-        )
+        answer, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
         return answer, None
     if dropout != 0.0:
         raise NotImplementedError(f"{NAME!r} attention has no dropout beside a softcap or sinks; use 'eager'")
@@ -649,7 +659,8 @@ class _LayerPlan:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        return self.device, self.capacity, self.heads, self.head_dim
+        # The window too, though it changes no storage: layers with equal windows hold the same tokens.
+        return self.device, self.capacity, self.heads, self.head_dim, self.window
 
 
 class Fp16Cache(Cache):
@@ -743,7 +754,7 @@ class Fp16Cache(Cache):
         return sum(cache.memory_bytes() for cache in self.caches)
 
     def overflow_counts(self) -> Tensor:
-        """Finite values that FP16 could not hold, by layer of the model: int64 on the CPU (this waits for the device)."""
+        """Finite values that FP16 could not hold, by layer: int64 on the CPU (so this waits for the device)."""
         counts = {id(cache): cache.overflow_counts().cpu() for cache in self.caches}
         return torch.stack([counts[id(layer.cache)][layer.index] for layer in self.layers])
 
@@ -763,9 +774,9 @@ class Fp16Cache(Cache):
             cache.clear()
         for layer in self.layers:
             layer.columns = layer.first = 0
-        self._shared.record = None
+        self._shared.records.clear()
         self._shared.set_active(None)
-        self._shared.late = _LateCheck()
+        self._shared.late.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest `-tokens_to_remove` tokens back: assisted decoding's rejected ones.
@@ -792,20 +803,18 @@ class Fp16Cache(Cache):
                 )
         shared = self._shared
         left = self.layers[0].columns - count
-        removed = None
-        if shared.record is not None:
-            removed = shared.record[:, left:].sum(1) + max(0, count - max(shared.record.shape[1] - left, 0))
         for cache in self.caches:
             layer = next(layer for layer in self.layers if layer.cache is cache)
-            options = shared.slots(cache.device)
-            if removed is None:
-                cache.truncate(left - layer.first, **options)
+            record = shared.records.get(layer.window)
+            if record is None:
+                cache.truncate(left - layer.first, **shared.slots(cache.device))
             else:
+                removed = record[:, left:].sum(1) + count - max(record.shape[1] - left, 0)
                 held = (cache._state[0] - cache._state[1])[0, : shared.active]
-                cache.truncate(held - removed.to(cache.device), **options)
+                cache.truncate(held - removed.to(cache.device), **shared.slots(cache.device))
         for layer in self.layers:
             layer.columns = left
-        shared.forget_columns_from(left)
+            shared.all_held_from(left, layer.window)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
@@ -837,28 +846,30 @@ class Fp16Cache(Cache):
         whole = torch.cat([indices.long(), rest])
         for cache in self.caches:
             cache.reorder(whole.to(cache.device))
-        if shared.record is not None:
-            shared.record = shared.record[indices.to(shared.record.device)]
+        for window, record in shared.records.items():
+            if record is not None:
+                shared.records[window] = record[indices.to(record.device)]
         shared.set_active(len(indices))
 
     # CUDA graphs
 
-    def decode_graph(self, model: Any) -> DecodeGraph:
+    def decode_graph(self, model: Any, *, compile: bool = False) -> DecodeGraph:
         """One decode step of `model` with this cache as a CUDA graph: see `DecodeGraph`."""
-        return DecodeGraph(model, self)
+        return DecodeGraph(model, self, compile=compile)
 
     @contextmanager
-    def cuda_graphs(self, model: Any) -> Iterator[None]:
+    def cuda_graphs(self, model: Any, *, compile: bool = False) -> Iterator[None]:
         """Within this block `model` (and so `model.generate`) runs its one-token steps as a replayed CUDA graph.
 
             with cache.cuda_graphs(model):
                 model.generate(**inputs, past_key_values=cache)
 
-        Prefill and everything else runs as it always does. On a CPU nothing changes but the way there.
+        Prefill and everything else runs as it always does. `compile`: see `DecodeGraph`. On a CPU there is no graph.
         """
         graph: DecodeGraph | None = None
-        original = model.forward
+        original, own = model.forward, model.__dict__.get("forward")
 
+        @functools.wraps(original)  # generate() reads the signature to know what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal graph
             ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -869,9 +880,10 @@ class Fp16Cache(Cache):
             if not (one_token and plain and known and (mask is None or mask.dim() == 2)):
                 return original(*args, **kwargs)
             if graph is None:
-                graph = DecodeGraph(model, self, original)
+                graph = DecodeGraph(model, self, compile=compile, forward=original)
             if mask is not None:
-                self._shared.plan(mask.to(ids.device), self.get_seq_length(), 1, no_padding=True)
+                for window in {layer.window for layer in self.layers}:
+                    self._shared.plan(mask.to(ids.device), self.get_seq_length(), 1, window, no_padding=True)
             logits = graph(ids, kwargs.get("position_ids"))
             return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=self)
 
@@ -880,8 +892,8 @@ class Fp16Cache(Cache):
             yield
         finally:
             del model.forward
-            if model.forward != original:  # it had one of its own already
-                model.forward = original
+            if own is not None:
+                model.forward = own
 
 
 class _Refresh:
@@ -901,23 +913,35 @@ class DecodeGraph:
         step = cache.decode_graph(model)          # after the prefill
         logits = step(token)                      # token: int64 [B, 1]; logits: [B, 1, vocabulary]
 
-    The logits are overwritten by the next step. The positions are those of the tokens held, padding not counted, as
-    `generate` numbers them, unless `position_ids` says otherwise. Lengths move on the device; `get_seq_length()` is kept
-    right by counting replays, so step only through this object while it is in use. The cache must outlive it.
+    The logits are overwritten by the next step. A token's position is the number of tokens held, padding not counted, as
+    `generate` has it, unless `position_ids` says otherwise. Lengths move on the device; `get_seq_length()` is kept right
+    by counting replays. The cache must outlive this object.
 
-    Capturing runs the step twice and takes it back. On a CPU there is no graph: each call is the step itself.
+    Capturing runs the step a few times and takes those back, for which the cache must have room. With `compile` the
+    step goes through torch.compile first, which fuses what lies between the matrix products. On a CPU there is no
+    graph: each call is the step itself.
     """
 
-    def __init__(self, model: Any, cache: Fp16Cache, forward: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: Fp16Cache,
+        *,
+        compile: bool = False,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
         shared = cache._shared
         if not shared.own_attention:
-            raise ValueError(f"DecodeGraph: the model's attention must be {NAME!r}, got {shared.config._attn_implementation!r}")
+            used = shared.config._attn_implementation
+            raise ValueError(f"DecodeGraph: the model's attention must be {NAME!r}, got {used!r}")
         if shared.active is None:
             raise ValueError("DecodeGraph: run the prompt through the model first")
         devices = {layer.device for layer in cache.layers}
         if len(devices) != 1:
             raise NotImplementedError("DecodeGraph: one CUDA graph cannot hold a model on several devices")
         self._forward = model if forward is None else forward
+        if compile:
+            self._forward = torch.compile(self._forward)
         self._cache = cache
         self._batch = shared.active
         device = devices.pop()
@@ -941,7 +965,7 @@ class DecodeGraph:
         return out.logits
 
     def _capture(self, device: torch.device) -> None:
-        warmups = 2
+        warmups = 3  # compiled code is there at the third: lengths are constants to the first, and not to the second
         layers = self._cache.layers
         for layer in layers:
             layer._check(self._batch, warmups)
@@ -962,8 +986,8 @@ class DecodeGraph:
             with torch.cuda.graph(self._graph):
                 self._logits = self._step()
         finally:  # a capture runs nothing on the device
-            for layer, (layer.columns, layer.first) in zip(layers, before, strict=True):
-                pass
+            for layer, (columns, first) in zip(layers, before, strict=True):
+                layer.columns, layer.first = columns, first
 
     def _held(self) -> Tensor:
         """How many tokens each sequence has: the next one's position, `[B, 1]`."""
@@ -1024,7 +1048,8 @@ def _plan_layers(model: Any, max_positions: int) -> tuple[list[_LayerPlan], Any]
         layer_config = getattr(text, "per_layer_config", None)
         layer_config = text if layer_config is None else layer_config[i]
         heads = getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads
-        head_dim = getattr(layer_config, "head_dim", None) or layer_config.hidden_size // layer_config.num_attention_heads
+        head_dim = getattr(layer_config, "head_dim", None)
+        head_dim = head_dim or layer_config.hidden_size // layer_config.num_attention_heads
         if module is not None:
             head_dim = module.head_dim if isinstance(getattr(module, "head_dim", None), int) else head_dim
             sizes = [getattr(getattr(module, part, None), "out_features", None) for part in ("k_proj", "v_proj")]
