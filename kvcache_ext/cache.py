@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,10 +87,12 @@ class StreamingKVCacheFp16:
     Conversion is IEEE round-to-nearest-even, bit for bit `tensor.to(torch.float16)`; NaN stays NaN, inf stays inf.
 
     GPU. Calls run on the current stream of the cache's device and do not synchronise, except those that need a length
-    on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate`) after lengths have moved on
-    the device alone, which is after `new_lengths` or a captured graph. `append`, `append_all`, `gather`, `attend`,
-    `append_attend` and `clear` can be captured into a CUDA graph, and each replay moves the cache on. A cache is used
-    by one stream at a time and must outlive the graphs that were captured from it. The same calls work under
+    on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate` to an int or a list) after
+    lengths have moved on the device alone, which is after a captured graph, `new_lengths`, or another tensor of lengths
+    or of sequences. `append`, `append_all`, `gather`, `attend`, `append_attend`, `clear`, and with tensors `truncate`,
+    `reset`, `reorder` and `copy_sequence` can be captured into a CUDA graph, and each replay moves the cache on. A
+    graph cannot record a list, which is copied from the host: calls raise if they get one during capture. A cache is
+    used by one stream at a time and must outlive the graphs that were captured from it. The same calls work under
     `torch.compile(fullgraph=True)`; those that need a length on the host do not.
     """
 
@@ -214,19 +217,116 @@ class StreamingKVCacheFp16:
         else:
             self._compiled.append_all(keys, values, new_lengths)
 
-    def truncate(self, n: int) -> None:
-        """Keeps the `n` oldest held positions of every layer and sequence, `0 <= n <= len(cache)`. No data moves.
+    def truncate(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
+        """Keeps the `n` oldest held positions of every layer and sequence, or of the chosen sequences. No data moves.
 
         Positions that the ring has evicted do not come back. The next position appended gets the number after the last
-        one kept. (Under torch.compile, where lengths are not known, an `n` beyond what is held changes nothing.)
+        one kept.
+
+        Args:
+            n: an int for all, `0 <= n <= len(cache)` (or what the shortest of the chosen sequences holds); a list of
+                ints, one a sequence, likewise checked; or an int64 or int32 tensor `[B]` on the cache's device, which
+                is read there without a synchronisation, so that each of its numbers is clamped to 0 and to what its
+                sequence holds. With `sequences`, one number for each of those.
+            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device. With a
+                tensor, lengths are not checked on the host either.
 
         Raises:
-            TypeError, IndexError: `n` is not an int, or out of range. The cache is unchanged.
+            TypeError, ValueError, IndexError: an argument is wrong or out of range. The cache is unchanged.
+
+        A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
+        lengths are not known, an `n` beyond what is held changes nothing.)
         """
         if is_compiling():
-            ops.truncate(self.k_cache, self._state, n, sink_positions=self.sink_positions)
+            length = n if isinstance(n, int) else self._integers(n)
+            ops.truncate(
+                self.k_cache,
+                self._state,
+                length,
+                sequences=self._optional_integers(sequences),
+                sink_positions=self.sink_positions,
+            )
         else:
-            self._compiled.truncate(n)
+            self._compiled.truncate(n, sequences)
+
+    def reset(self, sequences: Sequence[int] | Tensor | None = None) -> None:
+        """Forgets every position of the chosen sequences (None: of all) in every layer. No data moves.
+
+        Numbering begins at 0 again. The overflow counters, which belong to no sequence, stay; `clear()` zeroes them.
+
+        Args:
+            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device, of
+                which those out of range are left out. A list is copied to the device; in a graph pass a tensor.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.reset(self.k_cache, self._state, self._optional_integers(sequences), sink_positions=self.sink_positions)
+        else:
+            self._compiled.reset(sequences)
+
+    def reorder(self, batch_indices: Sequence[int] | Tensor) -> None:
+        """Sequence b becomes what sequence `batch_indices[b]` was, in every layer: beams change places. In place.
+
+        Each index may occur more than once, or not at all: that sequence is lost. What moves are the rows that are
+        held, each to the slot of the same number, and the lengths; sequences that stay are not touched.
+
+        Args:
+            batch_indices: `B` ints as a list, or as an int64 or int32 tensor `[B]` on the cache's device. A tensor is
+                read there, without a synchronisation; an index out of range leaves its sequence as it is. A list is
+                copied to the device; in a graph pass a tensor.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.copy_sequences(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._integers(batch_indices),
+                sink_positions=self.sink_positions,
+            )
+        else:
+            self._compiled.reorder(batch_indices)
+
+    def copy_sequence(self, src: int | Sequence[int] | Tensor, dst: int | Sequence[int] | Tensor) -> None:
+        """Sequence `dst` becomes a copy of sequence `src`, in every layer: a fork, a shared prompt. In place.
+
+        With several of them, `dst[i]` becomes what `src[i]` was before the call. Costs the rows that are moved, as
+        `reorder` does.
+
+        Args:
+            src, dst: an int, a list of ints, or an int64 or int32 tensor `[n]` (or of no dimension) on the cache's
+                device; equally many. Those of `dst` must be distinct, which cannot be checked of a tensor without a
+                synchronisation: what becomes of one that is named twice is undefined. A pair of tensors' indices that
+                is out of range does nothing. What is not a tensor is copied to the device; in a graph pass tensors.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.copy_sequences(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._integers(src),
+                self._integers(dst),
+                sink_positions=self.sink_positions,
+            )
+        else:
+            self._compiled.copy_sequence(src, dst)
+
+    def _integers(self, numbers: int | Sequence[int] | Tensor) -> Tensor:
+        """As a tensor `[n]`, for compiled code. Eager code leaves that to the compiled half, which checks them."""
+        if isinstance(numbers, Tensor):
+            return numbers.view(1) if numbers.dim() == 0 else numbers
+        as_list = [numbers] if isinstance(numbers, int) else list(numbers)
+        return torch.tensor(as_list, dtype=torch.int64, device=self.device)
+
+    def _optional_integers(self, numbers: Sequence[int] | Tensor | None) -> Tensor | None:
+        return None if numbers is None else self._integers(numbers)
 
     def clear(self) -> None:
         """Forgets every position and zeroes the overflow counters. No data moves."""

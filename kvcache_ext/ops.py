@@ -8,8 +8,8 @@ cache as its tensors:
   scratch row that is zero between calls.
 - `overflow_counts`: int64 `[layers]`.
 
-`append`, `append_all`, `append_attend`, `truncate` and `clear` change them in place and return nothing. Each op is
-written again in plain torch in `kvcache_ext.reference`.
+`append`, `append_all`, `append_attend`, `copy_sequences`, `truncate`, `reset` and `clear` change them in place and
+return nothing. Each op is written again in plain torch in `kvcache_ext.reference`.
 """
 
 from __future__ import annotations
@@ -122,9 +122,45 @@ def append_attend(
     )  # fmt: skip
 
 
-def truncate(k_cache: Tensor, state: Tensor, length: int, *, sink_positions: int = 0) -> None:
-    """Keeps the `length` oldest held positions of every layer and sequence (all of them where fewer are held)."""
-    _ops.truncate(k_cache, state, length, sink_positions)
+def copy_sequences(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    sources: Tensor,
+    destinations: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+) -> None:
+    """Sequences `destinations` become what `sources` were, in every layer: rows held, and state. All at once.
+
+    Both are int64 or int32 `[n]`, `destinations` distinct; without them, sequence b becomes what `sources[b]` was. A
+    pair with an index out of range does nothing.
+    """
+    _ops.copy_sequences(k_cache, v_cache, state, sources, destinations, sink_positions)
+
+
+def truncate(
+    k_cache: Tensor,
+    state: Tensor,
+    length: int | Tensor,
+    *,
+    sequences: Tensor | None = None,
+    sink_positions: int = 0,
+) -> None:
+    """Keeps the `length` oldest held positions of every layer and sequence (all of them where fewer are held).
+
+    A tensor `length`, int64 or int32 `[batch]` or `[n]`, has one number for each sequence, or for each of the chosen
+    `sequences`, `[n]`.
+    """
+    if isinstance(length, Tensor):
+        _ops.truncate(k_cache, state, 0, sink_positions, length, sequences)
+    else:
+        _ops.truncate(k_cache, state, length, sink_positions, None, sequences)
+
+
+def reset(k_cache: Tensor, state: Tensor, sequences: Tensor | None = None, *, sink_positions: int = 0) -> None:
+    """Forgets every position of the chosen sequences, int64 or int32 `[n]`, or of all. No data moves."""
+    _ops.reset(k_cache, state, sequences, sink_positions)
 
 
 def clear(k_cache: Tensor, state: Tensor, overflow_counts: Tensor, *, sink_positions: int = 0) -> None:
@@ -168,8 +204,18 @@ def _(  # type: ignore[no-untyped-def]
     return None
 
 
+@torch.library.register_fake("kvcache_ext::copy_sequences")
+def _(k_cache, v_cache, state, sources, destinations, sink_positions):  # type: ignore[no-untyped-def]
+    return None
+
+
 @torch.library.register_fake("kvcache_ext::truncate")
-def _(k_cache, state, length, sink_positions):  # type: ignore[no-untyped-def]
+def _(k_cache, state, length, sink_positions, lengths=None, sequences=None):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::reset")
+def _(k_cache, state, sequences, sink_positions):  # type: ignore[no-untyped-def]
     return None
 
 

@@ -193,8 +193,38 @@ def append_attend(
     return out, lse
 
 
-def truncate(state: Tensor, length: int, *, sink_positions: int = 0) -> None:
-    """Keeps the `length` oldest held positions of every layer and sequence.
+def copy_sequences(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    sources: Tensor,
+    destinations: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+) -> None:
+    """Sequences `destinations` (0, 1, ... if None) become what `sources` were: the slots they held, and their state."""
+    layers, batch, positions = k_cache.shape[:3]
+    old_keys, old_values, old_state = k_cache.clone(), v_cache.clone(), state.clone()
+    pairs = zip(sources.tolist(), range(batch) if destinations is None else destinations.tolist(), strict=True)
+    for source, destination in pairs:
+        if not (0 <= source < batch and 0 <= destination < batch):
+            continue
+        for layer in range(layers):
+            held = held_positions(int(old_state[0, layer, source]), int(old_state[1, layer, source]), sink_positions)
+            slots = [slot_of(position, positions, sink_positions) for position in held]
+            k_cache[layer, destination, slots] = old_keys[layer, source, slots]
+            v_cache[layer, destination, slots] = old_values[layer, source, slots]
+            state[:2, layer, destination] = old_state[:2, layer, source]
+
+
+def _chosen(sequences: Tensor | None, batch: int) -> list[tuple[int, int]]:
+    """(entry, sequence): which of the cache's sequences the entries of a call's tensors belong to."""
+    numbers = range(batch) if sequences is None else sequences.tolist()
+    return [(i, b) for i, b in enumerate(numbers) if 0 <= b < batch]
+
+
+def truncate(state: Tensor, length: int | Tensor, *, sequences: Tensor | None = None, sink_positions: int = 0) -> None:
+    """Keeps the `length` (a tensor: `length[i]`) oldest held positions of the chosen sequences, in every layer.
 
     What is kept is a prefix of the held positions, so the next position appended is the one after the last kept; with
     sinks alone kept whole, it is the first of the rest. Evicted positions do not come back: `first` stays, unless
@@ -202,15 +232,23 @@ def truncate(state: Tensor, length: int, *, sink_positions: int = 0) -> None:
     """
     _, layers, batch = state.shape
     for layer in range(layers):
-        for b in range(batch):
+        for i, b in _chosen(sequences, batch):
+            n = max(int(length[i]), 0) if isinstance(length, Tensor) else length
             seen, first = int(state[0, layer, b]), int(state[1, layer, b])
-            if length >= len(held_positions(seen, first, sink_positions)):
+            if n >= len(held_positions(seen, first, sink_positions)):
                 continue
-            if length < sink_positions:
-                seen, first = length, sink_positions
+            if n < sink_positions:
+                seen, first = n, sink_positions
             else:
-                seen = first + length - sink_positions
+                seen = first + n - sink_positions
             state[0, layer, b], state[1, layer, b] = seen, first
+
+
+def reset(state: Tensor, sequences: Tensor | None = None, *, sink_positions: int = 0) -> None:
+    """Forgets every position of the chosen sequences; numbering begins at 0 again."""
+    for _, b in _chosen(sequences, state.shape[2]):
+        state[0, :, b] = 0
+        state[1, :, b] = sink_positions
 
 
 def clear(state: Tensor, overflow_counts: Tensor, *, sink_positions: int = 0) -> None:

@@ -121,6 +121,11 @@ def make_cache(device: torch.device | Backend, **arguments: object) -> Streaming
     return cache
 
 
+def as_tensor(numbers: int | list[int] | torch.Tensor) -> torch.Tensor:
+    """On the CPU, for the reference."""
+    return numbers.cpu() if isinstance(numbers, torch.Tensor) else torch.tensor(numbers, dtype=torch.int64)
+
+
 class Twin:
     """A cache and its reference: each call is made on both, and `check` compares all there is, bit for bit."""
 
@@ -169,9 +174,32 @@ class Twin:
             **self._settings,
         )
 
-    def truncate(self, n: int) -> None:
-        self.cache.truncate(n)
-        self.reference.truncate(self.state, n, sink_positions=self.cache.sink_positions)
+    def truncate(self, n: int | list[int] | torch.Tensor, sequences: list[int] | torch.Tensor | None = None) -> None:
+        self.cache.truncate(n, sequences=sequences)
+        self.reference.truncate(
+            self.state,
+            n if isinstance(n, int) else as_tensor(n),
+            sequences=None if sequences is None else as_tensor(sequences),
+            sink_positions=self.cache.sink_positions,
+        )
+
+    def reset(self, sequences: list[int] | torch.Tensor | None = None) -> None:
+        self.cache.reset(sequences)
+        chosen = None if sequences is None else as_tensor(sequences)
+        self.reference.reset(self.state, chosen, sink_positions=self.cache.sink_positions)
+
+    def _copy(self, sources: torch.Tensor, destinations: torch.Tensor | None) -> None:
+        self.reference.copy_sequences(
+            self.k_cache, self.v_cache, self.state, sources, destinations, sink_positions=self.cache.sink_positions
+        )
+
+    def reorder(self, batch_indices: list[int] | torch.Tensor) -> None:
+        self.cache.reorder(batch_indices)
+        self._copy(as_tensor(batch_indices), None)
+
+    def copy_sequence(self, src: int | list[int] | torch.Tensor, dst: int | list[int] | torch.Tensor) -> None:
+        self.cache.copy_sequence(src, dst)
+        self._copy(as_tensor(src).view(-1), as_tensor(dst).view(-1))
 
     def clear(self) -> None:
         self.cache.clear()

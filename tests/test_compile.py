@@ -39,11 +39,15 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
         ("gather", (c.k_cache, c.v_cache, c._state, 0, indices[0], 1, torch.bfloat16)),
         ("gather_out", (c.k_cache, c.v_cache, c._state, 1, indices, 1, *out)),
         ("truncate", (c.k_cache, c._state, 2, 1)),
+        ("truncate", (c.k_cache, c._state, 0, 1, lengths, lengths)),
+        ("reset", (c.k_cache, c._state, lengths[:1], 1)),
+        ("copy_sequences", (*tensors[:3], lengths, None, 1)),
+        ("copy_sequences", (*tensors[:3], lengths[:1], lengths[1:], 1)),
         ("clear", (c.k_cache, c._state, c._overflow_counts, 1)),
     ]
 
 
-@pytest.mark.parametrize("sample", range(15))
+@pytest.mark.parametrize("sample", range(19))
 def test_opcheck(device: torch.device, sample: int) -> None:
     name, arguments = op_samples(device)[sample]
     torch.library.opcheck(getattr(torch.ops.kvcache_ext, name).default, arguments)
@@ -183,13 +187,20 @@ def test_the_other_methods_compile(device: torch.device) -> None:
         c.truncate(2)
         c.append(1, keys[0], keys[1].half().float(), new_lengths=lengths)
         c.gather(1, torch.arange(6, device=keys.device), out=(out[0], out[1]))
+        c.reorder(lengths - 3)  # -> 1, out of range
+        c.copy_sequence(1, 0)
+        c.truncate([2, 1])
+        c.truncate(lengths, sequences=[1, 0])
+        c.append_all(keys, keys)
+        c.reset([1])
+        c.copy_sequence(lengths[:1] - 4, lengths[1:] - 1)
 
     keys = torch.randn(2, 2, 5, 2, 8, device=device)
     lengths = torch.tensor([4, 2], device=device)
     outs = [tuple(torch.zeros(2, 6, 2, 8, device=device) for _ in range(2)) for _ in range(2)]
     calls(eager, keys, lengths, outs[0])
     torch.compile(calls, fullgraph=True)(cache, keys, lengths, outs[1])
-    assert cache.cache_seqlens.tolist() == eager.cache_seqlens.tolist() == [[2, 2], [6, 4]]
+    assert cache.cache_seqlens.tolist() == eager.cache_seqlens.tolist() == [[7, 7], [7, 7]]
     assert_same_bits(cache.k_cache, eager.k_cache)
     for a, b in zip(*outs, strict=True):
         assert_same_bits(a, b)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from conftest import Twin, assert_same_bits, make_cache, needs_gpu
@@ -174,6 +176,46 @@ def test_clear_in_a_graph() -> None:
     assert len(cache) == 3
 
 
+def test_sequences_in_a_graph() -> None:
+    """Indices and lengths are read at each replay: one graph serves every order of the beams."""
+    twin = Twin(GPU, batch_size=4, sink_positions=2)
+    key = torch.empty(2, 4, 3, 2, 8, device=GPU)
+    order, lengths, pair = (torch.zeros(n, dtype=torch.int64, device=GPU) for n in (4, 2, 2))
+    c = twin.cache
+
+    def step() -> None:
+        c.append_all(key, key * 2)
+        c.reorder(order)
+        c.truncate(lengths, sequences=pair)
+        c.append(1, key[0], key[1])  # overlaps with nothing of the launches before it
+        c.copy_sequence(pair[:1], pair[1:])
+        c.truncate(3, sequences=pair[:1])
+        c.reset(pair[1:])
+
+    graph = capture(step)
+    generator = random.Random(0)
+    for _ in range(30):
+        key.normal_()
+        numbers = [generator.randrange(-1, 5) for _ in range(4)]
+        chosen = generator.sample(range(4), 2)
+        order.copy_(torch.tensor(numbers))
+        pair.copy_(torch.tensor(chosen))
+        lengths.copy_(torch.tensor([generator.randrange(-1, 10) for _ in range(2)]))
+        graph.replay()
+        keys, state, settings = key.cpu(), twin.state, twin._settings
+        storage = (twin.k_cache, twin.v_cache, state)
+        reference, sinks = twin.reference, {"sink_positions": 2}
+        chosen_pair = pair.cpu()
+        reference.append_all(*storage, twin.overflow_counts, keys, keys * 2, **settings)
+        reference.copy_sequences(*storage, order.cpu(), **sinks)
+        reference.truncate(state, lengths.cpu(), sequences=chosen_pair, **sinks)
+        reference.append(*storage, twin.overflow_counts, 1, keys[0], keys[1], **settings)
+        reference.copy_sequences(*storage, chosen_pair[:1], chosen_pair[1:], **sinks)
+        reference.truncate(state, 3, sequences=chosen_pair[:1], **sinks)
+        reference.reset(state, chosen_pair[1:], **sinks)
+        twin.check()
+
+
 def test_lengths_during_capture_raise() -> None:
     cache = make_cache(GPU)
     key = torch.ones(2, 8, device=GPU)
@@ -186,6 +228,11 @@ def test_lengths_during_capture_raise() -> None:
         lambda: cache.get_range_f32(0, 0, 1),
         lambda: cache.get_range_raw(0, 0, 1),
         lambda: cache.truncate(0),
+        lambda: cache.truncate([0]),
+        lambda: cache.truncate(torch.zeros(1, dtype=torch.int64, device=GPU), sequences=[0]),
+        lambda: cache.reset([0]),
+        lambda: cache.reorder([0]),
+        lambda: cache.copy_sequence(0, 0),
     ):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -213,6 +260,19 @@ def test_lengths_stay_exact_without_synchronising() -> None:
         cache.gather(0, lengths)
         cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
         assert len(cache) == 5
+        cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
+        cache.truncate([3, 7])
+        cache.reorder([1, 0])
+        assert (len(cache), cache.position) == (3, 7)
+        cache.copy_sequence(0, 1)
+        assert len(cache) == 7
+        cache.reset([0])
+        assert (len(cache), cache.position) == (0, 7)
+        cache.reset()
+        cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
+        cache.truncate(2, sequences=[0, 1])
+        cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
+        assert len(cache) == 5
         cache.append(0, key, key, new_lengths=lengths)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -220,6 +280,11 @@ def test_lengths_stay_exact_without_synchronising() -> None:
     assert (len(cache), cache.position) == (5, 8)
     cache.append(1, key, key)
     assert (len(cache), cache.position) == (6, 8)
+    cache.reorder(lengths - 2)  # -> [1, -1]: out of range leaves a sequence as it is
+    assert cache.cache_seqlens.tolist() == [[6, 6], [8, 8]]
+    assert (len(cache), cache.position) == (6, 8)
+    cache.truncate(lengths)
+    assert (len(cache), cache.position) == (1, 3)
 
 
 def test_out_calls_allocate_nothing() -> None:

@@ -138,6 +138,19 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
   c.ring = Divider::by(positions - t.sink_positions);
 }
 
+Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                          int64_t count) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kLong || t.scalar_type() == at::kInt, op, ": ", name,
+                   " must be torch.int64 or torch.int32, got ", dtype_name(t.scalar_type()));
+  check_storage(op, name, t, cache);
+  TORCH_CHECK_VALUE(t.dim() == 1 && (count < 0 || t.size(0) == count) && t.is_contiguous(), op, ": ", name,
+                    " must be contiguous and have shape [", count < 0 ? std::string("n") : std::to_string(count),
+                    "], got ", shape_text(t.sizes()), " with strides ", shape_text(t.strides()));
+  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.state), op, ": ", name,
+                    " must not be a view of the cache's own state; pass a copy");
+  return {t.const_data_ptr(), t.scalar_type() == at::kInt};
+}
+
 void check_layer(const char* op, int64_t layer, const CacheView& c) {
   TORCH_CHECK_INDEX(layer >= 0 && layer < c.layers, op, ": layer must be from 0 to ", c.layers - 1,
                     ", as the cache has ", c.layers, " layers, got ", layer);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "../kernels/params.h"
 
@@ -27,6 +28,17 @@ struct CheckedCache {
   CacheTensors tensors;
   CacheView view;
 };
+
+// Integers that an op reads on the device: a tensor there; or, `known`, numbers of the host's that were copied to one.
+struct IntegerArgument {
+  at::Tensor tensor;
+  bool known = false;
+  std::vector<int64_t> values = {};
+};
+
+// What a kernel sees of them. `count`: how many there must be, or -1.
+Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                          int64_t count);
 
 void check_layer(const char* op, int64_t layer, const CacheView& cache);
 

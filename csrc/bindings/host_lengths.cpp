@@ -6,7 +6,6 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "../kernels/layout.h"
 #include "devices.h"
 
 namespace kvc {
@@ -88,14 +87,49 @@ void HostLengths::appended(int64_t first_layer, int64_t layer_count, int64_t row
   }
 }
 
-void HostLengths::truncated(int64_t length) {
+template <typename Change>
+void HostLengths::changed(const IntegerArgument* sequences, const Change& change) {
+  note_launch();
+  if (sequences != nullptr && !sequences->known) exact_ = false;
+  if (!exact_) return;
+  const int64_t entries = sequences == nullptr ? batch_ : static_cast<int64_t>(sequences->values.size());
+  for (int64_t layer = 0; layer < layers_; ++layer) {
+    for (int64_t i = 0; i < entries; ++i) {
+      const int64_t b = layer * batch_ + (sequences == nullptr ? i : sequences->values[static_cast<size_t>(i)]);
+      const SequenceState next = change(i, SequenceState{seen_[b], first_[b]});
+      seen_[b] = next.seen;
+      first_[b] = next.first;
+    }
+  }
+}
+
+void HostLengths::truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences) {
+  if (on_host()) return;
+  if (of_each != nullptr && !of_each->known) exact_ = false;
+  changed(sequences, [&](int64_t i, SequenceState s) {
+    return state_after_truncate(s, of_each == nullptr ? length : of_each->values[static_cast<size_t>(i)], sinks_);
+  });
+}
+
+void HostLengths::reset(const IntegerArgument& sequences) {
+  if (on_host()) return;
+  changed(&sequences, [&](int64_t, SequenceState) { return empty_state(sinks_); });
+}
+
+void HostLengths::copied(const IntegerArgument& sources, const IntegerArgument* destinations) {
   if (on_host()) return;
   note_launch();
+  if (!sources.known || (destinations != nullptr && !destinations->known)) exact_ = false;
   if (!exact_) return;
-  for (int64_t i = 0; i < layers_ * batch_; ++i) {
-    const SequenceState next = state_after_truncate({seen_[i], first_[i]}, length, sinks_);
-    seen_[i] = next.seen;
-    first_[i] = next.first;
+  const std::vector<int64_t> before = copy_;
+  for (int64_t layer = 0; layer < layers_; ++layer) {
+    for (size_t i = 0; i < sources.values.size(); ++i) {
+      const auto source = static_cast<size_t>(layer * batch_ + sources.values[i]);
+      const int64_t destination =
+          layer * batch_ + (destinations == nullptr ? static_cast<int64_t>(i) : destinations->values[i]);
+      seen_[destination] = before[source];
+      first_[destination] = before[static_cast<size_t>(layers_ * batch_) + source];
+    }
   }
 }
 
@@ -154,6 +188,12 @@ std::pair<int64_t, int64_t> HostLengths::run_or_none(int64_t layer) {
 int64_t HostLengths::shortest() const {
   int64_t n = held(0, 0);
   for (int64_t i = 1; i < layers_ * batch_; ++i) n = std::min(n, held_positions({seen_[i], first_[i]}, sinks_));
+  return n;
+}
+
+int64_t HostLengths::shortest_of(int64_t sequence) const {
+  int64_t n = held(0, sequence);
+  for (int64_t layer = 1; layer < layers_; ++layer) n = std::min(n, held(layer, sequence));
   return n;
 }
 

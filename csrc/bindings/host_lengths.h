@@ -1,9 +1,10 @@
 // What the host knows of lengths that live on a device.
 //
 // `len(cache)` and the like need numbers on the host. Each append moves a copy kept here, so that no synchronisation is
-// needed as long as the copy is exact. A device-side `new_lengths` makes it inexact until the device is read again, and
-// so does whatever writes to the state tensor past the ops (a compiler that works on clones and copies them back); an
-// append captured into a CUDA graph makes it inexact for good, as replays are not seen from here.
+// needed as long as the copy is exact. A device-side `new_lengths`, or a choice of sequences that the device alone
+// knows, makes it inexact until the device is read again, and so does whatever writes to the state tensor past the ops
+// (a compiler that works on clones and copies them back); an op captured into a CUDA graph makes it inexact for good,
+// as replays are not seen from here.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +13,9 @@
 #include <utility>
 #include <vector>
 
+#include "../kernels/layout.h"
 #include "../kernels/params.h"
+#include "checks.h"
 
 namespace kvc {
 
@@ -31,7 +34,9 @@ class HostLengths {
 
   // After an op has been launched on the device.
   void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged);
-  void truncated(int64_t length);
+  void truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences);
+  void reset(const IntegerArgument& sequences);
+  void copied(const IntegerArgument& sources, const IntegerArgument* destinations);
   void cleared();
 
   // Reads the device where the copy is not exact; raises RuntimeError during capture.
@@ -43,16 +48,21 @@ class HostLengths {
   // All that a layer holds as a run of slots, likewise without looking: the first slot and the number. -1 and 0 where
   // the slots do not follow each other, the sequences differ, nothing is held, or the copy is not exact.
   std::pair<int64_t, int64_t> run_or_none(int64_t layer);
-  int64_t shortest() const;  // the smallest number held by any
-  int64_t position() const;  // the largest number seen by any
+  int64_t shortest() const;                     // the smallest number held by any
+  int64_t shortest_of(int64_t sequence) const;  // over layers
+  int64_t position() const;                     // the largest number seen by any
   // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in every
   // sequence; else -1.
   int64_t contiguous_slot(int64_t layer, int64_t start, int64_t end) const;
 
+  bool capturing() const;  // is the current stream being captured into a graph?
+
  private:
   bool on_host() const { return state_.is_cpu(); }
-  bool capturing() const;
   bool known_without_looking();
+  // After a launch: the state of entry i's sequence becomes change(i, state) in every layer. Null `sequences`: all.
+  template <typename Change>
+  void changed(const IntegerArgument* sequences, const Change& change);
   void note_launch();    // notices capture
   void notice_copies();  // notices that torch itself has written to the state, as compilers that copy tensors do
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "../kernels/cpu/cpu.h"
@@ -84,6 +85,21 @@ double softcap_argument(const char* op, py::handle h) {
   const double softcap = number_argument(op, "softcap", h);
   TORCH_CHECK_VALUE(softcap > 0, op, ": softcap must be positive or None, got ", softcap);
   return softcap;
+}
+
+bool is_tensor(py::handle h) { return THPVariable_Check(h.ptr()); }
+
+// A list, a tuple, a range: what holds numbers one after the other.
+bool is_list(py::handle h) {
+  return PySequence_Check(h.ptr()) && !is_tensor(h) && !PyUnicode_Check(h.ptr()) && !PyBytes_Check(h.ptr());
+}
+
+std::vector<int64_t> integers_of_list(const char* op, const char* name, py::handle h) {
+  std::vector<int64_t> numbers;
+  for (const py::handle item : py::reinterpret_borrow<py::sequence>(h)) {
+    numbers.push_back(integer_argument(op, name, item));
+  }
+  return numbers;
 }
 
 class Cache {
@@ -207,18 +223,118 @@ class Cache {
     return lengths_->position();
   }
 
-  void truncate(py::handle n) {
-    const int64_t length = integer_argument("truncate", "n", n);
-    lengths_->refresh("truncate");
-    const int64_t held = lengths_->shortest();
-    TORCH_CHECK_INDEX(length >= 0 && length <= held, "truncate: n must be from 0 to ", held,
-                      ", the number of positions held, got ", length);
-    kvc::truncate(cache_, lengths_.get(), length);
+  void truncate(py::handle n, py::handle sequences) {
+    const char* op = "truncate";
+    const auto chosen = sequences_argument(op, sequences);
+    const IntegerArgument* of = chosen ? &*chosen : nullptr;
+    if (is_tensor(n) && THPVariable_Unpack(n.ptr()).dim() > 0) {
+      const IntegerArgument of_each{THPVariable_Unpack(n.ptr())};
+      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
+    }
+    // Sequences that the device alone knows hold what it alone knows.
+    const bool known = of == nullptr || of->known;
+    if (known) lengths_->refresh(op);
+    const int64_t entries = of == nullptr ? cache_.view.batch : of->tensor.numel();
+    const auto check_length = [&](int64_t i, int64_t length) {
+      const int64_t sequence = of == nullptr || !known ? i : of->values[static_cast<size_t>(i)];
+      const int64_t held = known ? lengths_->shortest_of(sequence) : length;
+      TORCH_CHECK_INDEX(length >= 0 && length <= held, op, ": n must be from 0 to ", held,
+                        ", the number of positions held by sequence ", sequence, ", got ", length);
+    };
+    if (is_list(n)) {
+      const std::vector<int64_t> numbers = integers_of_list(op, "n", n);
+      TORCH_CHECK_VALUE(static_cast<int64_t>(numbers.size()) == entries, op,
+                        ": n must have one length for each of the ", entries, " sequences, got ", numbers.size());
+      for (int64_t i = 0; i < entries; ++i) check_length(i, numbers[static_cast<size_t>(i)]);
+      const IntegerArgument of_each = on_device(op, "n", numbers);
+      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
+    }
+    TORCH_CHECK_TYPE(PyIndex_Check(n.ptr()) && !PyBool_Check(n.ptr()), op,
+                     ": n must be an int, a list of ints or a tensor of them, got ", type_name(n));
+    const int64_t length = integer_argument(op, "n", n);
+    if (of == nullptr) {
+      const int64_t held = lengths_->shortest();
+      TORCH_CHECK_INDEX(length >= 0 && length <= held, op, ": n must be from 0 to ", held,
+                        ", the number of positions held, got ", length);
+    } else {
+      for (int64_t i = 0; i < entries; ++i) check_length(i, length);
+    }
+    kvc::truncate(cache_, lengths_.get(), length, nullptr, of);
+  }
+
+  void reset(py::handle sequences) {
+    const auto chosen = sequences_argument("reset", sequences);
+    kvc::reset(cache_, lengths_.get(), chosen ? &*chosen : nullptr);
+  }
+
+  void reorder(py::handle batch_indices) {
+    const IntegerArgument sources = slots_argument("reorder", "batch_indices", batch_indices, false);
+    TORCH_CHECK_VALUE(!sources.known || static_cast<int64_t>(sources.values.size()) == cache_.view.batch,
+                      "reorder: batch_indices must have one index for each of the ", cache_.view.batch,
+                      " sequences, got ", sources.values.size());
+    kvc::copy_sequences("reorder", cache_, lengths_.get(), sources, nullptr);
+  }
+
+  void copy_sequence(py::handle src, py::handle dst) {
+    const char* op = "copy_sequence";
+    const IntegerArgument from = slots_argument(op, "src", src, true);
+    const IntegerArgument to = slots_argument(op, "dst", dst, true);
+    check_distinct(op, "dst", to);
+    TORCH_CHECK_VALUE(from.tensor.numel() == to.tensor.numel(), op,
+                      ": src and dst must be equally many sequences, got ", from.tensor.numel(), " and ",
+                      to.tensor.numel());
+    kvc::copy_sequences(op, cache_, lengths_.get(), from, &to);
   }
 
   void clear() { kvc::clear(cache_, lengths_.get()); }
 
  private:
+  // Numbers of the host's, copied to the cache's device without waiting for it.
+  IntegerArgument on_device(const char* op, const char* name, std::vector<int64_t> values) const {
+    const c10::Device device = cache_.tensors.k_cache.device();
+    TORCH_CHECK(
+        !lengths_->capturing(), op, ": ", name,
+        " must be a tensor on the cache's device during CUDA graph capture, as a graph cannot record numbers of "
+        "the host");
+    const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(device.is_cuda());
+    at::Tensor numbers = at::empty({static_cast<int64_t>(values.size())}, options);
+    std::copy(values.begin(), values.end(), numbers.data_ptr<int64_t>());
+    if (!device.is_cpu()) numbers = numbers.to(device, at::kLong, /*non_blocking=*/true);
+    return {numbers, true, std::move(values)};
+  }
+
+  // Batch slots, as a tensor on the device or as a list of ints; with `or_one`, also as one int.
+  IntegerArgument slots_argument(const char* op, const char* name, py::handle h, bool or_one) const {
+    if (is_tensor(h)) {
+      const at::Tensor& t = THPVariable_Unpack(h.ptr());
+      return {or_one && t.dim() == 0 ? t.unsqueeze(0) : t};
+    }
+    const bool is_one = or_one && PyIndex_Check(h.ptr()) && !PyBool_Check(h.ptr());
+    TORCH_CHECK_TYPE(is_one || is_list(h), op, ": ", name, " must be ", or_one ? "an int, " : "",
+                     "a list of ints or a tensor of them, got ", type_name(h));
+    std::vector<int64_t> values =
+        is_one ? std::vector<int64_t>{integer_argument(op, name, h)} : integers_of_list(op, name, h);
+    for (const int64_t value : values) {
+      TORCH_CHECK_INDEX(value >= 0 && value < cache_.view.batch, op, ": ", name, " must be from 0 to ",
+                        cache_.view.batch - 1, ", as the cache has ", cache_.view.batch, " sequences, got ", value);
+    }
+    return on_device(op, name, std::move(values));
+  }
+
+  static void check_distinct(const char* op, const char* name, const IntegerArgument& slots) {
+    std::vector<int64_t> sorted = slots.values;
+    std::sort(sorted.begin(), sorted.end());
+    const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+    TORCH_CHECK_VALUE(twice == sorted.end(), op, ": ", name, " must name each sequence once, got ", *twice, " twice");
+  }
+
+  std::optional<IntegerArgument> sequences_argument(const char* op, py::handle h) const {
+    if (h.is_none()) return std::nullopt;
+    IntegerArgument chosen = slots_argument(op, "sequences", h, false);
+    check_distinct(op, "sequences", chosen);
+    return chosen;
+  }
+
   AttendOptions attend_options(const char* op, py::handle scale, py::handle window, py::handle softcap) const {
     return {scale.is_none() ? 1.0 / std::sqrt(static_cast<double>(cache_.view.head_dim))
                             : number_argument(op, "scale", scale),
@@ -306,6 +422,9 @@ PYBIND11_MODULE(_C, m) {
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
       .def("truncate", &Cache::truncate)
+      .def("reset", &Cache::reset)
+      .def("reorder", &Cache::reorder)
+      .def("copy_sequence", &Cache::copy_sequence)
       .def("clear", &Cache::clear);
   // The largest number of positions that a layer holds, as far as that is known on the host; else all slots.
   m.def("longest_or_all", [](const at::Tensor& state, int64_t layer, int64_t max_positions) {

@@ -23,11 +23,13 @@ void run(const char* op, const Params& params, const at::Tensor& on, void (*on_c
 constexpr auto kAppendCuda = append_cuda;
 constexpr auto kGatherCuda = gather_cuda;
 constexpr auto kAttendCuda = attend_cuda;
+constexpr auto kCopySequencesCuda = copy_sequences_cuda;
 constexpr auto kTruncateCuda = truncate_cuda;
 #else
 constexpr void (*kAppendCuda)(const AppendParams&, c10::Device) = nullptr;
 constexpr void (*kGatherCuda)(const GatherParams&, c10::Device) = nullptr;
 constexpr void (*kAttendCuda)(const AttendParams&, c10::Device) = nullptr;
+constexpr void (*kCopySequencesCuda)(const CopySequencesParams&, c10::Device) = nullptr;
 constexpr void (*kTruncateCuda)(const TruncateParams&, c10::Device) = nullptr;
 #endif
 
@@ -123,12 +125,55 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
     lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr);
 }
 
-void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length) {
+namespace {
+
+TruncateParams truncate_params(const char* op, const CheckedCache& cache, const IntegerArgument* sequences) {
   const CacheView& c = cache.view;
+  TruncateParams p{c.state, c.layers, c.batch, c.sinks, false, 0, {}, {}, c.batch};
+  if (sequences != nullptr) {
+    p.sequences = checked_integers(op, "sequences", sequences->tensor, cache, -1);
+    p.entries = sequences->tensor.size(0);
+  }
+  return p;
+}
+
+}  // namespace
+
+void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, const IntegerArgument* of_each,
+              const IntegerArgument* sequences) {
   TORCH_CHECK_VALUE(length >= 0, "truncate: n must not be negative, got ", length);
-  run("truncate", TruncateParams{c.state, c.layers, c.batch, c.sinks, length}, cache.tensors.k_cache, truncate_cpu,
-      kTruncateCuda);
-  if (lengths != nullptr) lengths->truncated(length);
+  TruncateParams p = truncate_params("truncate", cache, sequences);
+  p.length = length;
+  if (of_each != nullptr) p.lengths = checked_integers("truncate", "n", of_each->tensor, cache, p.entries);
+  run("truncate", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
+  if (lengths != nullptr) lengths->truncated(length, of_each, sequences);
+}
+
+void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences) {
+  TruncateParams p = truncate_params("reset", cache, sequences);
+  p.resets = true;
+  run("reset", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
+  if (lengths == nullptr) return;
+  if (sequences == nullptr) {
+    lengths->cleared();
+  } else {
+    lengths->reset(*sequences);
+  }
+}
+
+void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* lengths, const IntegerArgument& sources,
+                    const IntegerArgument* destinations) {
+  const bool reorders = destinations == nullptr;
+  CopySequencesParams p;
+  p.cache = cache.view;
+  p.sources =
+      checked_integers(op, reorders ? "batch_indices" : "src", sources.tensor, cache, reorders ? p.cache.batch : -1);
+  p.count = sources.tensor.size(0);
+  if (!reorders) p.destinations = checked_integers(op, "dst", destinations->tensor, cache, p.count);
+  TORCH_CHECK_VALUE(p.count <= kMostCopies, op, ": at most ", kMostCopies, " sequences can move in one call, got ",
+                    p.count);
+  run(op, p, cache.tensors.k_cache, copy_sequences_cpu, kCopySequencesCuda);
+  if (lengths != nullptr) lengths->copied(sources, destinations);
 }
 
 void clear(const CheckedCache& cache, HostLengths* lengths) {
@@ -190,8 +235,33 @@ void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& stat
                 {scale, window, softcap}, workspace, out, lse.value_or(at::Tensor()));
 }
 
-void op_truncate(const at::Tensor& k_cache, at::Tensor& state, int64_t length, int64_t sink_positions) {
-  truncate(without_counters("truncate", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length);
+// A tensor argument of the dispatcher's, whose numbers the host does not know.
+std::optional<IntegerArgument> integers(const std::optional<at::Tensor>& t) {
+  if (!t) return std::nullopt;
+  return IntegerArgument{*t};
+}
+
+void op_truncate(const at::Tensor& k_cache, at::Tensor& state, int64_t length, int64_t sink_positions,
+                 const std::optional<at::Tensor>& lengths, const std::optional<at::Tensor>& sequences) {
+  const auto of_each = integers(lengths);
+  const auto chosen = integers(sequences);
+  truncate(without_counters("truncate", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length,
+           of_each ? &*of_each : nullptr, chosen ? &*chosen : nullptr);
+}
+
+void op_reset(const at::Tensor& k_cache, at::Tensor& state, const std::optional<at::Tensor>& sequences,
+              int64_t sink_positions) {
+  const auto chosen = integers(sequences);
+  reset(without_counters("reset", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(),
+        chosen ? &*chosen : nullptr);
+}
+
+void op_copy_sequences(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, const at::Tensor& sources,
+                       const std::optional<at::Tensor>& destinations, int64_t sink_positions) {
+  const auto to = integers(destinations);
+  const char* op = to ? "copy_sequence" : "reorder";
+  copy_sequences(op, without_counters(op, k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(),
+                 {sources}, to ? &*to : nullptr);
 }
 
 void op_clear(const at::Tensor& k_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t sink_positions) {
@@ -223,7 +293,13 @@ TORCH_LIBRARY(kvcache_ext, m) {
       "Tensor(e!) workspace, int layer, Tensor query, Tensor key, Tensor value, Tensor? new_lengths, "
       "int sink_positions, bool saturate, float scale, int window, float softcap, Tensor(f!) out, Tensor(g!)? lse) "
       "-> ()");
-  m.def("truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions) -> ()");
+  m.def(
+      "truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions, Tensor? lengths=None, "
+      "Tensor? sequences=None) -> ()");
+  m.def("reset(Tensor k_cache, Tensor(a!) state, Tensor? sequences, int sink_positions) -> ()");
+  m.def(
+      "copy_sequences(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor sources, Tensor? destinations, "
+      "int sink_positions) -> ()");
   m.def("clear(Tensor k_cache, Tensor(a!) state, Tensor(b!) overflow_counts, int sink_positions) -> ()");
 }
 
@@ -237,6 +313,8 @@ void register_for_device(torch::Library& m) {
   m.impl("attend", kvc::op_attend);
   m.impl("append_attend", kvc::op_append_attend);
   m.impl("truncate", kvc::op_truncate);
+  m.impl("reset", kvc::op_reset);
+  m.impl("copy_sequences", kvc::op_copy_sequences);
   m.impl("clear", kvc::op_clear);
 }
 

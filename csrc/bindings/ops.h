@@ -38,7 +38,14 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
                    const AttendOptions& options, const at::Tensor& workspace, const at::Tensor& out,
                    const at::Tensor& lse);
 
-void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length);
+// Keeps the `length` oldest positions of each sequence, or as many as `of_each` says, [n] of them. Null `sequences`:
+// all.
+void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, const IntegerArgument* of_each,
+              const IntegerArgument* sequences);
+void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences);
+// Sequences become copies of others. Null `destinations`: 0, 1, ..., as many as there are sequences.
+void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* lengths, const IntegerArgument& sources,
+                    const IntegerArgument* destinations);
 void clear(const CheckedCache& cache, HostLengths* lengths);
 
 }  // namespace kvc

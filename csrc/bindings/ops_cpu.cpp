@@ -16,6 +16,7 @@ struct LoadedOps {
   int (*append)(const AppendParams*) = nullptr;
   int (*gather)(const GatherParams*) = nullptr;
   int (*attend)(const AttendParams*) = nullptr;
+  int (*copy_sequences)(const CopySequencesParams*) = nullptr;
   int (*truncate)(const TruncateParams*) = nullptr;
 };
 LoadedOps loaded_ops;
@@ -93,6 +94,16 @@ void attend_cpu(const AttendParams& p) {
   if (p.appends) append_cpu(p.append);
 }
 
+void copy_sequences_cpu(const CopySequencesParams& p) {
+  if (loaded_ops.copy_sequences != nullptr) return check_loaded(loaded_ops.copy_sequences(&p));
+  const std::vector<SequencePair> pairs = cpu::sequence_pairs(p);
+  if (pairs.empty()) return;
+  const int64_t elements = 2 * p.cache.heads * p.cache.head_dim * static_cast<int64_t>(pairs.size());
+  run_items(cpu::copy_sequences_items(p), elements,
+            [&](int64_t begin, int64_t end) { cpu::copy_sequences(p, pairs, begin, end); });
+  cpu::move_states(p, pairs);
+}
+
 void truncate_cpu(const TruncateParams& p) {
   if (loaded_ops.truncate != nullptr) return check_loaded(loaded_ops.truncate(&p));
   cpu::truncate(p);
@@ -107,9 +118,11 @@ void load_cpu_ops(const char* path) {
   ops.append = reinterpret_cast<decltype(ops.append)>(dlsym(library, "kvc_append"));
   ops.gather = reinterpret_cast<decltype(ops.gather)>(dlsym(library, "kvc_gather"));
   ops.attend = reinterpret_cast<decltype(ops.attend)>(dlsym(library, "kvc_attend"));
+  ops.copy_sequences = reinterpret_cast<decltype(ops.copy_sequences)>(dlsym(library, "kvc_copy_sequences"));
   ops.truncate = reinterpret_cast<decltype(ops.truncate)>(dlsym(library, "kvc_truncate"));
-  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr && ops.truncate != nullptr,
-              "load_cpu_ops: ", path, " lacks kvc_append, kvc_gather, kvc_attend or kvc_truncate");
+  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr &&
+                  ops.copy_sequences != nullptr && ops.truncate != nullptr,
+              "load_cpu_ops: ", path, " lacks kvc_append, kvc_gather, kvc_attend, kvc_copy_sequences or kvc_truncate");
   loaded_ops = ops;
 }
 

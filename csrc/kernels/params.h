@@ -7,12 +7,25 @@
 #include <cstdint>
 
 #include "divide.h"
+#include "portable.h"
 
 namespace kvc {
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 
 constexpr int dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// Integers on the device, contiguous.
+struct Integers {
+  const void* data = nullptr;  // int64_t or int32_t, or null
+  bool are_32_bit = false;
+
+  // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
+  // later.
+  KVC_HD int64_t operator[](int64_t i) const {
+    return are_32_bit ? static_cast<const volatile int32_t*>(data)[i] : static_cast<const volatile int64_t*>(data)[i];
+  }
+};
 
 // The cache as it lies in memory.
 struct CacheView {
@@ -95,13 +108,28 @@ struct AttendParams {
   int64_t partial_floats;  // the size of `partials`
 };
 
-// Keep the `length` oldest held positions of every layer and sequence (all, where fewer are held).
+// Keep the oldest held positions of some sequences of every layer (all, where fewer are held), or none of them.
 struct TruncateParams {
   int64_t* state;  // [3, L, B]
   int64_t layers;
   int64_t batch;
   int64_t sinks;
-  int64_t length;
+  bool resets;         // forget everything and begin to number from 0 again: `length` and `lengths` do not count
+  int64_t length;      // of every sequence, where `lengths` is null
+  Integers lengths;    // [entries]: how many positions each keeps, negative numbers counting as 0; or null
+  Integers sequences;  // [entries]: the sequences meant, or null: all B in order. One that is not there is left out
+  int64_t entries;     // B where `sequences` is null
+};
+
+constexpr int64_t kMostCopies = 4096;  // pairs that a block of copy_sequences has room for
+
+// Let sequences become copies of others, in every layer: the rows that those hold, slot by slot, and their state. All
+// are read before any is written to, so that sequences can change places.
+struct CopySequencesParams {
+  CacheView cache;
+  Integers sources;       // [count] of 0 to B - 1. A pair with a number that is out of range is left out
+  Integers destinations;  // [count] distinct ones, or null: 0, 1, ...
+  int64_t count;          // at most kMostCopies
 };
 
 }  // namespace kvc

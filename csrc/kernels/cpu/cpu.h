@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../attend.h"
 #include "../params.h"
@@ -68,6 +69,13 @@ void attend(const AttendParams& params, const AttendRun* runs, int64_t begin, in
 void finish_attend(const AttendParams& params, int64_t sequence, int64_t runs, const float* states);
 
 void truncate(const TruncateParams& params);
+
+// The pairs whose data moves. Then an item is one slot of one layer; move_states comes after all items.
+std::vector<SequencePair> sequence_pairs(const CopySequencesParams& params);
+int64_t copy_sequences_items(const CopySequencesParams& params);
+void copy_sequences(const CopySequencesParams& params, const std::vector<SequencePair>& pairs, int64_t begin,
+                    int64_t end);
+void move_states(const CopySequencesParams& params, const std::vector<SequencePair>& pairs);
 
 // The size of the last-level cache in bytes: a copy that writes more than this should stream.
 int64_t last_level_cache_bytes();

@@ -1,4 +1,4 @@
-// append, gather and truncate on a CPU: rows one after the other, each a run of elements to convert.
+// append, gather, copy_sequences and truncate on a CPU: rows one after the other, each a run of elements to convert.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -271,11 +271,88 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
 }
 
 void truncate(const TruncateParams& p) {
-  const int64_t entries = p.layers * p.batch;
-  for (int64_t i = 0; i < entries; ++i) {
-    const SequenceState s = state_after_truncate({p.state[i], p.state[entries + i]}, p.length, p.sinks);
-    p.state[i] = s.seen;
-    p.state[entries + i] = s.first;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    for (int64_t entry = 0; entry < p.entries; ++entry) truncate_entry(p, layer, entry);
+  }
+}
+
+std::vector<SequencePair> sequence_pairs(const CopySequencesParams& p) {
+  std::vector<SequencePair> pairs;
+  for (int64_t i = 0; i < p.count; ++i) {
+    const SequencePair pair = sequence_pair(p, i);
+    if (pair.source != pair.destination) pairs.push_back(pair);
+  }
+  return pairs;
+}
+
+int64_t copy_sequences_items(const CopySequencesParams& p) { return p.cache.layers * p.cache.positions; }
+
+void copy_sequences(const CopySequencesParams& p, const std::vector<SequencePair>& pairs, int64_t begin, int64_t end) {
+  const CacheView& c = p.cache;
+  const int64_t row_elements = c.heads * c.head_dim;
+  const auto count = static_cast<int64_t>(pairs.size());
+  // Is nobody written to who is read? Then rows are copied at once, else a piece of all of them is read before it is
+  // written.
+  std::vector<bool> written(static_cast<size_t>(c.batch), false);
+  for (const SequencePair& pair : pairs) written[static_cast<size_t>(pair.destination)] = true;
+  const bool apart = std::none_of(pairs.begin(), pairs.end(),
+                                  [&](const SequencePair& pair) { return written[static_cast<size_t>(pair.source)]; });
+  constexpr int64_t kBufferElements = int64_t{1} << 14;  // what a first-level cache holds
+  const int64_t most = apart ? row_elements : imin(row_elements, imax(kBufferElements / imax(count, 1), 32));
+  std::vector<uint16_t> buffer(apart ? 0 : static_cast<size_t>(count * most));
+  std::vector<ReadPlan> plans(static_cast<size_t>(count));
+  while (begin < end) {  // a run of slots of one layer
+    const int64_t layer = begin / c.positions;
+    const int64_t first_slot = begin - layer * c.positions;
+    const int64_t last_slot = imin(c.positions, first_slot + (end - begin));
+    int64_t slots_end = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t entry = layer * c.batch + pairs[static_cast<size_t>(i)].source;
+      ReadPlan& plan = plans[static_cast<size_t>(i)];
+      plan = ReadPlan::make({*seen_of(c, entry), *first_of(c, entry)}, c);
+      slots_end = imax(slots_end, plan.slots_end());
+    }
+    for (int64_t slot = first_slot; slot < imin(last_slot, slots_end); ++slot) {
+      for (uint16_t* cache : {c.k_cache, c.v_cache}) {
+        for (int64_t column = 0; column < row_elements; column += most) {
+          const int64_t n = imin(most, row_elements - column);
+          const auto at = [&](int64_t sequence) {
+            return cache + ((layer * c.batch + sequence) * c.positions + slot) * row_elements + column;
+          };
+          const auto each = [&](const auto& copy) {
+            for (int64_t i = 0; i < count; ++i) {
+              if (!plans[static_cast<size_t>(i)].holds(slot)) continue;
+              const SequencePair& pair = pairs[static_cast<size_t>(i)];
+              copy(at(pair.source), at(pair.destination), buffer.data() + (apart ? 0 : i * most));
+            }
+          };
+          const size_t bytes = static_cast<size_t>(n) * 2;
+          if (apart) {
+            each([&](const uint16_t* from, uint16_t* to, uint16_t*) { std::memcpy(to, from, bytes); });
+          } else {
+            each([&](const uint16_t* from, uint16_t*, uint16_t* through) { std::memcpy(through, from, bytes); });
+            each([&](const uint16_t*, uint16_t* to, uint16_t* through) { std::memcpy(to, through, bytes); });
+          }
+        }
+      }
+    }
+    begin += last_slot - first_slot;
+  }
+}
+
+void move_states(const CopySequencesParams& p, const std::vector<SequencePair>& pairs) {
+  const CacheView& c = p.cache;
+  std::vector<SequenceState> states(pairs.size());
+  for (int64_t layer = 0; layer < c.layers; ++layer) {
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      const int64_t entry = layer * c.batch + pairs[i].source;
+      states[i] = {*seen_of(c, entry), *first_of(c, entry)};
+    }
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      const int64_t entry = layer * c.batch + pairs[i].destination;
+      *seen_of(c, entry) = states[i].seen;
+      *first_of(c, entry) = states[i].first;
+    }
   }
 }
 
