@@ -53,6 +53,14 @@ def pytest_report_header() -> str:
     return f"kvcache_ext: {build_info.reason}; GPU: {gpu}"
 
 
+NOTES: list[str] = []  # what tests have to say, printed at the end
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for note in NOTES:
+        terminalreporter.write_line(note)
+
+
 BACKENDS = ["cpu-generic", "cpu-avx2", "cpu-avx512", "emulated"] + (
     [pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []
 )

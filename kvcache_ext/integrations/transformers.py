@@ -263,8 +263,8 @@ def _mask(
             return None
         if not plain or attention_mask is not None:
             raise RuntimeError(
-                "Fp16Cache: compiled code can serve a plain causal or sliding pattern without attention_mask only; pass "
-                "attention_mask=None (new tokens of a decode step are never padding), or make the cache with "
+                "Fp16Cache: compiled code can serve a plain causal or sliding pattern without attention_mask only: "
+                "pass attention_mask=None (new tokens of a decode step are never padding), or make the cache with "
                 "compileable=True, so that generate() prepares masks before the compiled part"
             )
         kv_offset = max(q_offset - window + 1, 0) if window else 0
@@ -872,7 +872,8 @@ class Fp16Cache(Cache):
         @functools.wraps(original)  # generate() reads the signature to know what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal graph
-            ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+            ids: Any = kwargs.get("input_ids")
+            mask: Any = kwargs.get("attention_mask")
             one_token = not args and ids is not None and ids.dim() == 2 and ids.shape[1] == 1
             plain = not any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "labels"))
             known = kwargs.get("past_key_values") is self and self._shared.active == (ids.shape[0] if one_token else 0)
@@ -913,9 +914,9 @@ class DecodeGraph:
         step = cache.decode_graph(model)          # after the prefill
         logits = step(token)                      # token: int64 [B, 1]; logits: [B, 1, vocabulary]
 
-    The logits are overwritten by the next step. A token's position is the number of tokens held, padding not counted, as
-    `generate` has it, unless `position_ids` says otherwise. Lengths move on the device; `get_seq_length()` is kept right
-    by counting replays. The cache must outlive this object.
+    The logits are overwritten by the next step. A token's position is the number of tokens held, padding not counted,
+    as `generate` has it, unless `position_ids` says otherwise. Lengths move on the device; `get_seq_length()` is kept
+    right by counting replays. The cache must outlive this object.
 
     Capturing runs the step a few times and takes those back, for which the cache must have room. With `compile` the
     step goes through torch.compile first, which fuses what lies between the matrix products. On a CPU there is no
