@@ -600,6 +600,32 @@ def test_another_models_attention_is_noticed(models: Any, device: torch.device) 
         logits_of(other, cache, **prompts(1, 5, device))
 
 
+@pytest.mark.parametrize("attention", [NAME, None])
+def test_no_gradient_goes_missing(models: Any, device: torch.device, attention: str | None) -> None:
+    model = models("llama")
+    out = model(**prompts(1, 5, device), past_key_values=Fp16Cache.for_model(model, 64, attention=attention))
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        out.logits.sum().backward()
+
+
+def test_a_forward_pass_that_was_broken_off(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64)
+    inputs = prompts(1, 5, device)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(model, cache, **inputs)
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"hold from 0 to 5 tokens.* reset"):
+        logits_of(model, cache, **inputs)
+    cache.reset()
+    logits_of(model, cache, **inputs)
+
+
 def tiny(name: str, **options: Any) -> Any:
     small = {k: v for k, v in BASE.items() if k not in ("initializer_range", "tie_word_embeddings")}
     return getattr(transformers, f"{name}Config")(**small | options)

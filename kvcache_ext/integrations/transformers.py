@@ -316,6 +316,24 @@ def _other_mask(
 # Layers
 
 
+class _NoGradient(torch.autograd.Function):
+    """Lets a forward pass be, and says that there is no backward one, instead of leaving out a part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, answer: Tensor, source: Tensor) -> Tensor:
+        return answer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError("Fp16Cache: attention over it has no gradient; train without a cache (use_cache=False)")
+
+
+def _without_gradient(answer: Tensor, source: Tensor) -> Tensor:
+    if source.requires_grad and torch.is_grad_enabled() and not is_compiling():
+        return _NoGradient.apply(answer, source)
+    return answer
+
+
 class _NewRows:
     """The new keys and values of a layer on their way from `update` to `_attention`, in the place of both."""
 
@@ -466,7 +484,7 @@ class Fp16Layer(CacheLayerMixin):
         self.shared.all_held_from(self.columns, self.window)
         before = self.columns
         start = 0 if self.window is None else max(before - self.window + 1, 0)
-        new_key, new_value = key.transpose(1, 2), value.transpose(1, 2)
+        new_key, new_value = key.detach().transpose(1, 2), value.detach().transpose(1, 2)
         if before + rows - start <= self.cache.max_positions:
             self._append(new_key, new_value)
             parts = [self._gather(start, self.columns, key.dtype)]
@@ -477,7 +495,7 @@ class Fp16Layer(CacheLayerMixin):
                 self._append(new_key[:, part], new_value[:, part])
                 parts.append(self._gather(before + part.start, before + part.stop, key.dtype))
         keys, values = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*parts, strict=True))
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        return _without_gradient(keys, key).transpose(1, 2), _without_gradient(values, value).transpose(1, 2)
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         self.cache.append(self.index, key, value, **self.shared.slots(self.device))
@@ -549,7 +567,7 @@ def _attention(
     if attention_mask is not None and (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
         keys, values = (x.to(query.dtype) for x in layer.append_gather(key.new_key, key.new_value))
         return _masked(query, keys, values, attention_mask, scaling, softcap, s_aux), None
-    new_query, new_key, new_value = (x.transpose(1, 2) for x in (query, key.new_key, key.new_value))
+    new_query, new_key, new_value = (x.detach().transpose(1, 2) for x in (query, key.new_key, key.new_value))
     new_lengths = order = None
     if attention_mask is not None:
         if attention_mask.dim() != 4 or attention_mask.dtype not in (torch.int32, torch.int8):
@@ -571,7 +589,7 @@ def _attention(
         answer = answer * torch.sigmoid(lse - s_aux.float())[..., None].to(answer.dtype)
     if order is not None:
         answer = _rows(answer, order.argsort(dim=1))
-    return answer, None
+    return _without_gradient(answer, query), None
 
 
 def _rows(x: Tensor, order: Tensor) -> Tensor:
@@ -767,6 +785,18 @@ class Fp16Cache(Cache):
         )
 
     # What generation does to a cache
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The number of columns that a mask of this layer has, and the first of them. Asked at each forward pass."""
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        if not is_compiling():
+            counts = {layer.columns for layer in self.layers}
+            if len(counts) != 1:
+                raise RuntimeError(
+                    f"Fp16Cache: its layers hold from {min(counts)} to {max(counts)} tokens, as after a forward pass "
+                    "that was broken off; reset() it"
+                )
+        return sizes
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
