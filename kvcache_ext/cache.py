@@ -81,6 +81,13 @@ class StreamingKVCacheFp16:
     Order. Index 0 is the oldest position still held of that layer and sequence, and indices count up in the order of
     appending, also after the ring has wrapped. Layers may be appended to in any order.
 
+    Some of the sequences. Calls that take `sequences` are about those batch slots alone: entry i of the call's tensors
+    belongs to sequence `sequences[i]`, and all shapes are those of a cache of that many sequences. They are a list of
+    distinct ints, which is checked and copied to the device at each call, or an int64 or int32 tensor `[n]` on the
+    cache's device, which is read there: it costs nothing, can be captured, and leaves the host without exact lengths.
+    That a tensor's numbers are distinct cannot be checked without a synchronisation; what becomes of a sequence that it
+    names twice is undefined. An entry whose number is out of range is not appended, and answers zeros (LSE -inf).
+
     Storage. `k_cache` and `v_cache` are FP16 `[L, B, N, H, D]`. Their slots are in physical order and unwritten ones
     hold anything; the methods answer in chronological order and from written slots only.
 
@@ -169,7 +176,15 @@ class StreamingKVCacheFp16:
 
     # Writing
 
-    def append(self, layer: int, key: Tensor, value: Tensor, *, new_lengths: Tensor | None = None) -> None:
+    def append(
+        self,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        *,
+        new_lengths: Tensor | None = None,
+        sequences: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """Converts `T` new positions of one layer to FP16 and stores them behind what each sequence has.
 
         One kernel launch on a GPU. What the cache holds afterwards is what appending the positions one by one would
@@ -180,6 +195,7 @@ class StreamingKVCacheFp16:
             key, value: `[B, T, H, D]` (short forms: see the class), FP32, FP16 or BF16, on the cache's device.
             new_lengths: int64 or int32 `[B]` on the cache's device: only the *last* `new_lengths[b]` rows of sequence
                 `b` are appended (the rest is left padding); clamped to 0..T.
+            sequences: the batch slots to append to (see the class); `B` is then their number.
 
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
@@ -196,11 +212,19 @@ class StreamingKVCacheFp16:
                 new_lengths,
                 sink_positions=self.sink_positions,
                 saturate=self._saturate,
+                sequences=self._optional_integers(sequences),
             )
         else:
-            self._compiled.append(layer, key, value, new_lengths)
+            self._compiled.append(layer, key, value, new_lengths, sequences)
 
-    def append_all(self, keys: Tensor, values: Tensor, *, new_lengths: Tensor | None = None) -> None:
+    def append_all(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        new_lengths: Tensor | None = None,
+        sequences: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """`append` to every layer in one launch: `keys`, `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
         if is_compiling():
             ops.append_all(
@@ -213,9 +237,10 @@ class StreamingKVCacheFp16:
                 new_lengths,
                 sink_positions=self.sink_positions,
                 saturate=self._saturate,
+                sequences=self._optional_integers(sequences),
             )
         else:
-            self._compiled.append_all(keys, values, new_lengths)
+            self._compiled.append_all(keys, values, new_lengths, sequences)
 
     def truncate(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Keeps the `n` oldest held positions of every layer and sequence, or of the chosen sequences. No data moves.
@@ -381,6 +406,7 @@ class StreamingKVCacheFp16:
         *,
         dtype: torch.dtype = torch.float32,
         out: tuple[Tensor, Tensor] | None = None,
+        sequences: Sequence[int] | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values at any chronological indices of one layer, in one launch, without a length on the host.
 
@@ -389,6 +415,7 @@ class StreamingKVCacheFp16:
                 negative or not held gives rows of zeros.
             dtype: FP32, FP16 or BF16.
             out: a pair of tensors of the answer's shape and dtype to write into, with a stride of 1 in `head_dim`.
+            sequences: the batch slots to read (see the class); `B` is then their number.
 
         Returns:
             keys, values: `[B, n, H, D]` of `dtype`, or without `B` when it is 1.
@@ -406,8 +433,9 @@ class StreamingKVCacheFp16:
                 sink_positions=self.sink_positions,
                 dtype=dtype,
                 out=out,
+                sequences=self._optional_integers(sequences),
             )
-        return self._compiled.gather(layer, indices, dtype, out)
+        return self._compiled.gather(layer, indices, dtype, out, sequences)
 
     # Attention
 
@@ -422,6 +450,7 @@ class StreamingKVCacheFp16:
         return_lse: bool = False,
         out: Tensor | None = None,
         precision: str = "fp32",
+        sequences: Sequence[int] | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Softmax attention of `query` over what one layer holds, read as FP16 where it lies, computed in FP32.
 
@@ -441,6 +470,7 @@ class StreamingKVCacheFp16:
             out: a tensor of the query's shape and dtype to write into.
             precision: "fp16" lets torch's FP16 attention answer many queries (`T` over 16) where it can, faster and
                 with its error, some 5e-4; "fp32" and calls that it cannot serve are answered at FP32 accuracy.
+            sequences: the batch slots to attend to (see the class); `B` is then their number.
 
         Returns:
             The answer, of the query's shape and dtype; with `return_lse` a pair with the LSE.
@@ -455,7 +485,7 @@ class StreamingKVCacheFp16:
         attention.check_precision(precision)
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
             if not is_compiling():
-                return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out)
+                return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out, sequences)
             options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
             ops.attend(
@@ -471,10 +501,11 @@ class StreamingKVCacheFp16:
                 softcap=options[2],
                 out=out,
                 lse=lse,
+                sequences=self._optional_integers(sequences),
             )
             return out if lse is None else (out, lse)
         return attention.prefill(
-            self, layer, query, (None, None, None), scale, window, softcap, return_lse, out, precision
+            self, layer, query, (None, None, None), scale, window, softcap, return_lse, out, precision, sequences
         )
 
     def append_attend(
@@ -491,6 +522,7 @@ class StreamingKVCacheFp16:
         return_lse: bool = False,
         out: Tensor | None = None,
         precision: str = "fp32",
+        sequences: Sequence[int] | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`append` and `attend` in one: each new position is appended, then attended to by its query.
 
@@ -504,7 +536,7 @@ class StreamingKVCacheFp16:
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
             if not is_compiling():
                 return self._compiled.append_attend(
-                    layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out
+                    layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
                 )
             options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
@@ -526,10 +558,11 @@ class StreamingKVCacheFp16:
                 softcap=options[2],
                 out=out,
                 lse=lse,
+                sequences=self._optional_integers(sequences),
             )
             return out if lse is None else (out, lse)
         new = (key, value, new_lengths)
-        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out, precision)
+        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out, precision, sequences)
 
     # Lengths and figures
 

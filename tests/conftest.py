@@ -153,10 +153,15 @@ class Twin:
         return {"sink_positions": self.cache.sink_positions, "saturate": self.cache.overflow == "saturate"}
 
     def append(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, new_lengths: torch.Tensor | None = None
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        new_lengths: torch.Tensor | None = None,
+        sequences: list[int] | torch.Tensor | None = None,
     ) -> None:
         """`key`, `value`: `[B, T, H, D]` on the cache's device, any strides."""
-        self.cache.append(layer, key, value, new_lengths=new_lengths)
+        self.cache.append(layer, key, value, new_lengths=new_lengths, sequences=sequences)
         self.reference.append(
             self.k_cache,
             self.v_cache,
@@ -166,11 +171,18 @@ class Twin:
             key.cpu(),
             value.cpu(),
             None if new_lengths is None else new_lengths.cpu(),
+            sequences=None if sequences is None else as_tensor(sequences),
             **self._settings,
         )
 
-    def append_all(self, keys: torch.Tensor, values: torch.Tensor, new_lengths: torch.Tensor | None = None) -> None:
-        self.cache.append_all(keys, values, new_lengths=new_lengths)
+    def append_all(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_lengths: torch.Tensor | None = None,
+        sequences: list[int] | torch.Tensor | None = None,
+    ) -> None:
+        self.cache.append_all(keys, values, new_lengths=new_lengths, sequences=sequences)
         self.reference.append_all(
             self.k_cache,
             self.v_cache,
@@ -179,6 +191,7 @@ class Twin:
             keys.cpu(),
             values.cpu(),
             None if new_lengths is None else new_lengths.cpu(),
+            sequences=None if sequences is None else as_tensor(sequences),
             **self._settings,
         )
 
@@ -218,7 +231,13 @@ class Twin:
             int(self.state[0, layer, sequence]), int(self.state[1, layer, sequence]), self.cache.sink_positions
         )
 
-    def gather(self, layer: int, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    def gather(
+        self,
+        layer: int,
+        indices: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        sequences: list[int] | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """What the reference answers, in the cache's own shape."""
         keys, values = self.reference.gather(
             self.k_cache,
@@ -228,8 +247,9 @@ class Twin:
             indices.cpu(),
             sink_positions=self.cache.sink_positions,
             dtype=dtype,
+            sequences=None if sequences is None else as_tensor(sequences),
         )
-        return (keys[0], values[0]) if self.cache.batch_size == 1 else (keys, values)
+        return (keys[0], values[0]) if len(keys) == 1 else (keys, values)
 
     def check(self) -> None:
         """Storage (untouched slots too), state, counters, lengths, and all that can be read back."""

@@ -172,8 +172,8 @@ void run(const Shape& s, kvc::DType dtype) {
   for (int64_t b = 0; b < s.batch; ++b) of_each[b] = s.positions / 3 + b;
   sources.set(of_each);
   const auto truncate = [&](bool resets, int64_t length, kvc::Integers of, int64_t count) {
-    kvc::TruncateParams p{state.data, s.layers, s.batch, s.sinks, resets, length, of, {}, count};
-    if (count < s.batch) p.sequences = {destinations.data};
+    kvc::TruncateParams p{state.data, s.layers, s.batch, s.sinks, resets, length, of, {}};
+    if (count < s.batch) p.sequences = {{destinations.data}, count};
     check(kvc::launch_truncate(p, nullptr), "truncate");
   };
   truncate(false, 0, {sources.data}, s.batch);

@@ -216,6 +216,37 @@ def test_sequences_in_a_graph() -> None:
         twin.check()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_chosen_sequences_in_a_graph(rows: int) -> None:
+    """They are read at each replay, also where the launch just before has written them."""
+    captured, eager = (
+        make_cache(GPU, num_layers=2, max_positions=50, batch_size=6, head_dim=64, sink_positions=3) for _ in range(2)
+    )
+    x = torch.empty(3, rows, 2, 64, device=GPU)
+    numbers = torch.zeros(3, dtype=torch.int64, device=GPU)
+    results: dict[str, torch.Tensor] = {}
+
+    def step(cache: StreamingKVCacheFp16, name: str) -> None:
+        chosen = numbers + 1  # a launch of its own
+        cache.append(0, x, x * 2, sequences=chosen)
+        y = cache.append_attend(1, x, x * 3, x, sequences=chosen - 0)
+        y = y + cache.attend(0, y, sequences=chosen + 0)
+        keys, _ = cache.gather(0, torch.arange(5, device=GPU), sequences=chosen.clone())
+        results[name] = y + keys.sum(1, keepdim=True)
+
+    graph = capture(lambda: step(captured, "captured"))
+    generator = random.Random(0)
+    for _ in range(100):
+        x.normal_()
+        numbers.copy_(torch.tensor(generator.sample(range(-2, 7), 3)))  # some out of range
+        graph.replay()
+        step(eager, "eager")
+        assert_same_bits(results["captured"], results["eager"])
+    assert_same_bits(captured.k_cache, eager.k_cache)
+    assert torch.equal(captured._state, eager._state)
+    assert not captured._workspace[:1024].any()
+
+
 def test_lengths_during_capture_raise() -> None:
     cache = make_cache(GPU)
     key = torch.ones(2, 8, device=GPU)
@@ -233,6 +264,8 @@ def test_lengths_during_capture_raise() -> None:
         lambda: cache.reset([0]),
         lambda: cache.reorder([0]),
         lambda: cache.copy_sequence(0, 0),
+        lambda: cache.append(0, key, key, sequences=[0]),
+        lambda: cache.attend(0, key, sequences=[0]),
     ):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -273,6 +306,10 @@ def test_lengths_stay_exact_without_synchronising() -> None:
         cache.truncate(2, sequences=[0, 1])
         cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
         assert len(cache) == 5
+        cache.append(0, key[:1], key[:1], sequences=[1])
+        cache.append_all(key[:1].expand(2, 1, 3, 2, 8), key[:1].expand(2, 1, 3, 2, 8), sequences=[0])
+        assert (len(cache), cache.position) == (5, 8)
+        cache.truncate(5)
         cache.append(0, key, key, new_lengths=lengths)
     finally:
         torch.cuda.set_sync_debug_mode("default")

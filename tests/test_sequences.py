@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from conftest import Backend, Twin, assert_same_bits, make_cache
+from conftest import Backend, Twin, as_tensor, assert_same_bits, make_cache
+from test_attention import assert_close
 
 from kvcache_ext import ops
 
@@ -293,3 +294,175 @@ def test_equal_caches_stay_equal(backend: Backend) -> None:
     assert_same_bits(caches[0].v_cache, caches[1].v_cache)
     assert torch.equal(caches[0]._state, caches[1]._state)
     assert len(caches[0]) == len(caches[1]) == 4
+
+
+# Calls about some of the sequences
+
+
+def both_forms(backend: Backend, *sequences: int) -> list[list[int] | torch.Tensor]:
+    return [list(sequences), torch.tensor(sequences, dtype=torch.int64, device=backend.device)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, 40])
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 8), (1, 7), (9, 64)])
+def test_append_to_some(backend: Backend, count: int, heads: int, head_dim: int) -> None:
+    """Few rows and many, whole vectors and odd sizes; in any order; from views of the model's tensors."""
+    for sinks in (0, 2):
+        twin = filled(backend, [0, 2, 8, 13, 6], num_heads=heads, head_dim=head_dim, sink_positions=sinks)
+        for chosen in (*both_forms(backend, 3, 0), *both_forms(backend, 4), *both_forms(backend, 2, 1, 4, 0, 3)):
+            new = rows(backend, len(chosen), heads, count, head_dim).transpose(1, 2)
+            twin.append(1, new, new * 2, sequences=chosen)
+            twin.check()
+            lengths = torch.tensor([count, 1, 0, 2, count][: len(chosen)], device=backend.device)
+            twin.append(0, new, new * 3, lengths, chosen)
+            twin.check()
+            twin.append_all(new.expand(2, *new.shape), new.expand(2, *new.shape), sequences=chosen)
+            twin.check()
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_entries_out_of_range_are_left_out(backend: Backend, index_dtype: torch.dtype) -> None:
+    twin = filled(backend, [3, 9, 5], head_dim=64, sink_positions=1)
+    chosen = torch.tensor([2, -1, 3], dtype=index_dtype, device=backend.device)
+    indices = torch.arange(-1, 9, device=backend.device)
+    for count in (1, 4, 20):
+        key = rows(backend, 3, count, 2, 64)
+        key[1:] = 1e30  # nobody counts these overflows
+        twin.append(0, key, key, sequences=chosen)
+        twin.check()
+        query = rows(backend, 3, count, 2, 64)
+        out, lse = twin.cache.attend(0, query, return_lse=True, sequences=chosen)
+        assert not out[1:].any() and (lse[1:] == -torch.inf).all() and out[0].all()
+        out, lse = twin.cache.append_attend(0, query, key, key, return_lse=True, sequences=chosen)
+        twin.reference.append(
+            twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, key.cpu(), key.cpu(),
+            sequences=chosen.cpu(), sink_positions=1,
+        )  # fmt: skip
+        assert not out[1:].any() and (lse[1:] == -torch.inf).all() and out[0].all()
+        twin.check()
+        for got, want in zip(
+            twin.cache.gather(0, indices, sequences=chosen), twin.gather(0, indices, sequences=chosen), strict=True
+        ):
+            assert_same_bits(got.cpu(), want)
+    assert twin.overflow_counts.sum() == 0
+
+
+def test_gather_from_some(backend: Backend) -> None:
+    twin = filled(backend, [0, 2, 8, 13, 6], sink_positions=2)
+    for chosen in (*both_forms(backend, 3, 1, 2), *both_forms(backend, 4)):
+        each = torch.tensor([[7, 0, 3], [1, 0, -1], [2, 4, 9]][: len(chosen)], device=backend.device)
+        for indices in (each, each[0]):
+            for dtype in (torch.float32, torch.float16):
+                wants = twin.gather(0, indices, dtype, chosen)
+                gots = twin.cache.gather(0, indices, dtype=dtype, sequences=chosen)
+                out = tuple(torch.empty_like(got) for got in gots)
+                twin.cache.gather(0, indices, dtype=dtype, out=out, sequences=chosen)
+                for got, again, want in zip(gots, out, wants, strict=True):
+                    assert_same_bits(got.cpu(), want)
+                    assert_same_bits(again.cpu(), want)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+@pytest.mark.parametrize("group", [1, 3])
+def test_attend_to_some(backend: Backend, count: int, group: int) -> None:
+    twin = filled(backend, [0, 40, 64, 100, 6], head_dim=64, max_positions=64, sink_positions=3)
+    c = twin.cache
+    on_device = torch.tensor([2, 1, 4, 0, 3], device=backend.device)
+    for chosen, window in (([3, 0], None), ([4], 9), (on_device, 9), (on_device[:1], None)):
+        numbers = as_tensor(chosen)
+        query = rows(backend, len(chosen), count, 2 * group, 64)
+        key, value = rows(backend, len(chosen), count, 2, 64), rows(backend, len(chosen), count, 2, 64)
+        settings = {"sink_positions": 3, "window": window, "sequences": numbers}
+        storage = (twin.k_cache, twin.v_cache, twin.state)
+        got = c.attend(0, query, window=window, return_lse=True, sequences=chosen)
+        assert_close(got, twin.reference.attend(*storage, 0, query.cpu(), **settings))
+        lengths = torch.tensor([count, 1, 0, 2, count][: len(chosen)], device=backend.device)
+        new_lengths = None if isinstance(chosen, list) else lengths
+        got = c.append_attend(
+            0, query, key, value, new_lengths=new_lengths, window=window, return_lse=True, sequences=chosen
+        )
+        want = twin.reference.append_attend(
+            *storage, twin.overflow_counts, 0, query.cpu(), key.cpu(), value.cpu(),
+            None if new_lengths is None else lengths.cpu(), **settings,
+        )  # fmt: skip
+        assert_close(got, want)
+        twin.check()
+
+
+def test_all_of_them_are_the_plain_call(backend: Backend) -> None:
+    """Bit for bit; and for one position append_attend is append, then attend."""
+    plain, some, apart = (make_cache(backend, batch_size=3, head_dim=64, sink_positions=1) for _ in range(3))
+    chosen = torch.arange(3, dtype=torch.int32, device=backend.device)
+    for count in (1, 3, 1, 9, 1, 30):
+        query, key = rows(backend, 3, count, 4, 64), rows(backend, 3, count, 2, 64)
+        want = plain.append_attend(1, query, key, key * 2)
+        assert_same_bits(some.append_attend(1, query, key, key * 2, sequences=chosen), want)
+        apart.append(1, key, key * 2, sequences=[2, 1, 0][::-1])
+        if count == 1:
+            assert_same_bits(apart.attend(1, query, sequences=[0, 1, 2]), want)
+        assert_same_bits(some.k_cache, plain.k_cache)
+        assert_same_bits(some.v_cache, apart.v_cache)
+        assert torch.equal(some._state, plain._state)
+
+
+def test_conversations_in_turns(backend: Backend) -> None:
+    """What a sequence answers does not depend on its companions' contents, nor on the slot that it lives in."""
+    together = make_cache(backend, num_layers=1, batch_size=4, head_dim=64, max_positions=20, sink_positions=1)
+    alone = make_cache(backend, num_layers=1, batch_size=4, head_dim=64, max_positions=20, sink_positions=1)
+    for step in range(12):
+        count = step % 3 + 1
+        query, key = rows(backend, 1, count, 2, 64), rows(backend, 1, count, 2, 64)
+        want = alone.append_attend(0, query, key, key, sequences=[0])
+        assert_same_bits(together.append_attend(0, query, key, key, sequences=[2]), want)
+        other = rows(backend, 2, 2, 2, 64)
+        together.append(0, other, other, sequences=[3, 1])
+        if step % 5 == 4:
+            together.reset([3])
+
+
+def test_short_forms_of_one_sequence(backend: Backend) -> None:
+    twin = filled(backend, [3, 9, 5], head_dim=64)
+    c = twin.cache
+    key = rows(backend, 4, 2, 64)
+    for form in (key, key[0], key[0].reshape(-1)):
+        c.append(0, form, form, sequences=[1])
+        whole = form.view(1, -1, 2, 64).cpu()
+        twin.reference.append(
+            twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, whole, whole, sequences=torch.tensor([1])
+        )
+        twin.check()
+        assert c.attend(0, form, sequences=[1]).shape == form.shape
+    keys, _ = c.gather(0, torch.arange(3, device=backend.device), sequences=[1])
+    assert keys.shape == (3, 2, 64)
+
+
+def test_none_of_them(backend: Backend) -> None:
+    twin = filled(backend, [3, 9, 5], head_dim=64)
+    c = twin.cache
+    for chosen in both_forms(backend):
+        for count in (1, 3, 20):
+            nothing = rows(backend, 0, count, 2, 64)
+            twin.append(0, nothing, nothing, sequences=chosen)
+            assert c.attend(0, nothing, sequences=chosen).shape == nothing.shape
+            assert c.append_attend(0, nothing, nothing, nothing, sequences=chosen).shape == nothing.shape
+        assert c.gather(0, torch.arange(3, device=backend.device), sequences=chosen)[0].shape == (0, 3, 2, 64)
+        twin.check()
+
+
+def test_fp16_prefill_of_some(device: torch.device) -> None:
+    """Slots that follow each other have views, and so torch's FP16 attention; others get the FP32 answer."""
+    cache, want = (make_cache(device, batch_size=4, max_positions=100, head_dim=64) for _ in range(2))
+    key, query = torch.randn(4, 60, 2, 64, device=device), torch.randn(4, 60, 4, 64, device=device)
+    want.append(0, key, key)
+    answer = want.attend(0, query)
+    cache.append(0, key, key, sequences=[0, 1, 2, 3])
+    cache.reset([1, 2])
+    cache.append(0, key[1:, :30], key[1:, :30], sequences=[1, 2, 0])
+    cache.reset([1, 2])
+    got = cache.append_attend(0, query[1:3], key[1:3], key[1:3], precision="fp16", sequences=[1, 2])
+    error = (got - answer[1:3]).norm(dim=-1) / answer[1:3].norm(dim=-1)
+    assert 1e-5 < error.max() < 2e-3
+    for chosen in ([2, 1], torch.tensor([2, 1], device=device)):
+        got = cache.attend(0, query[[2, 1]], precision="fp16", sequences=chosen)
+        error = (got - answer[[2, 1]]).norm(dim=-1) / answer[[2, 1]].norm(dim=-1)
+        assert error.max() < 1e-6

@@ -111,25 +111,28 @@ class Cache {
         workspace_(std::move(workspace)),
         lengths_(HostLengths::make(cache_.tensors.state, sink_positions, cache_.view.positions)) {}
 
-  void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths) {
+  void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths, py::handle sequences) {
+    const SequencesArgument chosen(*this, "append", sequences);
     kvc::append(cache_, lengths_.get(), integer_argument("append", "layer", layer),
                 tensor_argument("append", "key", key), tensor_argument("append", "value", value),
-                optional_tensor_argument("append", "new_lengths", new_lengths));
+                optional_tensor_argument("append", "new_lengths", new_lengths), chosen.get());
   }
 
-  void append_all(py::handle keys, py::handle values, py::handle new_lengths) {
+  void append_all(py::handle keys, py::handle values, py::handle new_lengths, py::handle sequences) {
+    const SequencesArgument chosen(*this, "append_all", sequences);
     kvc::append_all(cache_, lengths_.get(), tensor_argument("append_all", "keys", keys),
                     tensor_argument("append_all", "values", values),
-                    optional_tensor_argument("append_all", "new_lengths", new_lengths));
+                    optional_tensor_argument("append_all", "new_lengths", new_lengths), chosen.get());
   }
 
-  TensorPair gather(py::handle layer, py::handle indices, py::handle dtype, py::handle out) {
+  TensorPair gather(py::handle layer, py::handle indices, py::handle dtype, py::handle out, py::handle sequences) {
+    const SequencesArgument chosen(*this, "gather", sequences);
     const int64_t l = integer_argument("gather", "layer", layer);
     const at::Tensor& i = tensor_argument("gather", "indices", indices);
     const at::ScalarType type = dtype_argument("gather", dtype);
     const auto to = out_argument("gather", out);
-    if (!to) return kvc::gather(cache_, l, i, type);
-    gather_out("gather", cache_, l, i, type, *to);
+    if (!to) return kvc::gather(cache_, l, i, type, chosen.get());
+    gather_out("gather", cache_, l, i, type, *to, chosen.get());
     return *to;
   }
 
@@ -146,14 +149,14 @@ class Cache {
     const int64_t l = checked_layer(op, layer);
     lengths_->refresh(op);
     const auto pair = out_argument(op, out);
-    return gather_range(op, cache_, l, 0, lengths_->longest(l), at::kFloat, pair ? &*pair : nullptr);
+    return gather_range(op, cache_, l, 0, lengths_->longest(l, lengths_->all()), at::kFloat, pair ? &*pair : nullptr);
   }
 
   TensorPair get_range_raw(py::handle layer, py::handle start, py::handle end) {
     const char* op = "get_range_raw";
     const int64_t l = checked_layer(op, layer);
     const auto [from, to] = checked_range(op, l, start, end);
-    const int64_t slot = lengths_->contiguous_slot(l, from, to);
+    const int64_t slot = lengths_->contiguous_slot(l, lengths_->all(), from, to);
     if (slot < 0) return gather_range(op, cache_, l, from, to, at::kHalf, nullptr);
     const auto view = [&, from = from, to = to](const at::Tensor& storage) {
       const at::Tensor rows = storage.select(0, l).narrow(1, slot, to - from);
@@ -163,54 +166,60 @@ class Cache {
   }
 
   py::object attend(py::handle layer, py::handle query, py::handle scale, py::handle window, py::handle softcap,
-                    py::handle return_lse, py::handle out) {
+                    py::handle return_lse, py::handle out, py::handle sequences) {
     const char* op = "attend";
+    const SequencesArgument chosen(*this, op, sequences);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const AttendOptions options = attend_options(op, scale, window, softcap);
-    const at::Tensor to = attend_output(op, q, out);
+    const at::Tensor to = attend_output(op, q, out, chosen);
     const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
-    kvc::attend(cache_, l, q, options, workspace_, to, lse);
+    kvc::attend(cache_, l, q, options, chosen.get(), workspace_, to, lse);
     return answer(to, lse);
   }
 
   py::object append_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
                            py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
-                           py::handle out) {
+                           py::handle out, py::handle sequences) {
     const char* op = "append_attend";
+    const SequencesArgument chosen(*this, op, sequences);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const at::Tensor& k = tensor_argument(op, "key", key);
     const at::Tensor& v = tensor_argument(op, "value", value);
     const at::Tensor* n = optional_tensor_argument(op, "new_lengths", new_lengths);
     const AttendOptions options = attend_options(op, scale, window, softcap);
-    const at::Tensor to = attend_output(op, q, out);
+    const at::Tensor to = attend_output(op, q, out, chosen);
     const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
-    kvc::append_attend(cache_, lengths_.get(), l, q, k, v, n, options, workspace_, to, lse);
+    kvc::append_attend(cache_, lengths_.get(), l, q, k, v, n, options, chosen.get(), workspace_, to, lse);
     return answer(to, lse);
   }
 
   // Raises what attend or, with a key, append_attend would for any number of queries, and does nothing. `out` may be
-  // None. Returns scale, window and softcap as the ops take them.
+  // None. Returns scale, window, softcap and sequences as the ops take them.
   py::tuple check_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
-                         py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
-                         py::handle out) const {
+                         py::handle scale, py::handle window, py::handle softcap, py::handle return_lse, py::handle out,
+                         py::handle sequences) const {
     const char* op = key.is_none() ? "attend" : "append_attend";
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const AttendOptions options = attend_options(op, scale, window, softcap);
     flag_argument(op, "return_lse", return_lse);
+    const SequencesArgument given(*this, op, sequences);
+    const ChosenSequences chosen = chosen_sequences(op, cache_, given.get());
     std::optional<AppendParams> append;
     if (!key.is_none()) {
       append = append_params(op, cache_, l, false, tensor_argument(op, "key", key), tensor_argument(op, "value", value),
-                             optional_tensor_argument(op, "new_lengths", new_lengths));
+                             optional_tensor_argument(op, "new_lengths", new_lengths), chosen);
     }
     const at::Tensor to = out.is_none() ? at::Tensor() : tensor_argument(op, "out", out);
-    attend_params(op, cache_, l, q, options, append ? &*append : nullptr, workspace_, to, at::Tensor());
+    attend_params(op, cache_, l, q, options, append ? &*append : nullptr, chosen, workspace_, to, at::Tensor());
     if (append && to.defined()) {
       check_answer_apart(op, to, tensor_argument(op, "key", key), tensor_argument(op, "value", value));
     }
-    return py::make_tuple(options.scale, options.window, options.softcap);
+    py::object numbers = py::none();
+    if (given.get() != nullptr) numbers = py::cast(given.get()->tensor);
+    return py::make_tuple(options.scale, options.window, options.softcap, numbers);
   }
 
   int64_t shortest() {
@@ -225,8 +234,8 @@ class Cache {
 
   void truncate(py::handle n, py::handle sequences) {
     const char* op = "truncate";
-    const auto chosen = sequences_argument(op, sequences);
-    const IntegerArgument* of = chosen ? &*chosen : nullptr;
+    const SequencesArgument chosen(*this, op, sequences);
+    const IntegerArgument* of = chosen.get();
     if (is_tensor(n) && THPVariable_Unpack(n.ptr()).dim() > 0) {
       const IntegerArgument of_each{THPVariable_Unpack(n.ptr())};
       return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
@@ -263,8 +272,8 @@ class Cache {
   }
 
   void reset(py::handle sequences) {
-    const auto chosen = sequences_argument("reset", sequences);
-    kvc::reset(cache_, lengths_.get(), chosen ? &*chosen : nullptr);
+    const SequencesArgument chosen(*this, "reset", sequences);
+    kvc::reset(cache_, lengths_.get(), chosen.get());
   }
 
   void reorder(py::handle batch_indices) {
@@ -328,12 +337,20 @@ class Cache {
     TORCH_CHECK_VALUE(twice == sorted.end(), op, ": ", name, " must name each sequence once, got ", *twice, " twice");
   }
 
-  std::optional<IntegerArgument> sequences_argument(const char* op, py::handle h) const {
-    if (h.is_none()) return std::nullopt;
-    IntegerArgument chosen = slots_argument(op, "sequences", h, false);
-    check_distinct(op, "sequences", chosen);
-    return chosen;
-  }
+  // None, or the sequences that a call is about.
+  class SequencesArgument {
+   public:
+    SequencesArgument(const Cache& cache, const char* op, py::handle h) {
+      if (h.is_none()) return;
+      numbers_ = cache.slots_argument(op, "sequences", h, false);
+      check_distinct(op, "sequences", *numbers_);
+    }
+    const IntegerArgument* get() const { return numbers_ ? &*numbers_ : nullptr; }
+    int64_t entries(const CacheView& cache) const { return numbers_ ? numbers_->tensor.numel() : cache.batch; }
+
+   private:
+    std::optional<IntegerArgument> numbers_;
+  };
 
   AttendOptions attend_options(const char* op, py::handle scale, py::handle window, py::handle softcap) const {
     return {scale.is_none() ? 1.0 / std::sqrt(static_cast<double>(cache_.view.head_dim))
@@ -342,10 +359,11 @@ class Cache {
   }
 
   // A wrong query is reported as such by the checks, not by the allocation of an answer for it.
-  at::Tensor attend_output(const char* op, const at::Tensor& query, py::handle out) const {
+  at::Tensor attend_output(const char* op, const at::Tensor& query, py::handle out,
+                           const SequencesArgument& sequences) const {
     if (!out.is_none()) return tensor_argument(op, "out", out);
     kernel_dtype(op, "query", query.scalar_type());
-    check_query_shape(op, query, cache_.view);
+    check_query_shape(op, query, cache_.view, sequences.entries(cache_.view));
     return at::empty(query.sizes(), query.options().requires_grad(false));
   }
 
@@ -370,7 +388,7 @@ class Cache {
     const int64_t from = integer_argument(op, "start", start);
     const int64_t to = integer_argument(op, "end", end);
     lengths_->refresh(op);
-    const int64_t held = lengths_->longest(layer);
+    const int64_t held = lengths_->longest(layer, lengths_->all());
     TORCH_CHECK_INDEX(0 <= from && from <= to && to <= held, op,
                       ": start and end must satisfy 0 <= start <= end <= ", held,
                       ", the number of positions that layer ", layer, " holds, got ", from, " and ", to);
@@ -426,15 +444,17 @@ PYBIND11_MODULE(_C, m) {
       .def("reorder", &Cache::reorder)
       .def("copy_sequence", &Cache::copy_sequence)
       .def("clear", &Cache::clear);
-  // The largest number of positions that a layer holds, as far as that is known on the host; else all slots.
-  m.def("longest_or_all", [](const at::Tensor& state, int64_t layer, int64_t max_positions) {
+  // The largest number of positions that the sequences [begin, end) of a layer hold, as far as that is known on the
+  // host; else all slots.
+  m.def("longest_or_all",
+        [](const at::Tensor& state, int64_t layer, int64_t max_positions, int64_t begin, int64_t end) {
+          const auto lengths = kvc::HostLengths::of(state);
+          return lengths ? lengths->longest_or_all(layer, {begin, end}) : max_positions;
+        });
+  // All that they hold as (first slot, number), as far as that is known on the host and a run; else (-1, 0).
+  m.def("run_or_none", [](const at::Tensor& state, int64_t layer, int64_t begin, int64_t end) {
     const auto lengths = kvc::HostLengths::of(state);
-    return lengths ? lengths->longest_or_all(layer) : max_positions;
-  });
-  // All that a layer holds as (first slot, number), as far as that is known on the host and a run; else (-1, 0).
-  m.def("run_or_none", [](const at::Tensor& state, int64_t layer) {
-    const auto lengths = kvc::HostLengths::of(state);
-    return lengths ? lengths->run_or_none(layer) : std::pair<int64_t, int64_t>(-1, 0);
+    return lengths ? lengths->run_or_none(layer, {begin, end}) : std::pair<int64_t, int64_t>(-1, 0);
   });
   m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
   m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });

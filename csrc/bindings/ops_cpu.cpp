@@ -71,11 +71,12 @@ void attend_cpu(const AttendParams& p) {
     return;
   }
   std::vector<cpu::AttendRun> runs;
-  std::vector<int64_t> first_run(static_cast<size_t>(c.batch) + 1);
-  const int64_t most = std::max<int64_t>(1, kMostRuns / c.batch);
-  for (int64_t b = 0; b < c.batch; ++b) {
-    const int64_t* seen = c.state + p.layer * c.batch + b;
-    const AttendPlan plan = AttendPlan::make(p, b, {seen[0], seen[c.layers * c.batch]});
+  const int64_t entries = p.sequences.entries(c.batch);
+  std::vector<int64_t> first_run(static_cast<size_t>(entries) + 1);
+  const int64_t most = std::max<int64_t>(1, kMostRuns / std::max<int64_t>(1, entries));
+  for (int64_t b = 0; b < entries; ++b) {
+    const SequenceState state = cpu::state_of(c, p.layer, p.sequences.sequence(b, c.batch));
+    const AttendPlan plan = AttendPlan::make(p, b, state);
     const int64_t length = std::max(kLeastRun, (plan.count + most - 1) / most);
     for (int64_t row = 0; row < plan.count; row += length) {
       runs.push_back({b, row, std::min(plan.count, row + length)});
@@ -87,7 +88,7 @@ void attend_cpu(const AttendParams& p) {
   std::vector<float> states(static_cast<size_t>(count * state_floats));
   run_items(count, kLeastRun * c.heads * c.head_dim,
             [&](int64_t begin, int64_t end) { cpu::attend(p, runs.data(), begin, end, states.data()); });
-  for (int64_t b = 0; b < c.batch; ++b) {
+  for (int64_t b = 0; b < entries; ++b) {
     const int64_t from = first_run[static_cast<size_t>(b)];
     cpu::finish_attend(p, b, first_run[static_cast<size_t>(b) + 1] - from, states.data() + from * state_floats);
   }

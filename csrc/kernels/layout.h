@@ -52,8 +52,8 @@ KVC_HD SequenceState empty_state(int64_t sinks) { return {0, sinks}; }
 
 // Truncates one of the chosen sequences, or of all, in one layer.
 KVC_HD void truncate_entry(const TruncateParams& p, int64_t layer, int64_t entry) {
-  const int64_t sequence = p.sequences.data == nullptr ? entry : p.sequences[entry];
-  if (sequence < 0 || sequence >= p.batch) return;
+  const int64_t sequence = p.sequences.sequence(entry, p.batch);
+  if (sequence < 0) return;
   int64_t* seen = p.state + layer * p.batch + sequence;
   int64_t* first = seen + p.layers * p.batch;
   SequenceState s = empty_state(p.sinks);
@@ -65,8 +65,9 @@ KVC_HD void truncate_entry(const TruncateParams& p, int64_t layer, int64_t entry
   *first = s.first;
 }
 
-// How many of T rows are appended to sequence b: the last new_lengths[b], clamped to 0..T.
+// How many of T rows of entry b are appended: the last new_lengths[b], clamped to 0..T.
 KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
+  if (p.sequences.indices.data != nullptr && p.sequences.sequence(b, p.cache.batch) < 0) return 0;
   if (p.new_lengths == nullptr) return p.rows;
   // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
   // later.

@@ -27,6 +27,21 @@ struct Integers {
   }
 };
 
+// The sequences that a call is about: entry i of its tensors belongs to sequence indices[i] of the cache, and where
+// that is out of range to none. Without indices, entry b belongs to sequence b, and there are B of them.
+struct ChosenSequences {
+  Integers indices;  // [count], distinct, or null
+  int64_t count = 0;
+
+  KVC_HD int64_t entries(int64_t batch) const { return indices.data == nullptr ? batch : count; }
+  // The sequence that an entry belongs to, or -1.
+  KVC_HD int64_t sequence(int64_t entry, int64_t batch) const {
+    if (indices.data == nullptr) return entry;
+    const int64_t sequence = indices[entry];
+    return sequence >= 0 && sequence < batch ? sequence : -1;
+  }
+};
+
 // The cache as it lies in memory.
 struct CacheView {
   uint16_t* k_cache;  // [L, B, N, H, D], contiguous
@@ -51,7 +66,8 @@ struct Rows {
   int64_t head_stride;
 };
 
-// Convert T new positions to FP16 and store them behind what each sequence has; advance the state.
+// Convert T new positions to FP16 and store them behind what each sequence has; advance the state. Here and below, B of
+// the call's tensors is the number of chosen sequences.
 struct AppendParams {
   CacheView cache;
   int64_t* overflow_counts;  // [L]: += finite inputs with |x| >= 65520
@@ -64,6 +80,7 @@ struct AppendParams {
   const void* new_lengths;  // [B] int32 or int64, or null: all T rows of every sequence
   bool new_lengths_are_32_bit;
   bool saturate;  // else finite values beyond the FP16 range become +-inf
+  ChosenSequences sequences = {};
 };
 
 // Copy chronological indices of one layer out, FP16 to `dtype`. Index `start + i`, or `indices[b, i]`.
@@ -79,6 +96,7 @@ struct GatherParams {
   Rows<void*> key;    // [1, B, n, H, D] of `dtype`
   Rows<void*> value;  // [1, B, n, H, D] of `dtype`
   DType dtype;
+  ChosenSequences sequences = {};
 };
 
 // How many tickets the workspace of an attention call has: heads that several blocks share at a time.
@@ -99,13 +117,14 @@ struct AttendParams {
   float* lse;               // [B, T, Hq] natural log-sum-exp, or null
   DType dtype;
   float scale;
-  float softcap;           // scores become softcap * tanh(score / softcap); 0: they stay
-  int64_t window;          // 0: no window
-  bool appends;            // the fields of `append` count; else they are not read
-  AppendParams append;     // of the same cache and layer, layer_count 1, T rows
-  float* partials;         // workspace: what the blocks that share a head leave for the last of them
-  uint32_t* tickets;       // workspace [kAttendTickets]: zero between launches
-  int64_t partial_floats;  // the size of `partials`
+  float softcap;                   // scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;                  // 0: no window
+  bool appends;                    // the fields of `append` count; else they are not read
+  AppendParams append;             // of the same cache and layer, layer_count 1, T rows
+  float* partials;                 // workspace: what the blocks that share a head leave for the last of them
+  uint32_t* tickets;               // workspace [kAttendTickets]: zero between launches
+  int64_t partial_floats;          // the size of `partials`
+  ChosenSequences sequences = {};  // `append` has the same
 };
 
 // Keep the oldest held positions of some sequences of every layer (all, where fewer are held), or none of them.
@@ -114,11 +133,10 @@ struct TruncateParams {
   int64_t layers;
   int64_t batch;
   int64_t sinks;
-  bool resets;         // forget everything and begin to number from 0 again: `length` and `lengths` do not count
-  int64_t length;      // of every sequence, where `lengths` is null
-  Integers lengths;    // [entries]: how many positions each keeps, negative numbers counting as 0; or null
-  Integers sequences;  // [entries]: the sequences meant, or null: all B in order. One that is not there is left out
-  int64_t entries;     // B where `sequences` is null
+  bool resets;       // forget everything and begin to number from 0 again: `length` and `lengths` do not count
+  int64_t length;    // of every sequence, where `lengths` is null
+  Integers lengths;  // one for each of `sequences`: how many it keeps, negative numbers counting as 0; or null
+  ChosenSequences sequences;
 };
 
 constexpr int64_t kMostCopies = 4096;  // pairs that a block of copy_sequences has room for

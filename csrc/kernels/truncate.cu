@@ -12,13 +12,14 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) truncate_kernel(const TruncateParams p) {
-  for (int64_t entry = threadIdx.x; entry < p.entries; entry += kThreads) truncate_entry(p, blockIdx.x, entry);
+  for (int64_t entry = threadIdx.x; entry < p.sequences.entries(p.batch); entry += kThreads)
+    truncate_entry(p, blockIdx.x, entry);
 }
 
 }  // namespace
 
 cudaError_t launch_truncate(const TruncateParams& p, cudaStream_t stream) {
-  if (p.entries == 0) return cudaSuccess;
+  if (p.sequences.entries(p.batch) == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(p.layers));
   config.blockDim = dim3(kThreads);

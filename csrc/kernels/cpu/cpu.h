@@ -48,6 +48,9 @@ struct InstructionSet {
 const InstructionSet& instruction_set();        // the best that this machine has, or the one that was selected
 bool select_instruction_set(const char* name);  // false: no such name, or this machine lacks the instructions
 
+// Where a sequence of a layer stands; -1 stands for one that holds nothing.
+SequenceState state_of(const CacheView& cache, int64_t layer, int64_t sequence);
+
 // An item of append is one row of one sequence of one layer; of gather, one row of one sequence. Items of one call may
 // run in any order and on any thread; advance_state comes after all of them.
 int64_t append_items(const AppendParams& params);

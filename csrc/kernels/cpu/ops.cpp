@@ -96,18 +96,28 @@ void load_tile(const Conversions& use, const GatherParams& p, const Rows<void*>&
 
 }  // namespace
 
-int64_t append_items(const AppendParams& p) { return p.layer_count * p.cache.batch * p.rows; }
+SequenceState state_of(const CacheView& c, int64_t layer, int64_t sequence) {
+  if (sequence < 0) return empty_state(c.sinks);
+  const int64_t entry = layer * c.batch + sequence;
+  return {*seen_of(c, entry), *first_of(c, entry)};
+}
+
+int64_t append_items(const AppendParams& p) { return p.layer_count * p.sequences.entries(p.cache.batch) * p.rows; }
 
 void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
   const Conversions& use = *instruction_set().conversions;
+  const int64_t entries = p.sequences.entries(c.batch);
   while (begin < end) {  // a run of rows of one sequence of one layer
     const int64_t matrix = begin / p.rows;
     const int64_t first_row = begin - matrix * p.rows;
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
-    const int64_t layer = matrix / c.batch;
-    const int64_t sequence = matrix - layer * c.batch;
-    const int64_t entry = (p.first_layer + layer) * c.batch + sequence;
+    begin += last_row - first_row;
+    const int64_t layer = matrix / entries;
+    const int64_t sequence = matrix - layer * entries;  // of the call
+    const int64_t in_cache = p.sequences.sequence(sequence, c.batch);
+    if (in_cache < 0) continue;
+    const int64_t entry = (p.first_layer + layer) * c.batch + in_cache;
     const AppendPlan plan = AppendPlan::make(*seen_of(c, entry), p.rows, appended_rows(p, sequence), c);
     const int64_t key_start = layer * p.key.layer_stride + sequence * p.key.batch_stride;
     const int64_t value_start = layer * p.value.layer_stride + sequence * p.value.batch_stride;
@@ -121,7 +131,6 @@ void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
       overflows += store_tile(use, p, p.value, value_start, row, count, slots, c.v_cache + cache_start, stream);
     }
     if (overflows != 0) __atomic_fetch_add(p.overflow_counts + p.first_layer + layer, overflows, __ATOMIC_RELAXED);
-    begin += last_row - first_row;
   }
   if (stream) finish_streaming();
 }
@@ -129,8 +138,10 @@ void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
 void advance_state(const AppendParams& p) {
   const CacheView& c = p.cache;
   for (int64_t layer = 0; layer < p.layer_count; ++layer) {
-    for (int64_t b = 0; b < c.batch; ++b) {
-      const int64_t entry = (p.first_layer + layer) * c.batch + b;
+    for (int64_t b = 0; b < p.sequences.entries(c.batch); ++b) {
+      const int64_t in_cache = p.sequences.sequence(b, c.batch);
+      if (in_cache < 0) continue;
+      const int64_t entry = (p.first_layer + layer) * c.batch + in_cache;
       const SequenceState next =
           state_after_append({*seen_of(c, entry), *first_of(c, entry)}, appended_rows(p, b), c.ring.divisor);
       *seen_of(c, entry) = next.seen;
@@ -139,7 +150,7 @@ void advance_state(const AppendParams& p) {
   }
 }
 
-int64_t gather_items(const GatherParams& p) { return p.cache.batch * p.rows; }
+int64_t gather_items(const GatherParams& p) { return p.sequences.entries(p.cache.batch) * p.rows; }
 
 void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
@@ -148,8 +159,9 @@ void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
     const int64_t sequence = begin / p.rows;
     const int64_t first_row = begin - sequence * p.rows;
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
-    const int64_t entry = p.layer * c.batch + sequence;
-    const ReadPlan plan = ReadPlan::make({*seen_of(c, entry), *first_of(c, entry)}, c);
+    const int64_t in_cache = p.sequences.sequence(sequence, c.batch);
+    const int64_t entry = p.layer * c.batch + imax(in_cache, 0);
+    const ReadPlan plan = ReadPlan::make(state_of(c, p.layer, in_cache), c);
     const int64_t cache_start = entry * c.positions * c.heads * c.head_dim;
     for (int64_t row = first_row; row < last_row; row += kTileRows) {
       const int64_t count = imin(kTileRows, last_row - row);
@@ -205,8 +217,7 @@ void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t
   std::vector<uint16_t> converted(p.appends ? static_cast<size_t>(2 * kTile * c.heads * c.head_dim) : 0);
   for (int64_t run = begin; run < end; ++run) {
     const int64_t b = runs[run].sequence;
-    const int64_t entry = p.layer * c.batch + b;
-    const AttendPlan plan = AttendPlan::make(p, b, {*seen_of(c, entry), *first_of(c, entry)});
+    const AttendPlan plan = AttendPlan::make(p, b, state_of(c, p.layer, p.sequences.sequence(b, c.batch)));
     for (int64_t m = 0; m < queries; ++m) {
       const int64_t offset =
           b * p.query.batch_stride + m / p.query_heads * p.query.row_stride + m % p.query_heads * p.query.head_stride;
@@ -272,7 +283,7 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
 
 void truncate(const TruncateParams& p) {
   for (int64_t layer = 0; layer < p.layers; ++layer) {
-    for (int64_t entry = 0; entry < p.entries; ++entry) truncate_entry(p, layer, entry);
+    for (int64_t entry = 0; entry < p.sequences.entries(p.batch); ++entry) truncate_entry(p, layer, entry);
   }
 }
 
