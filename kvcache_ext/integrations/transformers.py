@@ -83,12 +83,16 @@ class _LateCheck:
     def raise_if_bad(self) -> None:
         if self._flag is None:
             return
-        self._done.synchronize()  # of the step before; the device has the latest step still to do
+        if self._done is not None:
+            self._done.synchronize()  # of the step before; the device has the latest step still to do
         flag, self._flag = self._flag, None
         if flag.item():
             _mask_changed()
 
     def post(self, bad: Tensor) -> None:
+        if not bad.is_cuda:
+            self._flag = bad
+            return
         self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
         self._flag.copy_(bad, non_blocking=True)
         self._done = torch.cuda.Event()
@@ -184,7 +188,7 @@ class _Shared:
         same = mask[:, recorded:seen].all()
         if record is not None:
             same = same & (mask[:, :recorded] == record[:, :recorded].to(mask.device)).all()
-        if mask.is_cuda and new == 1:
+        if self.looks_late(mask) and new == 1:
             late.post(~(same & keep.all()) if no_padding else ~same)
             self.records[window] = mask.clone()
             return keep.to(torch.int32)[:, None, None]
@@ -199,6 +203,11 @@ class _Shared:
         if left:
             return keep.sum(1, dtype=torch.int32)[:, None, None, None]
         return keep.to(torch.int8)[:, None, None]
+
+    @staticmethod
+    def looks_late(mask: Tensor) -> bool:
+        """Whether looking at a mask on the host costs a synchronisation."""
+        return mask.is_cuda
 
     def all_held_from(self, column: int, window: int | None) -> None:
         """That from this column on, the layers with this window hold all that came."""
@@ -981,7 +990,8 @@ class DecodeGraph:
         self._graph: Any = None
         self._logits: Tensor | None = None
         if device.type == "cuda":
-            self._capture(device)
+            with torch.cuda.device(device):
+                self._capture(device)
 
     @torch.no_grad()
     def _step(self) -> Tensor:
