@@ -9,7 +9,7 @@ will do (`precision="fp16"`), through scaled_dot_product_attention on the FP16 d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -177,22 +177,26 @@ def _prefill(
     scale: float,
     window: int,
     softcap: float,
+    sequences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The answer `[B, T, Hq, D]` and the LSE `[B, T, Hq]`; nothing is appended. One op, which a compiler takes whole.
 
     All arguments have been checked; `query` is `[B, T, Hq, D]`. `window` and `softcap` 0 mean none.
     """
+    if len(query) == 0:
+        return query.clone(), query.new_empty(query.shape[:-1], dtype=torch.float32)
     with _ieee_fp32(query.device):
         return _prefill_in_blocks(
             k_cache, v_cache, state, layer, query, key, value, new_lengths, sink_positions, saturate, scale, window,
-            softcap,
+            softcap, sequences,
         )  # fmt: skip
 
 
 @_prefill.register_fake
 def _(  # type: ignore[no-untyped-def]
-    k_cache, v_cache, state, layer, query, key, value, new_lengths, sink_positions, saturate, scale, window, softcap
-):
+    k_cache, v_cache, state, layer, query, key, value, new_lengths, sink_positions, saturate, scale, window, softcap,
+    sequences=None,
+):  # fmt: skip
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
@@ -210,20 +214,28 @@ def _prefill_in_blocks(
     scale: float,
     window: int,
     softcap: float,
+    sequences: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, rows = query.shape[:2]
     max_positions, heads, head_dim = k_cache.shape[2:]
     device = query.device
     seen, first = (state[i, layer][:, None].clone() for i in range(2))  # [B, 1]
+    there = None
+    if sequences is not None:
+        there = ((sequences >= 0) & (sequences < k_cache.shape[1]))[:, None]
+        slots = sequences.long().clamp(0, k_cache.shape[1] - 1)
+        seen, first = torch.where(there, seen[slots], 0), torch.where(there, first[slots], sinks)
     padding = torch.zeros_like(seen)
     total = seen
     new_keys = new_values = None
     if key is not None and value is not None:
         if new_lengths is not None:
             padding = rows - new_lengths.long().clamp(0, rows)[:, None]
+        if there is not None:
+            padding = torch.where(there, padding, rows)
         total = seen + rows - padding
         # As they will be stored: appended to a cache of their own, by the kernel that always converts.
-        new_keys, new_values = (torch.empty_like(k_cache[:1, :, :1].expand(1, batch, rows, heads, head_dim),
+        new_keys, new_values = (torch.empty_like(k_cache[:1, :1, :1].expand(1, batch, rows, heads, head_dim),
                                                  memory_format=torch.contiguous_format) for _ in range(2))  # fmt: skip
         new_state = torch.zeros((3, 1, batch), dtype=torch.int64, device=device)
         counts = torch.zeros(1, dtype=torch.int64, device=device)
@@ -244,7 +256,7 @@ def _prefill_in_blocks(
         return (p <= own[:, part, None]) & ((p < sinks) | (p >= oldest[:, part, None]))
 
     answers, lses = [], []
-    longest = extension.longest_or_all(state, layer, max_positions)
+    longest = extension.longest_or_all(state, layer, max_positions, 0, k_cache.shape[1])
     queries_per_block = max(1, _SCORES_PER_BLOCK // (_KEYS_PER_BLOCK * batch * query.shape[2]))
     for start in range(0, rows, queries_per_block):
         part = slice(start, start + queries_per_block)
@@ -258,7 +270,8 @@ def _prefill_in_blocks(
             positions = torch.where(positions < seen, positions, 2**62)  # not held
             shape = (batch, len(index), heads, head_dim)
             keys, values = (
-                x.view(shape) for x in ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks)
+                x.view(shape)
+                for x in ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks, sequences=sequences)
             )
             softmax.add(keys, values, sees(positions, part))
         if new_keys is not None and new_values is not None:
@@ -274,18 +287,28 @@ def _prefill_in_blocks(
     return torch.cat(answers, 1), torch.cat(lses, 1)
 
 
-def _half_answer(cache: StreamingKVCacheFp16, layer: int, query: Tensor, scale: float) -> Tensor | None:
+def _run_of(cache: StreamingKVCacheFp16, sequences: Sequence[int] | Tensor | None) -> slice | None:
+    """The batch slots of a call, if the host knows them and they follow each other, so that there are views of them."""
+    if sequences is None:
+        return slice(0, cache.batch_size)
+    if isinstance(sequences, Tensor) or len(sequences) == 0:
+        return None
+    begin, end = sequences[0], sequences[-1] + 1
+    return slice(begin, end) if list(sequences) == list(range(begin, end)) else None
+
+
+def _half_answer(cache: StreamingKVCacheFp16, layer: int, query: Tensor, scale: float, chosen: slice) -> Tensor | None:
     """Attention of `query` `[B, T, Hq, D]` by torch over views of the FP16 data; None where there are no such views.
 
     The mask is causal and aligned to the lower right, as torch's own `is_causal` is not. On a CPU torch builds that
     mask, so that the queries go in blocks there.
     """
-    slot, held = extension.run_or_none(cache._state, layer)
+    slot, held = extension.run_or_none(cache._state, layer, chosen.start, chosen.stop)
     rows = query.shape[1]
     if slot < 0 or held < rows:
         return None
     keys, values = (
-        x[layer, :, slot : slot + held].transpose(1, 2) for x in (cache.k_cache, cache.v_cache)
+        x[layer, chosen, slot : slot + held].transpose(1, 2) for x in (cache.k_cache, cache.v_cache)
     )  # [B, H, held, D], where they lie
     queries = query.transpose(1, 2).half()
     block = rows if query.is_cuda else _HALF_QUERIES_PER_BLOCK
@@ -313,6 +336,7 @@ def prefill(
     return_lse: bool,
     out: Tensor | None,
     precision: str,
+    sequences: Sequence[int] | Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` (or, with `new` = key, value, new_lengths, `append_attend`) for many queries, in FP32 or FP16.
 
@@ -327,7 +351,8 @@ def prefill(
     `precision="fp16"`: queries rounded to FP16, torch's scaled_dot_product_attention on views of the storage; its
     error is that of FP16 attention (the tests hold it to 2e-3, whatever the query's dtype), and a query beyond the
     FP16 range gives NaN. For that the sequences must hold equally many positions in consecutive slots, which is known
-    on the host until the ring wraps; the call must evict nothing, and have no window, softcap, LSE or new_lengths.
+    on the host until the ring wraps; the call must evict nothing, have no window, softcap, LSE or new_lengths, and be
+    about all sequences or a list of some that follow each other.
     Every other call, and compiled code, gets the FP32 answer.
     """
     key, value, new_lengths = new
@@ -336,30 +361,32 @@ def prefill(
     )
     if is_compiling():
         scale, window, softcap = kernel_options(cache.head_dim, scale, window, softcap)
+        numbers = cache._optional_integers(sequences)
     else:
-        scale, window, softcap = cache._compiled.check_attend(
-            layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out
+        scale, window, softcap, numbers = cache._compiled.check_attend(
+            layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
         )
+    chosen = _run_of(cache, sequences) if half else None
     batched = query if query.dim() == 4 else query[None]
     answer = None
-    if half:
+    if chosen is not None:
         if key is None or value is None:
-            answer = _half_answer(cache, layer, batched, scale)
-        elif (
-            extension.longest_or_all(cache._state, layer, cache.max_positions) + batched.shape[1] <= cache.max_positions
-        ):
-            # Nothing is evicted, so that appending first changes nothing for the earlier queries.
-            cache.append(layer, key, value)
-            key = value = None
-            answer = _half_answer(cache, layer, batched, scale)
+            answer = _half_answer(cache, layer, batched, scale, chosen)
+        else:
+            longest = extension.longest_or_all(cache._state, layer, cache.max_positions, chosen.start, chosen.stop)
+            if longest + batched.shape[1] <= cache.max_positions:
+                # Nothing is evicted, so that appending first changes nothing for the earlier queries.
+                cache.append(layer, key, value, sequences=sequences)
+                key = value = None
+                answer = _half_answer(cache, layer, batched, scale, chosen)
     lse = None
     if answer is None:
         answer, lse = _prefill(
             cache.k_cache, cache.v_cache, cache._state, layer, batched, key, value, new_lengths, cache.sink_positions,
-            cache.overflow == "saturate", scale, window, softcap,
+            cache.overflow == "saturate", scale, window, softcap, numbers,
         )  # fmt: skip
     if key is not None and value is not None:
-        cache.append(layer, key, value, new_lengths=new_lengths)
+        cache.append(layer, key, value, new_lengths=new_lengths, sequences=sequences)
     answer = answer.reshape(query.shape)
     if out is not None:
         answer = out.copy_(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,16 +81,25 @@ class StreamingKVCacheFp16:
     Order. Index 0 is the oldest position still held of that layer and sequence, and indices count up in the order of
     appending, also after the ring has wrapped. Layers may be appended to in any order.
 
+    Some of the sequences. Calls that take `sequences` are about those batch slots alone: entry i of the call's tensors
+    belongs to sequence `sequences[i]`, and all shapes are those of a cache of that many sequences. They are a list of
+    distinct ints, which is checked and copied to the device at each call, or an int64 or int32 tensor `[n]` on the
+    cache's device, which is read there: it costs nothing, can be captured, and leaves the host without exact lengths.
+    That a tensor's numbers are distinct cannot be checked without a synchronisation; what becomes of a sequence that it
+    names twice is undefined. An entry whose number is out of range is not appended, and answers zeros (LSE -inf).
+
     Storage. `k_cache` and `v_cache` are FP16 `[L, B, N, H, D]`. Their slots are in physical order and unwritten ones
     hold anything; the methods answer in chronological order and from written slots only.
 
     Conversion is IEEE round-to-nearest-even, bit for bit `tensor.to(torch.float16)`; NaN stays NaN, inf stays inf.
 
     GPU. Calls run on the current stream of the cache's device and do not synchronise, except those that need a length
-    on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate`) after lengths have moved on
-    the device alone, which is after `new_lengths` or a captured graph. `append`, `append_all`, `gather`, `attend`,
-    `append_attend` and `clear` can be captured into a CUDA graph, and each replay moves the cache on. A cache is used
-    by one stream at a time and must outlive the graphs that were captured from it. The same calls work under
+    on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate` to an int or a list) after
+    lengths have moved on the device alone, which is after a captured graph, `new_lengths`, or another tensor of lengths
+    or of sequences. `append`, `append_all`, `gather`, `attend`, `append_attend`, `clear`, and with tensors `truncate`,
+    `reset`, `reorder` and `copy_sequence` can be captured into a CUDA graph, and each replay moves the cache on. A
+    graph cannot record a list, which is copied from the host: calls raise if they get one during capture. A cache is
+    used by one stream at a time and must outlive the graphs that were captured from it. The same calls work under
     `torch.compile(fullgraph=True)`; those that need a length on the host do not.
     """
 
@@ -166,7 +176,15 @@ class StreamingKVCacheFp16:
 
     # Writing
 
-    def append(self, layer: int, key: Tensor, value: Tensor, *, new_lengths: Tensor | None = None) -> None:
+    def append(
+        self,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        *,
+        new_lengths: Tensor | None = None,
+        sequences: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """Converts `T` new positions of one layer to FP16 and stores them behind what each sequence has.
 
         One kernel launch on a GPU. What the cache holds afterwards is what appending the positions one by one would
@@ -177,6 +195,7 @@ class StreamingKVCacheFp16:
             key, value: `[B, T, H, D]` (short forms: see the class), FP32, FP16 or BF16, on the cache's device.
             new_lengths: int64 or int32 `[B]` on the cache's device: only the *last* `new_lengths[b]` rows of sequence
                 `b` are appended (the rest is left padding); clamped to 0..T.
+            sequences: the batch slots to append to (see the class); `B` is then their number.
 
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
@@ -193,11 +212,19 @@ class StreamingKVCacheFp16:
                 new_lengths,
                 sink_positions=self.sink_positions,
                 saturate=self._saturate,
+                sequences=self._optional_integers(sequences),
             )
         else:
-            self._compiled.append(layer, key, value, new_lengths)
+            self._compiled.append(layer, key, value, new_lengths, sequences)
 
-    def append_all(self, keys: Tensor, values: Tensor, *, new_lengths: Tensor | None = None) -> None:
+    def append_all(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        new_lengths: Tensor | None = None,
+        sequences: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """`append` to every layer in one launch: `keys`, `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
         if is_compiling():
             ops.append_all(
@@ -210,23 +237,121 @@ class StreamingKVCacheFp16:
                 new_lengths,
                 sink_positions=self.sink_positions,
                 saturate=self._saturate,
+                sequences=self._optional_integers(sequences),
             )
         else:
-            self._compiled.append_all(keys, values, new_lengths)
+            self._compiled.append_all(keys, values, new_lengths, sequences)
 
-    def truncate(self, n: int) -> None:
-        """Keeps the `n` oldest held positions of every layer and sequence, `0 <= n <= len(cache)`. No data moves.
+    def truncate(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
+        """Keeps the `n` oldest held positions of every layer and sequence, or of the chosen sequences. No data moves.
 
         Positions that the ring has evicted do not come back. The next position appended gets the number after the last
-        one kept. (Under torch.compile, where lengths are not known, an `n` beyond what is held changes nothing.)
+        one kept.
+
+        Args:
+            n: an int for all, `0 <= n <= len(cache)` (or what the shortest of the chosen sequences holds); a list of
+                ints, one a sequence, likewise checked; or an int64 or int32 tensor `[B]` on the cache's device, which
+                is read there without a synchronisation, so that each of its numbers is clamped to 0 and to what its
+                sequence holds. With `sequences`, one number for each of those.
+            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device. With a
+                tensor, lengths are not checked on the host either.
 
         Raises:
-            TypeError, IndexError: `n` is not an int, or out of range. The cache is unchanged.
+            TypeError, ValueError, IndexError: an argument is wrong or out of range. The cache is unchanged.
+
+        A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
+        lengths are not known, an `n` beyond what is held changes nothing.)
         """
         if is_compiling():
-            ops.truncate(self.k_cache, self._state, n, sink_positions=self.sink_positions)
+            length = n if isinstance(n, int) else self._integers(n)
+            ops.truncate(
+                self.k_cache,
+                self._state,
+                length,
+                sequences=self._optional_integers(sequences),
+                sink_positions=self.sink_positions,
+            )
         else:
-            self._compiled.truncate(n)
+            self._compiled.truncate(n, sequences)
+
+    def reset(self, sequences: Sequence[int] | Tensor | None = None) -> None:
+        """Forgets every position of the chosen sequences (None: of all) in every layer. No data moves.
+
+        Numbering begins at 0 again. The overflow counters, which belong to no sequence, stay; `clear()` zeroes them.
+
+        Args:
+            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device, of
+                which those out of range are left out. A list is copied to the device; in a graph pass a tensor.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.reset(self.k_cache, self._state, self._optional_integers(sequences), sink_positions=self.sink_positions)
+        else:
+            self._compiled.reset(sequences)
+
+    def reorder(self, batch_indices: Sequence[int] | Tensor) -> None:
+        """Sequence b becomes what sequence `batch_indices[b]` was, in every layer: beams change places. In place.
+
+        Each index may occur more than once, or not at all: that sequence is lost. What moves are the rows that are
+        held, each to the slot of the same number, and the lengths; sequences that stay are not touched.
+
+        Args:
+            batch_indices: `B` ints as a list, or as an int64 or int32 tensor `[B]` on the cache's device. A tensor is
+                read there, without a synchronisation; an index out of range leaves its sequence as it is. A list is
+                copied to the device; in a graph pass a tensor.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.copy_sequences(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._integers(batch_indices),
+                sink_positions=self.sink_positions,
+            )
+        else:
+            self._compiled.reorder(batch_indices)
+
+    def copy_sequence(self, src: int | Sequence[int] | Tensor, dst: int | Sequence[int] | Tensor) -> None:
+        """Sequence `dst` becomes a copy of sequence `src`, in every layer: a fork, a shared prompt. In place.
+
+        With several of them, `dst[i]` becomes what `src[i]` was before the call. Costs the rows that are moved, as
+        `reorder` does.
+
+        Args:
+            src, dst: an int, a list of ints, or an int64 or int32 tensor `[n]` (or of no dimension) on the cache's
+                device; equally many. Those of `dst` must be distinct, which cannot be checked of a tensor without a
+                synchronisation: what becomes of one that is named twice is undefined. A pair of tensors' indices that
+                is out of range does nothing. What is not a tensor is copied to the device; in a graph pass tensors.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
+        """
+        if is_compiling():
+            ops.copy_sequences(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                self._integers(src),
+                self._integers(dst),
+                sink_positions=self.sink_positions,
+            )
+        else:
+            self._compiled.copy_sequence(src, dst)
+
+    def _integers(self, numbers: int | Sequence[int] | Tensor) -> Tensor:
+        """As a tensor `[n]`, for compiled code. Eager code leaves that to the compiled half, which checks them."""
+        if isinstance(numbers, Tensor):
+            return numbers.view(1) if numbers.dim() == 0 else numbers
+        as_list = [numbers] if isinstance(numbers, int) else list(numbers)
+        return torch.tensor(as_list, dtype=torch.int64, device=self.device)
+
+    def _optional_integers(self, numbers: Sequence[int] | Tensor | None) -> Tensor | None:
+        return None if numbers is None else self._integers(numbers)
 
     def clear(self) -> None:
         """Forgets every position and zeroes the overflow counters. No data moves."""
@@ -281,6 +406,7 @@ class StreamingKVCacheFp16:
         *,
         dtype: torch.dtype = torch.float32,
         out: tuple[Tensor, Tensor] | None = None,
+        sequences: Sequence[int] | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values at any chronological indices of one layer, in one launch, without a length on the host.
 
@@ -289,6 +415,7 @@ class StreamingKVCacheFp16:
                 negative or not held gives rows of zeros.
             dtype: FP32, FP16 or BF16.
             out: a pair of tensors of the answer's shape and dtype to write into, with a stride of 1 in `head_dim`.
+            sequences: the batch slots to read (see the class); `B` is then their number.
 
         Returns:
             keys, values: `[B, n, H, D]` of `dtype`, or without `B` when it is 1.
@@ -306,8 +433,9 @@ class StreamingKVCacheFp16:
                 sink_positions=self.sink_positions,
                 dtype=dtype,
                 out=out,
+                sequences=self._optional_integers(sequences),
             )
-        return self._compiled.gather(layer, indices, dtype, out)
+        return self._compiled.gather(layer, indices, dtype, out, sequences)
 
     # Attention
 
@@ -322,6 +450,7 @@ class StreamingKVCacheFp16:
         return_lse: bool = False,
         out: Tensor | None = None,
         precision: str = "fp32",
+        sequences: Sequence[int] | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Softmax attention of `query` over what one layer holds, read as FP16 where it lies, computed in FP32.
 
@@ -341,6 +470,7 @@ class StreamingKVCacheFp16:
             out: a tensor of the query's shape and dtype to write into.
             precision: "fp16" lets torch's FP16 attention answer many queries (`T` over 16) where it can, faster and
                 with its error, some 5e-4; "fp32" and calls that it cannot serve are answered at FP32 accuracy.
+            sequences: the batch slots to attend to (see the class); `B` is then their number.
 
         Returns:
             The answer, of the query's shape and dtype; with `return_lse` a pair with the LSE.
@@ -355,7 +485,7 @@ class StreamingKVCacheFp16:
         attention.check_precision(precision)
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
             if not is_compiling():
-                return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out)
+                return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out, sequences)
             options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
             ops.attend(
@@ -371,10 +501,11 @@ class StreamingKVCacheFp16:
                 softcap=options[2],
                 out=out,
                 lse=lse,
+                sequences=self._optional_integers(sequences),
             )
             return out if lse is None else (out, lse)
         return attention.prefill(
-            self, layer, query, (None, None, None), scale, window, softcap, return_lse, out, precision
+            self, layer, query, (None, None, None), scale, window, softcap, return_lse, out, precision, sequences
         )
 
     def append_attend(
@@ -391,6 +522,7 @@ class StreamingKVCacheFp16:
         return_lse: bool = False,
         out: Tensor | None = None,
         precision: str = "fp32",
+        sequences: Sequence[int] | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`append` and `attend` in one: each new position is appended, then attended to by its query.
 
@@ -404,7 +536,7 @@ class StreamingKVCacheFp16:
         if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
             if not is_compiling():
                 return self._compiled.append_attend(
-                    layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out
+                    layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
                 )
             options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
@@ -426,10 +558,11 @@ class StreamingKVCacheFp16:
                 softcap=options[2],
                 out=out,
                 lse=lse,
+                sequences=self._optional_integers(sequences),
             )
             return out if lse is None else (out, lse)
         new = (key, value, new_lengths)
-        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out, precision)
+        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out, precision, sequences)
 
     # Lengths and figures
 

@@ -8,8 +8,11 @@ cache as its tensors:
   scratch row that is zero between calls.
 - `overflow_counts`: int64 `[layers]`.
 
-`append`, `append_all`, `append_attend`, `truncate` and `clear` change them in place and return nothing. Each op is
-written again in plain torch in `kvcache_ext.reference`.
+`append`, `append_all`, `append_attend`, `copy_sequences`, `truncate`, `reset` and `clear` change them in place and
+return nothing. Each op is written again in plain torch in `kvcache_ext.reference`.
+
+`sequences`, int64 or int32 `[n]`, are the batch slots that a call is about: its other tensors have batch n then. They
+must be distinct, which is not checked; entries whose slot is out of range are left out, and read as zeros.
 """
 
 from __future__ import annotations
@@ -34,9 +37,12 @@ def append(
     *,
     sink_positions: int = 0,
     saturate: bool = True,
+    sequences: Tensor | None = None,
 ) -> None:
     """Converts `key` and `value` (`[B, T, H, D]`, FP32, FP16 or BF16) to FP16 and stores them in one layer."""
-    _ops.append(k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate)
+    _ops.append(
+        k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate, sequences
+    )
 
 
 def append_all(
@@ -50,9 +56,12 @@ def append_all(
     *,
     sink_positions: int = 0,
     saturate: bool = True,
+    sequences: Tensor | None = None,
 ) -> None:
     """`append` to every layer at once: `keys` and `values` are `[layers, B, T, H, D]`."""
-    _ops.append_all(k_cache, v_cache, state, overflow_counts, keys, values, new_lengths, sink_positions, saturate)
+    _ops.append_all(
+        k_cache, v_cache, state, overflow_counts, keys, values, new_lengths, sink_positions, saturate, sequences
+    )
 
 
 def gather(
@@ -65,11 +74,12 @@ def gather(
     sink_positions: int = 0,
     dtype: torch.dtype = torch.float32,
     out: tuple[Tensor, Tensor] | None = None,
+    sequences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Copies the rows at chronological `indices` (int64 `[n]` or `[B, n]`) of one layer out, converted to `dtype`."""
     if out is None:
-        return _ops.gather(k_cache, v_cache, state, layer, indices, sink_positions, dtype)
-    _ops.gather_out(k_cache, v_cache, state, layer, indices, sink_positions, out[0], out[1])
+        return _ops.gather(k_cache, v_cache, state, layer, indices, sink_positions, dtype, sequences)
+    _ops.gather_out(k_cache, v_cache, state, layer, indices, sink_positions, out[0], out[1], sequences)
     return out
 
 
@@ -87,12 +97,15 @@ def attend(
     softcap: float = 0.0,
     out: Tensor,
     lse: Tensor | None = None,
+    sequences: Tensor | None = None,
 ) -> None:
     """Attention of up to 16 positions of `query`, `[B, T, Hq, D]`, over one layer, written to `out` and `lse`.
 
     `window` and `softcap` 0 mean none. `workspace`: FP32, see `workspace_floats`, its first 1,024 elements zero.
     """
-    _ops.attend(k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse)
+    _ops.attend(
+        k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences
+    )
 
 
 def append_attend(
@@ -114,17 +127,54 @@ def append_attend(
     softcap: float = 0.0,
     out: Tensor,
     lse: Tensor | None = None,
+    sequences: Tensor | None = None,
 ) -> None:
     """`append` and `attend` in one call, as if each position were appended and attended to in turn."""
     _ops.append_attend(
         k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
-        saturate, scale, window, softcap, out, lse,
+        saturate, scale, window, softcap, out, lse, sequences,
     )  # fmt: skip
 
 
-def truncate(k_cache: Tensor, state: Tensor, length: int, *, sink_positions: int = 0) -> None:
-    """Keeps the `length` oldest held positions of every layer and sequence (all of them where fewer are held)."""
-    _ops.truncate(k_cache, state, length, sink_positions)
+def copy_sequences(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    sources: Tensor,
+    destinations: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+) -> None:
+    """Sequences `destinations` become what `sources` were, in every layer: rows held, and state. All at once.
+
+    Both are int64 or int32 `[n]`, `destinations` distinct; without them, sequence b becomes what `sources[b]` was. A
+    pair with an index out of range does nothing.
+    """
+    _ops.copy_sequences(k_cache, v_cache, state, sources, destinations, sink_positions)
+
+
+def truncate(
+    k_cache: Tensor,
+    state: Tensor,
+    length: int | Tensor,
+    *,
+    sequences: Tensor | None = None,
+    sink_positions: int = 0,
+) -> None:
+    """Keeps the `length` oldest held positions of every layer and sequence (all of them where fewer are held).
+
+    A tensor `length`, int64 or int32 `[batch]` or `[n]`, has one number for each sequence, or for each of the chosen
+    `sequences`, `[n]`.
+    """
+    if isinstance(length, Tensor):
+        _ops.truncate(k_cache, state, 0, sink_positions, length, sequences)
+    else:
+        _ops.truncate(k_cache, state, length, sink_positions, None, sequences)
+
+
+def reset(k_cache: Tensor, state: Tensor, sequences: Tensor | None = None, *, sink_positions: int = 0) -> None:
+    """Forgets every position of the chosen sequences, int64 or int32 `[n]`, or of all. No data moves."""
+    _ops.reset(k_cache, state, sequences, sink_positions)
 
 
 def clear(k_cache: Tensor, state: Tensor, overflow_counts: Tensor, *, sink_positions: int = 0) -> None:
@@ -133,43 +183,62 @@ def clear(k_cache: Tensor, state: Tensor, overflow_counts: Tensor, *, sink_posit
 
 
 @torch.library.register_fake("kvcache_ext::append")
-def _(k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate, sequences=None
+):
     return None
 
 
 @torch.library.register_fake("kvcache_ext::append_all")
-def _(k_cache, v_cache, state, overflow_counts, keys, values, new_lengths, sink_positions, saturate):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    k_cache, v_cache, state, overflow_counts, keys, values, new_lengths, sink_positions, saturate, sequences=None
+):
     return None
 
 
 @torch.library.register_fake("kvcache_ext::gather")
-def _(k_cache, v_cache, state, layer, indices, sink_positions, dtype):  # type: ignore[no-untyped-def]
+def _(k_cache, v_cache, state, layer, indices, sink_positions, dtype, sequences=None):  # type: ignore[no-untyped-def]
     shape = [indices.shape[-1], *k_cache.shape[3:]]
-    if k_cache.shape[1] != 1:
-        shape = [k_cache.shape[1], *shape]
+    batch = k_cache.shape[1] if sequences is None else sequences.shape[0]
+    if batch != 1:
+        shape = [batch, *shape]
     return k_cache.new_empty(shape, dtype=dtype), v_cache.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("kvcache_ext::gather_out")
-def _(k_cache, v_cache, state, layer, indices, sink_positions, key_out, value_out):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    k_cache, v_cache, state, layer, indices, sink_positions, key_out, value_out, sequences=None
+):
     return None
 
 
 @torch.library.register_fake("kvcache_ext::attend")
-def _(k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences=None
+):
     return None
 
 
 @torch.library.register_fake("kvcache_ext::append_attend")
 def _(  # type: ignore[no-untyped-def]
     k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
-    saturate, scale, window, softcap, out, lse,
+    saturate, scale, window, softcap, out, lse, sequences=None,
 ):  # fmt: skip
     return None
 
 
+@torch.library.register_fake("kvcache_ext::copy_sequences")
+def _(k_cache, v_cache, state, sources, destinations, sink_positions):  # type: ignore[no-untyped-def]
+    return None
+
+
 @torch.library.register_fake("kvcache_ext::truncate")
-def _(k_cache, state, length, sink_positions):  # type: ignore[no-untyped-def]
+def _(k_cache, state, length, sink_positions, lengths=None, sequences=None):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("kvcache_ext::reset")
+def _(k_cache, state, sequences, sink_positions):  # type: ignore[no-untyped-def]
     return None
 
 

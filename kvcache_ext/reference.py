@@ -34,6 +34,12 @@ def held_positions(seen: int, first: int, sink_positions: int) -> list[int]:
     return [*range(min(seen, sink_positions)), *range(first, seen)]
 
 
+def _chosen(sequences: Tensor | None, batch: int) -> list[tuple[int, int]]:
+    """(entry, sequence): which of the cache's sequences the entries of a call's tensors belong to."""
+    numbers = range(batch) if sequences is None else sequences.tolist()
+    return [(i, b) for i, b in enumerate(numbers) if 0 <= b < batch]
+
+
 def append(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -46,17 +52,18 @@ def append(
     *,
     sink_positions: int = 0,
     saturate: bool = True,
+    sequences: Tensor | None = None,
 ) -> None:
-    """Appends `key` and `value`, `[B, T, H, D]`, to one layer."""
+    """Appends `key` and `value`, `[B, T, H, D]`, to one layer, or `[n, T, H, D]` to the n chosen `sequences` of it."""
     positions = k_cache.shape[2]
-    batch, rows = key.shape[:2]
-    for b in range(batch):
-        count = rows if new_lengths is None else min(max(int(new_lengths[b]), 0), rows)
+    rows = key.shape[1]
+    for i, b in _chosen(sequences, k_cache.shape[1]):
+        count = rows if new_lengths is None else min(max(int(new_lengths[i]), 0), rows)
         for t in range(rows - count, rows):
             seen = int(state[0, layer, b])
             slot = slot_of(seen, positions, sink_positions)
             for cache, new in ((k_cache, key), (v_cache, value)):
-                cache[layer, b, slot], overflows = to_half(new[b, t], saturate)
+                cache[layer, b, slot], overflows = to_half(new[i, t], saturate)
                 overflow_counts[layer] += overflows
             state[0, layer, b] = seen + 1
             state[1, layer, b] = max(int(state[1, layer, b]), seen + 1 - (positions - sink_positions))
@@ -73,6 +80,7 @@ def append_all(
     *,
     sink_positions: int = 0,
     saturate: bool = True,
+    sequences: Tensor | None = None,
 ) -> None:
     """Appends `keys` and `values`, `[L, B, T, H, D]`, to every layer."""
     for layer in range(k_cache.shape[0]):
@@ -87,6 +95,7 @@ def append_all(
             new_lengths,
             sink_positions=sink_positions,
             saturate=saturate,
+            sequences=sequences,
         )
 
 
@@ -99,18 +108,19 @@ def gather(
     *,
     sink_positions: int = 0,
     dtype: torch.dtype = torch.float32,
+    sequences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows at chronological `indices`, `[n]` or `[B, n]`, of one layer: `[B, n, H, D]`; zeros where nothing is held."""
     batch, positions = k_cache.shape[1:3]
-    indices = indices.expand(batch, indices.shape[-1])
+    indices = indices.expand(batch if sequences is None else len(sequences), indices.shape[-1])
     out = [torch.zeros((*indices.shape, *k_cache.shape[3:]), dtype=dtype, device=k_cache.device) for _ in range(2)]
-    for b in range(batch):
+    for i, b in _chosen(sequences, batch):
         held = held_positions(int(state[0, layer, b]), int(state[1, layer, b]), sink_positions)
-        for i, index in enumerate(indices[b].tolist()):
+        for j, index in enumerate(indices[i].tolist()):
             if 0 <= index < len(held):
                 slot = slot_of(held[index], positions, sink_positions)
-                out[0][b, i] = k_cache[layer, b, slot].to(dtype)
-                out[1][b, i] = v_cache[layer, b, slot].to(dtype)
+                out[0][i, j] = k_cache[layer, b, slot].to(dtype)
+                out[1][i, j] = v_cache[layer, b, slot].to(dtype)
     return out[0], out[1]
 
 
@@ -125,17 +135,18 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sequences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in FP64 of `query`, `[B, T, Hq, D]`, over one layer: the answer, and the LSE `[B, T, Hq]`.
 
     Query t of T stands at the position T - 1 - t before the newest one, and sees the held positions up to its own.
     """
-    batch, rows, query_heads, head_dim = query.shape
+    _, rows, query_heads, head_dim = query.shape
     positions, heads = k_cache.shape[2:4]
     scale = head_dim**-0.5 if scale is None else scale
     out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64, device=query.device)
-    for b in range(batch):
+    for i, b in _chosen(sequences, k_cache.shape[1]):
         seen = int(state[0, layer, b])
         held = held_positions(seen, int(state[1, layer, b]), sink_positions)
         for t in range(rows):
@@ -146,11 +157,11 @@ def attend(
             slots = [slot_of(p, positions, sink_positions) for p in seen_by_it]
             keys = k_cache[layer, b, slots].double().repeat_interleave(query_heads // heads, dim=1)  # [n, Hq, D]
             values = v_cache[layer, b, slots].double().repeat_interleave(query_heads // heads, dim=1)
-            scores = scale * torch.einsum("hd,nhd->hn", query[b, t].double(), keys)
+            scores = scale * torch.einsum("hd,nhd->hn", query[i, t].double(), keys)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            lse[b, t] = scores.logsumexp(-1)
-            out[b, t] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
+            lse[i, t] = scores.logsumexp(-1)
+            out[i, t] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
     return out, lse
 
 
@@ -170,6 +181,7 @@ def append_attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sequences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each new position appended, then attended to by its query; padding queries answer zeros with LSE -inf."""
     out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
@@ -181,11 +193,12 @@ def append_attend(
             count = (t >= rows - new_lengths.cpu().clamp(0, rows)).long()
         append(
             k_cache, v_cache, state, overflow_counts, layer, key[:, t : t + 1], value[:, t : t + 1], count,
-            sink_positions=sink_positions, saturate=saturate,
+            sink_positions=sink_positions, saturate=saturate, sequences=sequences,
         )  # fmt: skip
         o, s = attend(
             k_cache, v_cache, state, layer, query[:, t : t + 1],
             sink_positions=sink_positions, scale=scale, window=window, softcap=softcap,
+            sequences=sequences,
         )  # fmt: skip
         for b in range(batch):
             if count[b]:
@@ -193,8 +206,32 @@ def append_attend(
     return out, lse
 
 
-def truncate(state: Tensor, length: int, *, sink_positions: int = 0) -> None:
-    """Keeps the `length` oldest held positions of every layer and sequence.
+def copy_sequences(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    sources: Tensor,
+    destinations: Tensor | None = None,
+    *,
+    sink_positions: int = 0,
+) -> None:
+    """Sequences `destinations` (0, 1, ... if None) become what `sources` were: the slots they held, and their state."""
+    layers, batch, positions = k_cache.shape[:3]
+    old_keys, old_values, old_state = k_cache.clone(), v_cache.clone(), state.clone()
+    pairs = zip(sources.tolist(), range(batch) if destinations is None else destinations.tolist(), strict=True)
+    for source, destination in pairs:
+        if not (0 <= source < batch and 0 <= destination < batch):
+            continue
+        for layer in range(layers):
+            held = held_positions(int(old_state[0, layer, source]), int(old_state[1, layer, source]), sink_positions)
+            slots = [slot_of(position, positions, sink_positions) for position in held]
+            k_cache[layer, destination, slots] = old_keys[layer, source, slots]
+            v_cache[layer, destination, slots] = old_values[layer, source, slots]
+            state[:2, layer, destination] = old_state[:2, layer, source]
+
+
+def truncate(state: Tensor, length: int | Tensor, *, sequences: Tensor | None = None, sink_positions: int = 0) -> None:
+    """Keeps the `length` (a tensor: `length[i]`) oldest held positions of the chosen sequences, in every layer.
 
     What is kept is a prefix of the held positions, so the next position appended is the one after the last kept; with
     sinks alone kept whole, it is the first of the rest. Evicted positions do not come back: `first` stays, unless
@@ -202,15 +239,23 @@ def truncate(state: Tensor, length: int, *, sink_positions: int = 0) -> None:
     """
     _, layers, batch = state.shape
     for layer in range(layers):
-        for b in range(batch):
+        for i, b in _chosen(sequences, batch):
+            n = max(int(length[i]), 0) if isinstance(length, Tensor) else length
             seen, first = int(state[0, layer, b]), int(state[1, layer, b])
-            if length >= len(held_positions(seen, first, sink_positions)):
+            if n >= len(held_positions(seen, first, sink_positions)):
                 continue
-            if length < sink_positions:
-                seen, first = length, sink_positions
+            if n < sink_positions:
+                seen, first = n, sink_positions
             else:
-                seen = first + length - sink_positions
+                seen = first + n - sink_positions
             state[0, layer, b], state[1, layer, b] = seen, first
+
+
+def reset(state: Tensor, sequences: Tensor | None = None, *, sink_positions: int = 0) -> None:
+    """Forgets every position of the chosen sequences; numbering begins at 0 again."""
+    for _, b in _chosen(sequences, state.shape[2]):
+        state[0, :, b] = 0
+        state[1, :, b] = sink_positions
 
 
 def clear(state: Tensor, overflow_counts: Tensor, *, sink_positions: int = 0) -> None:

@@ -53,6 +53,14 @@ def pytest_report_header() -> str:
     return f"kvcache_ext: {build_info.reason}; GPU: {gpu}"
 
 
+NOTES: list[str] = []  # what tests have to say, printed at the end
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for note in NOTES:
+        terminalreporter.write_line(note)
+
+
 BACKENDS = ["cpu-generic", "cpu-avx2", "cpu-avx512", "emulated"] + (
     [pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []
 )
@@ -121,6 +129,11 @@ def make_cache(device: torch.device | Backend, **arguments: object) -> Streaming
     return cache
 
 
+def as_tensor(numbers: int | list[int] | torch.Tensor) -> torch.Tensor:
+    """On the CPU, for the reference."""
+    return numbers.cpu() if isinstance(numbers, torch.Tensor) else torch.tensor(numbers, dtype=torch.int64)
+
+
 class Twin:
     """A cache and its reference: each call is made on both, and `check` compares all there is, bit for bit."""
 
@@ -140,10 +153,15 @@ class Twin:
         return {"sink_positions": self.cache.sink_positions, "saturate": self.cache.overflow == "saturate"}
 
     def append(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, new_lengths: torch.Tensor | None = None
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        new_lengths: torch.Tensor | None = None,
+        sequences: list[int] | torch.Tensor | None = None,
     ) -> None:
         """`key`, `value`: `[B, T, H, D]` on the cache's device, any strides."""
-        self.cache.append(layer, key, value, new_lengths=new_lengths)
+        self.cache.append(layer, key, value, new_lengths=new_lengths, sequences=sequences)
         self.reference.append(
             self.k_cache,
             self.v_cache,
@@ -153,11 +171,18 @@ class Twin:
             key.cpu(),
             value.cpu(),
             None if new_lengths is None else new_lengths.cpu(),
+            sequences=None if sequences is None else as_tensor(sequences),
             **self._settings,
         )
 
-    def append_all(self, keys: torch.Tensor, values: torch.Tensor, new_lengths: torch.Tensor | None = None) -> None:
-        self.cache.append_all(keys, values, new_lengths=new_lengths)
+    def append_all(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_lengths: torch.Tensor | None = None,
+        sequences: list[int] | torch.Tensor | None = None,
+    ) -> None:
+        self.cache.append_all(keys, values, new_lengths=new_lengths, sequences=sequences)
         self.reference.append_all(
             self.k_cache,
             self.v_cache,
@@ -166,12 +191,36 @@ class Twin:
             keys.cpu(),
             values.cpu(),
             None if new_lengths is None else new_lengths.cpu(),
+            sequences=None if sequences is None else as_tensor(sequences),
             **self._settings,
         )
 
-    def truncate(self, n: int) -> None:
-        self.cache.truncate(n)
-        self.reference.truncate(self.state, n, sink_positions=self.cache.sink_positions)
+    def truncate(self, n: int | list[int] | torch.Tensor, sequences: list[int] | torch.Tensor | None = None) -> None:
+        self.cache.truncate(n, sequences=sequences)
+        self.reference.truncate(
+            self.state,
+            n if isinstance(n, int) else as_tensor(n),
+            sequences=None if sequences is None else as_tensor(sequences),
+            sink_positions=self.cache.sink_positions,
+        )
+
+    def reset(self, sequences: list[int] | torch.Tensor | None = None) -> None:
+        self.cache.reset(sequences)
+        chosen = None if sequences is None else as_tensor(sequences)
+        self.reference.reset(self.state, chosen, sink_positions=self.cache.sink_positions)
+
+    def _copy(self, sources: torch.Tensor, destinations: torch.Tensor | None) -> None:
+        self.reference.copy_sequences(
+            self.k_cache, self.v_cache, self.state, sources, destinations, sink_positions=self.cache.sink_positions
+        )
+
+    def reorder(self, batch_indices: list[int] | torch.Tensor) -> None:
+        self.cache.reorder(batch_indices)
+        self._copy(as_tensor(batch_indices), None)
+
+    def copy_sequence(self, src: int | list[int] | torch.Tensor, dst: int | list[int] | torch.Tensor) -> None:
+        self.cache.copy_sequence(src, dst)
+        self._copy(as_tensor(src).view(-1), as_tensor(dst).view(-1))
 
     def clear(self) -> None:
         self.cache.clear()
@@ -182,7 +231,13 @@ class Twin:
             int(self.state[0, layer, sequence]), int(self.state[1, layer, sequence]), self.cache.sink_positions
         )
 
-    def gather(self, layer: int, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    def gather(
+        self,
+        layer: int,
+        indices: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        sequences: list[int] | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """What the reference answers, in the cache's own shape."""
         keys, values = self.reference.gather(
             self.k_cache,
@@ -192,8 +247,9 @@ class Twin:
             indices.cpu(),
             sink_positions=self.cache.sink_positions,
             dtype=dtype,
+            sequences=None if sequences is None else as_tensor(sequences),
         )
-        return (keys[0], values[0]) if self.cache.batch_size == 1 else (keys, values)
+        return (keys[0], values[0]) if len(keys) == 1 else (keys, values)
 
     def check(self) -> None:
         """Storage (untouched slots too), state, counters, lengths, and all that can be read back."""

@@ -153,7 +153,32 @@ void run(const Shape& s, kvc::DType dtype) {
   indices.set(some);
   gather(kvc::imin(s.positions, 64), indices.data);
   gather(s.positions + 4, nullptr);
-  check(kvc::launch_truncate({state.data, s.layers, s.batch, s.sinks, s.positions / 3}, nullptr), "truncate");
+  // Each sequence becomes the next one, then all become the first; an index that is out of range; a cycle of two.
+  Buffer<int64_t> sources(s.batch), destinations(s.batch);
+  std::vector<int64_t> of_each(static_cast<size_t>(s.batch));
+  const auto copy = [&](int64_t count, bool reorders) {
+    sources.set(of_each);
+    check(kvc::launch_copy_sequences({cache, {sources.data}, {reorders ? nullptr : destinations.data}, count}, nullptr),
+          "copy_sequences");
+  };
+  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = b;
+  destinations.set(of_each);
+  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = (b + 1) % s.batch;
+  copy(s.batch, true);
+  if (s.batch > 1) copy(1, false);
+  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = b == 1 ? s.batch : 0;
+  copy(s.batch, true);
+  attend(0, 1, true, false, 0);
+  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = s.positions / 3 + b;
+  sources.set(of_each);
+  const auto truncate = [&](bool resets, int64_t length, kvc::Integers of, int64_t count) {
+    kvc::TruncateParams p{state.data, s.layers, s.batch, s.sinks, resets, length, of, {}};
+    if (count < s.batch) p.sequences = {{destinations.data}, count};
+    check(kvc::launch_truncate(p, nullptr), "truncate");
+  };
+  truncate(false, 0, {sources.data}, s.batch);
+  truncate(false, s.positions / 3, {}, s.batch);
+  if (s.batch > 1) truncate(true, 0, {}, 1);
   attend(0, 1, true, false, 0);
   check(cudaDeviceSynchronize(), "the kernels");
   if (dtype == kvc::DType::f32) {

@@ -38,12 +38,23 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
         ("gather", (c.k_cache, c.v_cache, c._state, 1, indices, 1, torch.float32)),
         ("gather", (c.k_cache, c.v_cache, c._state, 0, indices[0], 1, torch.bfloat16)),
         ("gather_out", (c.k_cache, c.v_cache, c._state, 1, indices, 1, *out)),
+        ("append", (*tensors, 1, key[:1], key[:1], None, 1, True, lengths[:1])),
+        ("append_all", (*tensors, keys[:, :1], keys[:, :1], None, 1, True, lengths[1:])),
+        ("gather", (c.k_cache, c.v_cache, c._state, 1, indices[:1], 1, torch.float32, lengths[1:])),
+        ("gather_out", (c.k_cache, c.v_cache, c._state, 1, indices, 1, *out, lengths)),
+        ("attend", (*reading, 1, query, 1, 0.35, 0, 0.0, answer, lse, lengths)),
+        ("append_attend", (*writing, 1, query, key, key, None, 1, True, 0.35, 0, 0.0, answer, lse, lengths)),
+        ("prefill", (*reading[:3], 1, query, key, key, lengths, 1, True, 0.35, 3, 2.0, lengths)),
         ("truncate", (c.k_cache, c._state, 2, 1)),
+        ("truncate", (c.k_cache, c._state, 0, 1, lengths, lengths)),
+        ("reset", (c.k_cache, c._state, lengths[:1], 1)),
+        ("copy_sequences", (*tensors[:3], lengths, None, 1)),
+        ("copy_sequences", (*tensors[:3], lengths[:1], lengths[1:], 1)),
         ("clear", (c.k_cache, c._state, c._overflow_counts, 1)),
     ]
 
 
-@pytest.mark.parametrize("sample", range(15))
+@pytest.mark.parametrize("sample", range(26))
 def test_opcheck(device: torch.device, sample: int) -> None:
     name, arguments = op_samples(device)[sample]
     torch.library.opcheck(getattr(torch.ops.kvcache_ext, name).default, arguments)
@@ -158,6 +169,26 @@ def test_a_compiler_that_clones_the_cache(device: torch.device) -> None:
         assert cache.get_valid_f32(0)[0].shape[0] == i + 2
 
 
+def test_a_step_of_some_sequences_compiles(device: torch.device) -> None:
+    torch._dynamo.reset()
+    eager, compiled = (make_cache(device, batch_size=3, max_positions=32, sink_positions=1) for _ in range(2))
+
+    def step(c: StreamingKVCacheFp16, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        c.append(0, x[:, :, :2], x[:, :, 2:], sequences=chosen)
+        x = x + c.attend(0, x, sequences=chosen)
+        x = x + c.append_attend(1, x, x[:, :, :2].floor(), x[:, :, 2:].floor(), sequences=[2, 0])
+        keys, values = c.gather(1, torch.arange(3, device=x.device), sequences=chosen)
+        c.append_all(keys[None, ...].expand(2, *keys.shape), values.expand(2, *values.shape), sequences=chosen)
+        return x
+
+    compiled_step = torch.compile(step, fullgraph=True)
+    for count in (1, 3, 20):
+        x = torch.randn(2, count, 4, 8, device=device)
+        chosen = torch.tensor([2, 1], device=device)
+        torch.testing.assert_close(compiled_step(compiled, x, chosen), step(eager, x, chosen), rtol=1e-5, atol=1e-5)
+    assert torch.equal(compiled._state, eager._state)
+
+
 def test_a_long_prompt_compiles(device: torch.device) -> None:
     torch._dynamo.reset()
     eager, compiled = (make_cache(device, max_positions=32) for _ in range(2))
@@ -183,13 +214,20 @@ def test_the_other_methods_compile(device: torch.device) -> None:
         c.truncate(2)
         c.append(1, keys[0], keys[1].half().float(), new_lengths=lengths)
         c.gather(1, torch.arange(6, device=keys.device), out=(out[0], out[1]))
+        c.reorder(lengths - 3)  # -> 1, out of range
+        c.copy_sequence(1, 0)
+        c.truncate([2, 1])
+        c.truncate(lengths, sequences=[1, 0])
+        c.append_all(keys, keys)
+        c.reset([1])
+        c.copy_sequence(lengths[:1] - 4, lengths[1:] - 1)
 
     keys = torch.randn(2, 2, 5, 2, 8, device=device)
     lengths = torch.tensor([4, 2], device=device)
     outs = [tuple(torch.zeros(2, 6, 2, 8, device=device) for _ in range(2)) for _ in range(2)]
     calls(eager, keys, lengths, outs[0])
     torch.compile(calls, fullgraph=True)(cache, keys, lengths, outs[1])
-    assert cache.cache_seqlens.tolist() == eager.cache_seqlens.tolist() == [[2, 2], [6, 4]]
+    assert cache.cache_seqlens.tolist() == eager.cache_seqlens.tolist() == [[7, 7], [7, 7]]
     assert_same_bits(cache.k_cache, eager.k_cache)
     for a, b in zip(*outs, strict=True):
         assert_same_bits(a, b)

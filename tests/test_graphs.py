@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from conftest import Twin, assert_same_bits, make_cache, needs_gpu
@@ -174,6 +176,77 @@ def test_clear_in_a_graph() -> None:
     assert len(cache) == 3
 
 
+def test_sequences_in_a_graph() -> None:
+    """Indices and lengths are read at each replay: one graph serves every order of the beams."""
+    twin = Twin(GPU, batch_size=4, sink_positions=2)
+    key = torch.empty(2, 4, 3, 2, 8, device=GPU)
+    order, lengths, pair = (torch.zeros(n, dtype=torch.int64, device=GPU) for n in (4, 2, 2))
+    c = twin.cache
+
+    def step() -> None:
+        c.append_all(key, key * 2)
+        c.reorder(order)
+        c.truncate(lengths, sequences=pair)
+        c.append(1, key[0], key[1])  # overlaps with nothing of the launches before it
+        c.copy_sequence(pair[:1], pair[1:])
+        c.truncate(3, sequences=pair[:1])
+        c.reset(pair[1:])
+
+    graph = capture(step)
+    generator = random.Random(0)
+    for _ in range(30):
+        key.normal_()
+        numbers = [generator.randrange(-1, 5) for _ in range(4)]
+        chosen = generator.sample(range(4), 2)
+        order.copy_(torch.tensor(numbers))
+        pair.copy_(torch.tensor(chosen))
+        lengths.copy_(torch.tensor([generator.randrange(-1, 10) for _ in range(2)]))
+        graph.replay()
+        keys, state, settings = key.cpu(), twin.state, twin._settings
+        storage = (twin.k_cache, twin.v_cache, state)
+        reference, sinks = twin.reference, {"sink_positions": 2}
+        chosen_pair = pair.cpu()
+        reference.append_all(*storage, twin.overflow_counts, keys, keys * 2, **settings)
+        reference.copy_sequences(*storage, order.cpu(), **sinks)
+        reference.truncate(state, lengths.cpu(), sequences=chosen_pair, **sinks)
+        reference.append(*storage, twin.overflow_counts, 1, keys[0], keys[1], **settings)
+        reference.copy_sequences(*storage, chosen_pair[:1], chosen_pair[1:], **sinks)
+        reference.truncate(state, 3, sequences=chosen_pair[:1], **sinks)
+        reference.reset(state, chosen_pair[1:], **sinks)
+        twin.check()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_chosen_sequences_in_a_graph(rows: int) -> None:
+    """They are read at each replay, also where the launch just before has written them."""
+    captured, eager = (
+        make_cache(GPU, num_layers=2, max_positions=50, batch_size=6, head_dim=64, sink_positions=3) for _ in range(2)
+    )
+    x = torch.empty(3, rows, 2, 64, device=GPU)
+    numbers = torch.zeros(3, dtype=torch.int64, device=GPU)
+    results: dict[str, torch.Tensor] = {}
+
+    def step(cache: StreamingKVCacheFp16, name: str) -> None:
+        chosen = numbers + 1  # a launch of its own
+        cache.append(0, x, x * 2, sequences=chosen)
+        y = cache.append_attend(1, x, x * 3, x, sequences=chosen - 0)
+        y = y + cache.attend(0, y, sequences=chosen + 0)
+        keys, _ = cache.gather(0, torch.arange(5, device=GPU), sequences=chosen.clone())
+        results[name] = y + keys.sum(1, keepdim=True)
+
+    graph = capture(lambda: step(captured, "captured"))
+    generator = random.Random(0)
+    for _ in range(100):
+        x.normal_()
+        numbers.copy_(torch.tensor(generator.sample(range(-2, 7), 3)))  # some out of range
+        graph.replay()
+        step(eager, "eager")
+        assert_same_bits(results["captured"], results["eager"])
+    assert_same_bits(captured.k_cache, eager.k_cache)
+    assert torch.equal(captured._state, eager._state)
+    assert not captured._workspace[:1024].any()
+
+
 def test_lengths_during_capture_raise() -> None:
     cache = make_cache(GPU)
     key = torch.ones(2, 8, device=GPU)
@@ -186,6 +259,13 @@ def test_lengths_during_capture_raise() -> None:
         lambda: cache.get_range_f32(0, 0, 1),
         lambda: cache.get_range_raw(0, 0, 1),
         lambda: cache.truncate(0),
+        lambda: cache.truncate([0]),
+        lambda: cache.truncate(torch.zeros(1, dtype=torch.int64, device=GPU), sequences=[0]),
+        lambda: cache.reset([0]),
+        lambda: cache.reorder([0]),
+        lambda: cache.copy_sequence(0, 0),
+        lambda: cache.append(0, key, key, sequences=[0]),
+        lambda: cache.attend(0, key, sequences=[0]),
     ):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -213,6 +293,23 @@ def test_lengths_stay_exact_without_synchronising() -> None:
         cache.gather(0, lengths)
         cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
         assert len(cache) == 5
+        cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
+        cache.truncate([3, 7])
+        cache.reorder([1, 0])
+        assert (len(cache), cache.position) == (3, 7)
+        cache.copy_sequence(0, 1)
+        assert len(cache) == 7
+        cache.reset([0])
+        assert (len(cache), cache.position) == (0, 7)
+        cache.reset()
+        cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
+        cache.truncate(2, sequences=[0, 1])
+        cache.append_all(key.expand(2, 2, 3, 2, 8), key.expand(2, 2, 3, 2, 8))
+        assert len(cache) == 5
+        cache.append(0, key[:1], key[:1], sequences=[1])
+        cache.append_all(key[:1].expand(2, 1, 3, 2, 8), key[:1].expand(2, 1, 3, 2, 8), sequences=[0])
+        assert (len(cache), cache.position) == (5, 8)
+        cache.truncate(5)
         cache.append(0, key, key, new_lengths=lengths)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -220,6 +317,11 @@ def test_lengths_stay_exact_without_synchronising() -> None:
     assert (len(cache), cache.position) == (5, 8)
     cache.append(1, key, key)
     assert (len(cache), cache.position) == (6, 8)
+    cache.reorder(lengths - 2)  # -> [1, -1]: out of range leaves a sequence as it is
+    assert cache.cache_seqlens.tolist() == [[6, 6], [8, 8]]
+    assert (len(cache), cache.position) == (6, 8)
+    cache.truncate(lengths)
+    assert (len(cache), cache.position) == (1, 3)
 
 
 def test_out_calls_allocate_nothing() -> None:

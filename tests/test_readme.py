@@ -9,14 +9,27 @@ import torch
 from conftest import HAS_GPU, ROOT
 
 
-def test_readme_code_runs() -> None:
+def readme_blocks() -> list[str]:
     if torch.cuda.is_available() and not HAS_GPU:
         pytest.skip("a CPU build on a GPU machine: the README's code would ask for the GPU")
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_readme_code_runs() -> None:
+    blocks = readme_blocks()
     assert len(blocks) >= 2
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        if "transformers" not in block:
+            exec(compile(block, "README.md", "exec"), names)
     cache = names["cache"]
     assert (len(cache), cache.position) == ((515, 592) if HAS_GPU else (512, 589))  # type: ignore[arg-type, attr-defined]
     assert names["keys"].shape == (3, 32, 128) and names["k16"].shape == (500, 32, 128)  # type: ignore[attr-defined]
+
+
+def test_readme_code_for_transformers_runs() -> None:
+    pytest.importorskip("kvcache_ext.integrations.transformers", exc_type=ImportError)
+    (block,) = (block for block in readme_blocks() if "transformers" in block)
+    names: dict[str, object] = {"torch": torch}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["tokens"].shape == (1, 48)  # type: ignore[attr-defined]

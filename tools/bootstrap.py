@@ -49,6 +49,7 @@ class Target:
     programs: tuple[tuple[str, ...], ...] = ()  # "{args}" is replaced by ARGS, "{c++}" by every C++ and CUDA file
     torch: bool = True
     build: bool = False
+    optional: tuple[str, ...] = ()  # extras that are installed where that is possible, and else done without
 
     def requirements(self) -> list[str]:
         tools = ["setuptools", "ninja"] if self.torch else []
@@ -60,7 +61,7 @@ REPORT = ("python", "bench/report.py")
 
 TARGETS = {
     "build": Target((), build=True),
-    "test": Target(("test",), (("python", "-m", "pytest", "tests", "{args}"),), build=True),
+    "test": Target(("test",), (("python", "-m", "pytest", "tests", "{args}"),), build=True, optional=("transformers",)),
     "bench": Target(("bench",), (("python", "bench/gpu015.py", "{args}"),), build=True),
     "bench-all": Target(("bench",), (*(("python", path, "{args}") for path in BENCHMARKS), REPORT), build=True),
     "report": Target(("bench",), ((*REPORT, "{args}"),), build=True),
@@ -190,12 +191,13 @@ class Interpreter:
         environment["PYTHONUNBUFFERED"] = "1"  # progress is to be seen when it is made, through a pipe as well
         return environment
 
-    def lacks(self, target: Target) -> list[str]:
-        """The target's tools that are not there, or not in the version that pyproject.toml pins."""
+    def lacks(self, requirements: list[str]) -> list[str]:
+        """Those that are not there, or not in the version that pyproject.toml pins."""
         installed = {canonical(name): version for name, version in self.installed.items()}
         missing = []
-        for requirement in target.requirements():
+        for requirement in requirements:
             name, _, version = requirement.partition("==")
+            name = re.split(r"[<>~!]", name)[0]
             there = installed.get(canonical(name))
             if there is not None and version in ("", there):
                 continue
@@ -211,16 +213,31 @@ class Interpreter:
         command = [self.path, "tools/check_kernels.py", "--find-disassembler"]
         return subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
 
-    def install(self, requirements: list[str]) -> None:
+    def install(self, requirements: list[str], *, optional: bool = False) -> bool:
+        """Whether that succeeded; what is not optional must."""
         names = " ".join(requirements)
-        if not self.has_pip:
+        command = [self.path, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *requirements]
+        if self.torch:  # whatever is asked for, torch stays the one that is there
+            constraints = LOGS / "constraints.txt"
+            constraints.parent.mkdir(exist_ok=True)
+            constraints.write_text(f"torch=={self.torch}\n")
+            command += ["--constraint", str(constraints)]
+        if optional:
+            command += ["--retries=1", "--timeout=10"]
+        elif not self.has_pip:
             fail(f"{self.path} lacks {names}, and has no pip to install with: install them there, or set PYTHON=...")
         # One download fewer on a second try: pip keeps what it has fetched.
-        command = [self.path, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *requirements]
         installed, output = run_logged(f"installing {names} for {self.path}", command, "pip.log")
-        if not installed:
+        if not installed and not optional:
             print(last_lines(output, 15))
             fail(f"pip could not install {names} (the reason is above): is there a network?")
+        return installed
+
+    def install_optional(self, target: Target) -> None:
+        """Only into a virtual environment; where it cannot be done, that is said, and the tests skip what needs it."""
+        missing = self.lacks([name for extra in target.optional for name in listed_in_pyproject(extra)])
+        if missing and not (self.in_venv and self.has_pip and self.install(missing, optional=True)):
+            say(f"without {' '.join(missing)}: what needs it is left out")
 
 
 def make_venv(with_system_packages: bool) -> None:
@@ -255,7 +272,7 @@ def choose_interpreter(target: Target, torch_requirement: str) -> Interpreter:
     if base.torch_error:
         say(f"the torch of {base.path} does not import and is left alone: {base.torch_error}")
     chosen = base
-    missing = chosen.lacks(target)
+    missing = chosen.lacks(target.requirements())
     if (target.torch and not chosen.torch) or (missing and not chosen.in_venv):
         chosen = venv_interpreter(base)
         if target.torch and not chosen.torch:
@@ -264,9 +281,10 @@ def choose_interpreter(target: Target, torch_requirement: str) -> Interpreter:
             chosen = Interpreter.probe(chosen.path) or chosen
             if not chosen.torch:
                 fail(f"torch was installed for {chosen.path}, but does not import there: {chosen.torch_error}")
-        missing = chosen.lacks(target)
+        missing = chosen.lacks(target.requirements())
     if missing:
         chosen.install(missing)
+    chosen.install_optional(target)
     say(f"using {chosen.path}{f' with torch {chosen.torch}' if chosen.torch else ''}")
     return chosen
 

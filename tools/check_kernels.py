@@ -4,7 +4,8 @@
 - Every csrc/kernels/*.cu compiles with plain nvcc, warnings as errors, for the architectures that setup.py builds by
   default, and every kernel of it needs neither register spills nor a stack frame. (But for attention with head sizes
   over 128, which uses all 255 registers: there up to 128 bytes may be spilled.)
-- append and gather load and store 16 bytes at a time: LDG.E.128 and STG.E.128 are in their machine code.
+- append, gather and copy_sequences load and store 16 bytes at a time: LDG.E.128 and STG.E.128 are in their machine
+  code.
 - Every csrc/kernels/cpu/*.cpp compiles with warnings as errors as C++17 (torch up to 2.11) and C++20 (torch since), and
   for aarch64 where a cross compiler is there.
 
@@ -33,7 +34,11 @@ import setup  # the list of architectures and the way to the toolkit are the bui
 
 KERNELS = ROOT / "csrc" / "kernels"
 STANDARDS = ("c++17", "c++20")
-WIDE_LOADS_AND_STORES = ("append", "gather")  # moving bytes is all they do, so they move as many at a time as there are
+WIDE_LOADS_AND_STORES = (
+    "append",
+    "gather",
+    "copy_sequences",
+)  # moving bytes is all they do, so they move as many at a time as there are
 DISASSEMBLED_ARCHITECTURE = "90"
 
 FORBIDDEN = re.compile(r'\s*#\s*include\s*[<"]((torch|ATen|c10|caffe2|pybind11)/|Python\.h|(\.\./)*bindings/)')
@@ -232,12 +237,12 @@ def check_wide_accesses(check: Check, disassembler: list[str], scratch: Path) ->
         kernels = wide_accesses(listing.output)
         totals = {kind: sum(counts[kind] for counts in kernels.values()) for kind in ("LDG", "STG")}
         problems = [f"no {kind}.E.128 in {name}" for kind, total in totals.items() if total == 0]
-        # The second template argument is how many elements a thread moves at a time: 16 bytes on the wider side, but
-        # for the kernels of odd shapes, where it is 1.
+        # The second template argument (copy_sequences has no other) is how many elements a thread moves at a time: 16
+        # bytes on the wider side, but for the kernels of odd shapes, where it is 1. States are no elements.
         problems += [
             f"no 16-byte access in {kernel}"
             for kernel, counts in kernels.items()
-            if not re.search(r"<\w+, 1,", kernel) and counts["LDG"] + counts["STG"] == 0
+            if not re.search(r"<(\w+, )?1[,>]|states", kernel) and counts["LDG"] + counts["STG"] == 0
         ]
         check.step(
             f"{name}: {totals['LDG']} loads and {totals['STG']} stores of 16 bytes in {len(kernels)} kernels for "

@@ -59,12 +59,12 @@ void check_unit_stride(const char* op, const char* name, const at::Tensor& t) {
                     "; call .contiguous()");
 }
 
-std::string input_shapes(const CacheView& c, int64_t layers) {
+std::string input_shapes(const CacheView& c, int64_t layers, int64_t batch) {
   const std::string lead = layers > 0 ? std::to_string(layers) + ", " : "";
   const std::string h = std::to_string(c.heads);
   const std::string d = std::to_string(c.head_dim);
-  std::string text = "[" + lead + std::to_string(c.batch) + ", T, " + h + ", " + d + "]";
-  if (c.batch == 1) {
+  std::string text = "[" + lead + std::to_string(batch) + ", T, " + h + ", " + d + "]";
+  if (batch == 1) {
     text += ", [" + lead + "T, " + h + ", " + d + "], [" + lead + h + ", " + d + "] or [" + lead +
             std::to_string(c.heads * c.head_dim) + "]";
   }
@@ -138,13 +138,36 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
   c.ring = Divider::by(positions - t.sink_positions);
 }
 
+Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                          int64_t count) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kLong || t.scalar_type() == at::kInt, op, ": ", name,
+                   " must be torch.int64 or torch.int32, got ", dtype_name(t.scalar_type()));
+  check_storage(op, name, t, cache);
+  TORCH_CHECK_VALUE(t.dim() == 1 && (count < 0 || t.size(0) == count) && t.is_contiguous(), op, ": ", name,
+                    " must be contiguous and have shape [", count < 0 ? std::string("n") : std::to_string(count),
+                    "], got ", shape_text(t.sizes()), " with strides ", shape_text(t.strides()));
+  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.state), op, ": ", name,
+                    " must not be a view of the cache's own state; pass a copy");
+  // None at all are still not null, which would be all.
+  return {t.numel() > 0 ? t.const_data_ptr() : cache.tensors.state.const_data_ptr(), t.scalar_type() == at::kInt};
+}
+
+ChosenSequences chosen_sequences(const char* op, const CheckedCache& cache, const IntegerArgument* sequences) {
+  if (sequences == nullptr) return {};
+  const ChosenSequences chosen{checked_integers(op, "sequences", sequences->tensor, cache, -1),
+                               sequences->tensor.size(0)};
+  TORCH_CHECK_VALUE(chosen.count <= cache.view.batch, op, ": sequences must be distinct, so at most ", cache.view.batch,
+                    ", got ", chosen.count);
+  return chosen;
+}
+
 void check_layer(const char* op, int64_t layer, const CacheView& c) {
   TORCH_CHECK_INDEX(layer >= 0 && layer < c.layers, op, ": layer must be from 0 to ", c.layers - 1,
                     ", as the cache has ", c.layers, " layers, got ", layer);
 }
 
 Rows<const void*> checked_input(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
-                                int64_t layers, int64_t& rows, DType& dtype) {
+                                int64_t layers, int64_t batch, int64_t& rows, DType& dtype) {
   const CacheView& c = cache.view;
   check_storage(op, name, t, cache);
   dtype = kernel_dtype(op, name, t.scalar_type());
@@ -152,17 +175,17 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
 
   const int64_t lead = layers > 0 ? 1 : 0;
   const int64_t dims = t.dim() - lead;
-  bool fits = dims >= 1 && dims <= 4 && (dims == 4 || c.batch == 1) && (lead == 0 || t.size(0) == layers);
+  bool fits = dims >= 1 && dims <= 4 && (dims == 4 || batch == 1) && (lead == 0 || t.size(0) == layers);
   int64_t positions = 1;
   if (fits) {
     if (dims == 1) {
       fits = t.size(lead) == c.heads * c.head_dim;
     } else {
-      fits = t.size(-1) == c.head_dim && t.size(-2) == c.heads && (dims < 4 || t.size(lead) == c.batch);
+      fits = t.size(-1) == c.head_dim && t.size(-2) == c.heads && (dims < 4 || t.size(lead) == batch);
       if (dims >= 3) positions = t.size(-3);
     }
   }
-  TORCH_CHECK_VALUE(fits, op, ": ", name, " must have shape ", input_shapes(c, layers), ", got ",
+  TORCH_CHECK_VALUE(fits, op, ": ", name, " must have shape ", input_shapes(c, layers, batch), ", got ",
                     shape_text(t.sizes()));
   if (rows < 0) rows = positions;
   TORCH_CHECK_VALUE(rows == positions, op, ": ", name, " must have as many positions as key, ", rows, ", got ",
@@ -181,16 +204,16 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
 }
 
 Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
-                           int64_t rows, at::ScalarType dtype) {
+                           int64_t batch, int64_t rows, at::ScalarType dtype) {
   const CacheView& c = cache.view;
   check_storage(op, name, t, cache);
   check_no_grad(op, name, t);
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, op, ": ", name, " must have the dtype asked for, ", dtype_name(dtype),
                    ", got ", dtype_name(t.scalar_type()));
-  const bool fits = (t.dim() == 4 ? t.size(0) == c.batch : t.dim() == 3 && c.batch == 1) && t.size(-3) == rows &&
+  const bool fits = (t.dim() == 4 ? t.size(0) == batch : t.dim() == 3 && batch == 1) && t.size(-3) == rows &&
                     t.size(-2) == c.heads && t.size(-1) == c.head_dim;
-  TORCH_CHECK_VALUE(fits, op, ": ", name, " must have shape [", c.batch, ", ", rows, ", ", c.heads, ", ", c.head_dim,
-                    "]", c.batch == 1 ? ", with or without the 1," : "", " got ", shape_text(t.sizes()));
+  TORCH_CHECK_VALUE(fits, op, ": ", name, " must have shape [", batch, ", ", rows, ", ", c.heads, ", ", c.head_dim, "]",
+                    batch == 1 ? ", with or without the 1," : "", " got ", shape_text(t.sizes()));
   check_unit_stride(op, name, t);
   for (int64_t i = 0; i < t.dim(); ++i) {
     TORCH_CHECK_VALUE(t.size(i) <= 1 || t.stride(i) != 0, op, ": ", name,
@@ -222,9 +245,12 @@ void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor
 }
 
 AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
-                           const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths) {
+                           const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
+                           const ChosenSequences& sequences) {
   AppendParams p;
   p.cache = cache.view;
+  p.sequences = sequences;
+  const int64_t batch = sequences.entries(p.cache.batch);
   if (!all_layers) check_layer(op, first_layer, p.cache);
   p.first_layer = first_layer;
   p.layer_count = all_layers ? p.cache.layers : 1;
@@ -232,9 +258,9 @@ AppendParams append_params(const char* op, const CheckedCache& cache, int64_t fi
   p.saturate = cache.tensors.saturate;
   const int64_t lead = all_layers ? p.cache.layers : 0;
   p.rows = -1;
-  p.key = checked_input(op, all_layers ? "keys" : "key", key, cache, lead, p.rows, p.dtype);
+  p.key = checked_input(op, all_layers ? "keys" : "key", key, cache, lead, batch, p.rows, p.dtype);
   DType value_dtype;
-  p.value = checked_input(op, all_layers ? "values" : "value", value, cache, lead, p.rows, value_dtype);
+  p.value = checked_input(op, all_layers ? "values" : "value", value, cache, lead, batch, p.rows, value_dtype);
   TORCH_CHECK_TYPE(value_dtype == p.dtype, op, ": ", all_layers ? "values" : "value", " must have the dtype of ",
                    all_layers ? "keys, " : "key, ", dtype_name(key.scalar_type()), ", got ",
                    dtype_name(value.scalar_type()));
@@ -245,10 +271,9 @@ AppendParams append_params(const char* op, const CheckedCache& cache, int64_t fi
     TORCH_CHECK_TYPE(n.scalar_type() == at::kLong || n.scalar_type() == at::kInt, op,
                      ": new_lengths must be torch.int64 or torch.int32, got ", dtype_name(n.scalar_type()));
     check_storage(op, "new_lengths", n, cache);
-    TORCH_CHECK_VALUE(n.dim() == 1 && n.size(0) == p.cache.batch && (n.is_contiguous()), op,
-                      ": new_lengths must be contiguous and have shape [", p.cache.batch,
-                      "], one length a sequence, got ", shape_text(n.sizes()), " with strides ",
-                      shape_text(n.strides()));
+    TORCH_CHECK_VALUE(n.dim() == 1 && n.size(0) == batch && n.is_contiguous(), op,
+                      ": new_lengths must be contiguous and have shape [", batch, "], one length a sequence, got ",
+                      shape_text(n.sizes()), " with strides ", shape_text(n.strides()));
     TORCH_CHECK_VALUE(!shares_memory(n, cache.tensors.state), op,
                       ": new_lengths must not be a view of the cache's own state; "
                       "pass a copy");
@@ -266,23 +291,22 @@ struct QueryForm {
   int64_t heads;
 };
 
-QueryForm query_form(const char* op, const at::Tensor& t, const CacheView& c) {
+QueryForm query_form(const char* op, const at::Tensor& t, const CacheView& c, int64_t batch) {
   const int64_t dims = t.dim();
   QueryForm form{1, 0};
-  bool fits = dims >= 1 && dims <= 4 && (dims == 4 || c.batch == 1);
+  bool fits = dims >= 1 && dims <= 4 && (dims == 4 || batch == 1);
   if (fits && dims == 1) {
     fits = t.size(0) % c.head_dim == 0;
     form.heads = t.size(0) / c.head_dim;
   } else if (fits) {
-    fits = t.size(-1) == c.head_dim && (dims < 4 || t.size(0) == c.batch);
+    fits = t.size(-1) == c.head_dim && (dims < 4 || t.size(0) == batch);
     form.heads = t.size(-2);
     if (dims >= 3) form.rows = t.size(-3);
   }
   const std::string d = std::to_string(c.head_dim);
-  TORCH_CHECK_VALUE(fits, op, ": query must have shape [", c.batch, ", T, query heads, ", d, "]",
-                    c.batch == 1
-                        ? ", [T, query heads, " + d + "], [query heads, " + d + "] or [query heads * " + d + "]"
-                        : std::string(),
+  TORCH_CHECK_VALUE(fits, op, ": query must have shape [", batch, ", T, query heads, ", d, "]",
+                    batch == 1 ? ", [T, query heads, " + d + "], [query heads, " + d + "] or [query heads * " + d + "]"
+                               : std::string(),
                     ", got ", shape_text(t.sizes()));
   TORCH_CHECK_VALUE(form.heads > 0 && form.heads % c.heads == 0, op, ": query must have a multiple of the cache's ",
                     c.heads, " heads, got ", form.heads);
@@ -322,15 +346,16 @@ Rows<Pointer> query_rows(Pointer data, const at::Tensor& t, const CacheView& c) 
 
 }  // namespace
 
-void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache) {
-  query_form(op, query, cache);
+void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache, int64_t batch) {
+  query_form(op, query, cache, batch);
 }
 
 AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
-                           const AttendOptions& options, const AppendParams* append, const at::Tensor& workspace,
-                           const at::Tensor& out, const at::Tensor& lse) {
+                           const AttendOptions& options, const AppendParams* append, const ChosenSequences& sequences,
+                           const at::Tensor& workspace, const at::Tensor& out, const at::Tensor& lse) {
   AttendParams p;
   p.cache = cache.view;
+  p.sequences = sequences;
   const CacheView& c = p.cache;
   check_layer(op, layer, c);
   TORCH_CHECK_VALUE(c.head_dim % 8 == 0 && c.head_dim <= 512, op,
@@ -341,7 +366,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   check_storage(op, "query", query, cache);
   p.dtype = kernel_dtype(op, "query", query.scalar_type());
   check_no_grad(op, "query", query);
-  const QueryForm form = query_form(op, query, c);
+  const QueryForm form = query_form(op, query, c, sequences.entries(c.batch));
   check_unit_stride(op, "query", query);
   TORCH_CHECK_VALUE(options.window >= 0, op, ": window must be positive, got ", options.window);
   p.scale = static_cast<float>(options.scale);
@@ -385,9 +410,12 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   return p;
 }
 
-GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices) {
+GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices,
+                           const ChosenSequences& sequences) {
   GatherParams p;
   p.cache = cache.view;
+  p.sequences = sequences;
+  const int64_t batch = sequences.entries(p.cache.batch);
   check_layer(op, layer, p.cache);
   p.layer = layer;
   p.start = 0;
@@ -400,8 +428,8 @@ GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t la
     TORCH_CHECK_TYPE(i.scalar_type() == at::kLong, op, ": indices must be torch.int64, got ",
                      dtype_name(i.scalar_type()));
     check_storage(op, "indices", i, cache);
-    TORCH_CHECK_VALUE(i.dim() == 1 || (i.dim() == 2 && i.size(0) == p.cache.batch), op,
-                      ": indices must have shape [n], the same for every sequence, or [", p.cache.batch, ", n], got ",
+    TORCH_CHECK_VALUE(i.dim() == 1 || (i.dim() == 2 && i.size(0) == batch), op,
+                      ": indices must have shape [n], the same for every sequence, or [", batch, ", n], got ",
                       shape_text(i.sizes()));
     p.rows = i.size(-1);
     p.indices = static_cast<const int64_t*>(i.const_data_ptr());

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "../kernels/params.h"
 
@@ -28,16 +29,30 @@ struct CheckedCache {
   CacheView view;
 };
 
+// Integers that an op reads on the device: a tensor there; or, `known`, numbers of the host's that were copied to one.
+struct IntegerArgument {
+  at::Tensor tensor;
+  bool known = false;
+  std::vector<int64_t> values = {};
+};
+
+// What a kernel sees of them. `count`: how many there must be, or -1.
+Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                          int64_t count);
+
+// The sequences that a call is about; null: all. As many entries the call's tensors have.
+ChosenSequences chosen_sequences(const char* op, const CheckedCache& cache, const IntegerArgument* sequences);
+
 void check_layer(const char* op, int64_t layer, const CacheView& cache);
 
 // A new key or value of one layer (`layers` 0) or of all (`layers` = L, a leading dimension). Fills in T and the dtype;
-// `rows` holds T or, where it is negative, receives it.
+// `rows` holds T or, where it is negative, receives it. `batch`: B, the cache's or the number of chosen sequences.
 Rows<const void*> checked_input(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
-                                int64_t layers, int64_t& rows, DType& dtype);
+                                int64_t layers, int64_t batch, int64_t& rows, DType& dtype);
 
 // A tensor to gather into: [B, rows, H, D], or [rows, H, D] when B is 1.
 Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
-                           int64_t rows, at::ScalarType dtype);
+                           int64_t batch, int64_t rows, at::ScalarType dtype);
 
 // The answer is written while keys and values are still being read.
 void check_answer_apart(const char* op, const at::Tensor& out, const at::Tensor& key, const at::Tensor& value);
@@ -46,7 +61,8 @@ void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor
 
 // The op's structs, whole.
 AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
-                           const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths);
+                           const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
+                           const ChosenSequences& sequences);
 
 // What an attention call is told besides its tensors.
 struct AttendOptions {
@@ -59,16 +75,17 @@ struct AttendOptions {
 constexpr int64_t kMostQueries = 16;
 
 // Raises unless `query` has one of the shapes that attention takes: before an answer is allocated for it.
-void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache);
+void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache, int64_t batch);
 
 // Attention of one layer, with an append in the same call where `append` is given. `lse` may be undefined; so may
 // `out`, where all that is wanted is the checks.
 AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
-                           const AttendOptions& options, const AppendParams* append, const at::Tensor& workspace,
-                           const at::Tensor& out, const at::Tensor& lse);
+                           const AttendOptions& options, const AppendParams* append, const ChosenSequences& sequences,
+                           const at::Tensor& workspace, const at::Tensor& out, const at::Tensor& lse);
 
 // `indices` is null for a range. The number of rows of the answer is left in `rows`; the outputs are set later.
-GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices);
+GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices,
+                           const ChosenSequences& sequences);
 
 DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype);
 

@@ -11,6 +11,7 @@ namespace kvc {
 void append_cpu(const AppendParams& params);
 void gather_cpu(const GatherParams& params);
 void attend_cpu(const AttendParams& params);  // with the append, where there is one
+void copy_sequences_cpu(const CopySequencesParams& params);
 void truncate_cpu(const TruncateParams& params);
 
 // Replaces the CPU's ops by those of a shared library, or by the built-in ones again (an empty path). The tests run the
@@ -22,6 +23,7 @@ void load_cpu_ops(const char* path);
 void append_cuda(const AppendParams& params, c10::Device device);
 void gather_cuda(const GatherParams& params, c10::Device device);
 void attend_cuda(const AttendParams& params, c10::Device device);
+void copy_sequences_cuda(const CopySequencesParams& params, c10::Device device);
 void truncate_cuda(const TruncateParams& params, c10::Device device);
 bool is_capturing_cuda(c10::Device device);  // is the current stream being captured into a graph?
 #endif

@@ -6,7 +6,6 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "../kernels/layout.h"
 #include "devices.h"
 
 namespace kvc {
@@ -76,26 +75,58 @@ void HostLengths::note_launch() {
   if (captured_) exact_ = false;
 }
 
-void HostLengths::appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged) {
-  if (on_host()) return;
+template <typename Change>
+void HostLengths::changed(int64_t first_layer, int64_t layer_count, const IntegerArgument* sequences,
+                          const Change& change) {
   note_launch();
-  if (ragged) exact_ = false;
+  if (sequences != nullptr && !sequences->known) exact_ = false;
   if (!exact_) return;
-  for (int64_t i = first_layer * batch_; i < (first_layer + layer_count) * batch_; ++i) {
-    const SequenceState next = state_after_append({seen_[i], first_[i]}, rows, ring_.divisor);
-    seen_[i] = next.seen;
-    first_[i] = next.first;
+  const int64_t entries = sequences == nullptr ? batch_ : static_cast<int64_t>(sequences->values.size());
+  for (int64_t layer = first_layer; layer < first_layer + layer_count; ++layer) {
+    for (int64_t i = 0; i < entries; ++i) {
+      const int64_t b = layer * batch_ + (sequences == nullptr ? i : sequences->values[static_cast<size_t>(i)]);
+      const SequenceState next = change(i, SequenceState{seen_[b], first_[b]});
+      seen_[b] = next.seen;
+      first_[b] = next.first;
+    }
   }
 }
 
-void HostLengths::truncated(int64_t length) {
+void HostLengths::appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged,
+                           const IntegerArgument* sequences) {
+  if (on_host()) return;
+  if (ragged) exact_ = false;
+  changed(first_layer, layer_count, sequences,
+          [&](int64_t, SequenceState s) { return state_after_append(s, rows, ring_.divisor); });
+}
+
+void HostLengths::truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences) {
+  if (on_host()) return;
+  if (of_each != nullptr && !of_each->known) exact_ = false;
+  changed(0, layers_, sequences, [&](int64_t i, SequenceState s) {
+    return state_after_truncate(s, of_each == nullptr ? length : of_each->values[static_cast<size_t>(i)], sinks_);
+  });
+}
+
+void HostLengths::reset(const IntegerArgument& sequences) {
+  if (on_host()) return;
+  changed(0, layers_, &sequences, [&](int64_t, SequenceState) { return empty_state(sinks_); });
+}
+
+void HostLengths::copied(const IntegerArgument& sources, const IntegerArgument* destinations) {
   if (on_host()) return;
   note_launch();
+  if (!sources.known || (destinations != nullptr && !destinations->known)) exact_ = false;
   if (!exact_) return;
-  for (int64_t i = 0; i < layers_ * batch_; ++i) {
-    const SequenceState next = state_after_truncate({seen_[i], first_[i]}, length, sinks_);
-    seen_[i] = next.seen;
-    first_[i] = next.first;
+  const std::vector<int64_t> before = copy_;
+  for (int64_t layer = 0; layer < layers_; ++layer) {
+    for (size_t i = 0; i < sources.values.size(); ++i) {
+      const auto source = static_cast<size_t>(layer * batch_ + sources.values[i]);
+      const int64_t destination =
+          layer * batch_ + (destinations == nullptr ? static_cast<int64_t>(i) : destinations->values[i]);
+      seen_[destination] = before[source];
+      first_[destination] = before[static_cast<size_t>(layers_ * batch_) + source];
+    }
   }
 }
 
@@ -126,9 +157,9 @@ int64_t HostLengths::held(int64_t layer, int64_t sequence) const {
   return held_positions({seen_[i], first_[i]}, sinks_);
 }
 
-int64_t HostLengths::longest(int64_t layer) const {
+int64_t HostLengths::longest(int64_t layer, Sequences of) const {
   int64_t n = 0;
-  for (int64_t b = 0; b < batch_; ++b) n = std::max(n, held(layer, b));
+  for (int64_t b = of.begin; b < of.end; ++b) n = std::max(n, held(layer, b));
   return n;
 }
 
@@ -137,17 +168,17 @@ bool HostLengths::known_without_looking() {
   return on_host() || (exact_ && !capturing());
 }
 
-int64_t HostLengths::longest_or_all(int64_t layer) {
-  return known_without_looking() ? longest(layer) : sinks_ + ring_.divisor;
+int64_t HostLengths::longest_or_all(int64_t layer, Sequences of) {
+  return known_without_looking() ? longest(layer, of) : sinks_ + ring_.divisor;
 }
 
-std::pair<int64_t, int64_t> HostLengths::run_or_none(int64_t layer) {
-  if (!known_without_looking()) return {-1, 0};
-  const int64_t n = held(layer, 0);
-  for (int64_t b = 1; b < batch_; ++b) {
+std::pair<int64_t, int64_t> HostLengths::run_or_none(int64_t layer, Sequences of) {
+  if (of.begin == of.end || !known_without_looking()) return {-1, 0};
+  const int64_t n = held(layer, of.begin);
+  for (int64_t b = of.begin + 1; b < of.end; ++b) {
     if (held(layer, b) != n) return {-1, 0};
   }
-  const int64_t slot = n == 0 ? -1 : contiguous_slot(layer, 0, n);
+  const int64_t slot = n == 0 ? -1 : contiguous_slot(layer, of, 0, n);
   return {slot, slot < 0 ? 0 : n};
 }
 
@@ -157,19 +188,25 @@ int64_t HostLengths::shortest() const {
   return n;
 }
 
+int64_t HostLengths::shortest_of(int64_t sequence) const {
+  int64_t n = held(0, sequence);
+  for (int64_t layer = 1; layer < layers_; ++layer) n = std::min(n, held(layer, sequence));
+  return n;
+}
+
 int64_t HostLengths::position() const { return *std::max_element(seen_, seen_ + layers_ * batch_); }
 
-int64_t HostLengths::contiguous_slot(int64_t layer, int64_t start, int64_t end) const {
+int64_t HostLengths::contiguous_slot(int64_t layer, Sequences of, int64_t start, int64_t end) const {
   if (start == end) return 0;
   CacheView c{};
   c.sinks = sinks_;
   c.ring = ring_;
   int64_t slot = -1;
-  for (int64_t b = 0; b < batch_; ++b) {
+  for (int64_t b = of.begin; b < of.end; ++b) {
     const int64_t i = layer * batch_ + b;
     const ReadPlan plan = ReadPlan::make({seen_[i], first_[i]}, c);
     const int64_t from = plan.slot(start);
-    if (from < 0 || plan.slot(end - 1) != from + (end - 1 - start) || (b > 0 && from != slot)) return -1;
+    if (from < 0 || plan.slot(end - 1) != from + (end - 1 - start) || (b > of.begin && from != slot)) return -1;
     slot = from;
   }
   return slot;

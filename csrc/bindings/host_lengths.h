@@ -1,9 +1,10 @@
 // What the host knows of lengths that live on a device.
 //
 // `len(cache)` and the like need numbers on the host. Each append moves a copy kept here, so that no synchronisation is
-// needed as long as the copy is exact. A device-side `new_lengths` makes it inexact until the device is read again, and
-// so does whatever writes to the state tensor past the ops (a compiler that works on clones and copies them back); an
-// append captured into a CUDA graph makes it inexact for good, as replays are not seen from here.
+// needed as long as the copy is exact. A device-side `new_lengths`, or a choice of sequences that the device alone
+// knows, makes it inexact until the device is read again, and so does whatever writes to the state tensor past the ops
+// (a compiler that works on clones and copies them back); an op captured into a CUDA graph makes it inexact for good,
+// as replays are not seen from here.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,12 +13,21 @@
 #include <utility>
 #include <vector>
 
+#include "../kernels/layout.h"
 #include "../kernels/params.h"
+#include "checks.h"
 
 namespace kvc {
 
 class HostLengths {
  public:
+  // The sequences from `begin` to before `end`.
+  struct Sequences {
+    int64_t begin;
+    int64_t end;
+  };
+  Sequences all() const { return {0, batch_}; }
+
   // `state` [3, L, B] on any device.
   HostLengths(at::Tensor state, int64_t sinks, int64_t positions);
   ~HostLengths();
@@ -30,29 +40,37 @@ class HostLengths {
   static std::shared_ptr<HostLengths> make(at::Tensor state, int64_t sinks, int64_t positions);
 
   // After an op has been launched on the device.
-  void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged);
-  void truncated(int64_t length);
+  void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged, const IntegerArgument* sequences);
+  void truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences);
+  void reset(const IntegerArgument& sequences);
+  void copied(const IntegerArgument& sources, const IntegerArgument* destinations);
   void cleared();
 
   // Reads the device where the copy is not exact; raises RuntimeError during capture.
   void refresh(const char* op);
   int64_t held(int64_t layer, int64_t sequence) const;
-  int64_t longest(int64_t layer) const;  // the largest number held by a sequence of the layer
-  // The same without looking at the device: all slots where the copy is not exact, or is about to be captured.
-  int64_t longest_or_all(int64_t layer);
-  // All that a layer holds as a run of slots, likewise without looking: the first slot and the number. -1 and 0 where
+  // The largest number held by one of these sequences of the layer.
+  int64_t longest(int64_t layer, Sequences of) const;
+  // That without looking at the device: all slots where the copy is not exact, or is about to be captured.
+  int64_t longest_or_all(int64_t layer, Sequences of);
+  // All that they hold as a run of slots, likewise without looking: the first slot and the number. -1 and 0 where
   // the slots do not follow each other, the sequences differ, nothing is held, or the copy is not exact.
-  std::pair<int64_t, int64_t> run_or_none(int64_t layer);
-  int64_t shortest() const;  // the smallest number held by any
-  int64_t position() const;  // the largest number seen by any
-  // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in every
-  // sequence; else -1.
-  int64_t contiguous_slot(int64_t layer, int64_t start, int64_t end) const;
+  std::pair<int64_t, int64_t> run_or_none(int64_t layer, Sequences of);
+  int64_t shortest() const;                     // the smallest number held by any
+  int64_t shortest_of(int64_t sequence) const;  // over layers
+  int64_t position() const;                     // the largest number seen by any
+  // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in each of them;
+  // else -1.
+  int64_t contiguous_slot(int64_t layer, Sequences of, int64_t start, int64_t end) const;
+
+  bool capturing() const;  // is the current stream being captured into a graph?
 
  private:
   bool on_host() const { return state_.is_cpu(); }
-  bool capturing() const;
   bool known_without_looking();
+  // After a launch: the state of entry i's sequence becomes change(i, state) in each of the layers.
+  template <typename Change>
+  void changed(int64_t first_layer, int64_t layer_count, const IntegerArgument* sequences, const Change& change);
   void note_launch();    // notices capture
   void notice_copies();  // notices that torch itself has written to the state, as compilers that copy tensors do
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "../kernels/cpu/cpu.h"
@@ -86,6 +87,21 @@ double softcap_argument(const char* op, py::handle h) {
   return softcap;
 }
 
+bool is_tensor(py::handle h) { return THPVariable_Check(h.ptr()); }
+
+// A list, a tuple, a range: what holds numbers one after the other.
+bool is_list(py::handle h) {
+  return PySequence_Check(h.ptr()) && !is_tensor(h) && !PyUnicode_Check(h.ptr()) && !PyBytes_Check(h.ptr());
+}
+
+std::vector<int64_t> integers_of_list(const char* op, const char* name, py::handle h) {
+  std::vector<int64_t> numbers;
+  for (const py::handle item : py::reinterpret_borrow<py::sequence>(h)) {
+    numbers.push_back(integer_argument(op, name, item));
+  }
+  return numbers;
+}
+
 class Cache {
  public:
   Cache(at::Tensor k_cache, at::Tensor v_cache, at::Tensor state, at::Tensor overflow_counts, at::Tensor workspace,
@@ -95,25 +111,28 @@ class Cache {
         workspace_(std::move(workspace)),
         lengths_(HostLengths::make(cache_.tensors.state, sink_positions, cache_.view.positions)) {}
 
-  void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths) {
+  void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths, py::handle sequences) {
+    const SequencesArgument chosen(*this, "append", sequences);
     kvc::append(cache_, lengths_.get(), integer_argument("append", "layer", layer),
                 tensor_argument("append", "key", key), tensor_argument("append", "value", value),
-                optional_tensor_argument("append", "new_lengths", new_lengths));
+                optional_tensor_argument("append", "new_lengths", new_lengths), chosen.get());
   }
 
-  void append_all(py::handle keys, py::handle values, py::handle new_lengths) {
+  void append_all(py::handle keys, py::handle values, py::handle new_lengths, py::handle sequences) {
+    const SequencesArgument chosen(*this, "append_all", sequences);
     kvc::append_all(cache_, lengths_.get(), tensor_argument("append_all", "keys", keys),
                     tensor_argument("append_all", "values", values),
-                    optional_tensor_argument("append_all", "new_lengths", new_lengths));
+                    optional_tensor_argument("append_all", "new_lengths", new_lengths), chosen.get());
   }
 
-  TensorPair gather(py::handle layer, py::handle indices, py::handle dtype, py::handle out) {
+  TensorPair gather(py::handle layer, py::handle indices, py::handle dtype, py::handle out, py::handle sequences) {
+    const SequencesArgument chosen(*this, "gather", sequences);
     const int64_t l = integer_argument("gather", "layer", layer);
     const at::Tensor& i = tensor_argument("gather", "indices", indices);
     const at::ScalarType type = dtype_argument("gather", dtype);
     const auto to = out_argument("gather", out);
-    if (!to) return kvc::gather(cache_, l, i, type);
-    gather_out("gather", cache_, l, i, type, *to);
+    if (!to) return kvc::gather(cache_, l, i, type, chosen.get());
+    gather_out("gather", cache_, l, i, type, *to, chosen.get());
     return *to;
   }
 
@@ -130,14 +149,14 @@ class Cache {
     const int64_t l = checked_layer(op, layer);
     lengths_->refresh(op);
     const auto pair = out_argument(op, out);
-    return gather_range(op, cache_, l, 0, lengths_->longest(l), at::kFloat, pair ? &*pair : nullptr);
+    return gather_range(op, cache_, l, 0, lengths_->longest(l, lengths_->all()), at::kFloat, pair ? &*pair : nullptr);
   }
 
   TensorPair get_range_raw(py::handle layer, py::handle start, py::handle end) {
     const char* op = "get_range_raw";
     const int64_t l = checked_layer(op, layer);
     const auto [from, to] = checked_range(op, l, start, end);
-    const int64_t slot = lengths_->contiguous_slot(l, from, to);
+    const int64_t slot = lengths_->contiguous_slot(l, lengths_->all(), from, to);
     if (slot < 0) return gather_range(op, cache_, l, from, to, at::kHalf, nullptr);
     const auto view = [&, from = from, to = to](const at::Tensor& storage) {
       const at::Tensor rows = storage.select(0, l).narrow(1, slot, to - from);
@@ -147,54 +166,60 @@ class Cache {
   }
 
   py::object attend(py::handle layer, py::handle query, py::handle scale, py::handle window, py::handle softcap,
-                    py::handle return_lse, py::handle out) {
+                    py::handle return_lse, py::handle out, py::handle sequences) {
     const char* op = "attend";
+    const SequencesArgument chosen(*this, op, sequences);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const AttendOptions options = attend_options(op, scale, window, softcap);
-    const at::Tensor to = attend_output(op, q, out);
+    const at::Tensor to = attend_output(op, q, out, chosen);
     const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
-    kvc::attend(cache_, l, q, options, workspace_, to, lse);
+    kvc::attend(cache_, l, q, options, chosen.get(), workspace_, to, lse);
     return answer(to, lse);
   }
 
   py::object append_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
                            py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
-                           py::handle out) {
+                           py::handle out, py::handle sequences) {
     const char* op = "append_attend";
+    const SequencesArgument chosen(*this, op, sequences);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const at::Tensor& k = tensor_argument(op, "key", key);
     const at::Tensor& v = tensor_argument(op, "value", value);
     const at::Tensor* n = optional_tensor_argument(op, "new_lengths", new_lengths);
     const AttendOptions options = attend_options(op, scale, window, softcap);
-    const at::Tensor to = attend_output(op, q, out);
+    const at::Tensor to = attend_output(op, q, out, chosen);
     const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
-    kvc::append_attend(cache_, lengths_.get(), l, q, k, v, n, options, workspace_, to, lse);
+    kvc::append_attend(cache_, lengths_.get(), l, q, k, v, n, options, chosen.get(), workspace_, to, lse);
     return answer(to, lse);
   }
 
   // Raises what attend or, with a key, append_attend would for any number of queries, and does nothing. `out` may be
-  // None. Returns scale, window and softcap as the ops take them.
+  // None. Returns scale, window, softcap and sequences as the ops take them.
   py::tuple check_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
-                         py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
-                         py::handle out) const {
+                         py::handle scale, py::handle window, py::handle softcap, py::handle return_lse, py::handle out,
+                         py::handle sequences) const {
     const char* op = key.is_none() ? "attend" : "append_attend";
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const AttendOptions options = attend_options(op, scale, window, softcap);
     flag_argument(op, "return_lse", return_lse);
+    const SequencesArgument given(*this, op, sequences);
+    const ChosenSequences chosen = chosen_sequences(op, cache_, given.get());
     std::optional<AppendParams> append;
     if (!key.is_none()) {
       append = append_params(op, cache_, l, false, tensor_argument(op, "key", key), tensor_argument(op, "value", value),
-                             optional_tensor_argument(op, "new_lengths", new_lengths));
+                             optional_tensor_argument(op, "new_lengths", new_lengths), chosen);
     }
     const at::Tensor to = out.is_none() ? at::Tensor() : tensor_argument(op, "out", out);
-    attend_params(op, cache_, l, q, options, append ? &*append : nullptr, workspace_, to, at::Tensor());
+    attend_params(op, cache_, l, q, options, append ? &*append : nullptr, chosen, workspace_, to, at::Tensor());
     if (append && to.defined()) {
       check_answer_apart(op, to, tensor_argument(op, "key", key), tensor_argument(op, "value", value));
     }
-    return py::make_tuple(options.scale, options.window, options.softcap);
+    py::object numbers = py::none();
+    if (given.get() != nullptr) numbers = py::cast(given.get()->tensor);
+    return py::make_tuple(options.scale, options.window, options.softcap, numbers);
   }
 
   int64_t shortest() {
@@ -207,18 +232,126 @@ class Cache {
     return lengths_->position();
   }
 
-  void truncate(py::handle n) {
-    const int64_t length = integer_argument("truncate", "n", n);
-    lengths_->refresh("truncate");
-    const int64_t held = lengths_->shortest();
-    TORCH_CHECK_INDEX(length >= 0 && length <= held, "truncate: n must be from 0 to ", held,
-                      ", the number of positions held, got ", length);
-    kvc::truncate(cache_, lengths_.get(), length);
+  void truncate(py::handle n, py::handle sequences) {
+    const char* op = "truncate";
+    const SequencesArgument chosen(*this, op, sequences);
+    const IntegerArgument* of = chosen.get();
+    if (is_tensor(n) && THPVariable_Unpack(n.ptr()).dim() > 0) {
+      const IntegerArgument of_each{THPVariable_Unpack(n.ptr())};
+      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
+    }
+    // Sequences that the device alone knows hold what it alone knows.
+    const bool known = of == nullptr || of->known;
+    if (known) lengths_->refresh(op);
+    const int64_t entries = of == nullptr ? cache_.view.batch : of->tensor.numel();
+    const auto check_length = [&](int64_t i, int64_t length) {
+      const int64_t sequence = of == nullptr || !known ? i : of->values[static_cast<size_t>(i)];
+      const int64_t held = known ? lengths_->shortest_of(sequence) : length;
+      TORCH_CHECK_INDEX(length >= 0 && length <= held, op, ": n must be from 0 to ", held,
+                        ", the number of positions held by sequence ", sequence, ", got ", length);
+    };
+    if (is_list(n)) {
+      const std::vector<int64_t> numbers = integers_of_list(op, "n", n);
+      TORCH_CHECK_VALUE(static_cast<int64_t>(numbers.size()) == entries, op,
+                        ": n must have one length for each of the ", entries, " sequences, got ", numbers.size());
+      for (int64_t i = 0; i < entries; ++i) check_length(i, numbers[static_cast<size_t>(i)]);
+      const IntegerArgument of_each = on_device(op, "n", numbers);
+      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
+    }
+    TORCH_CHECK_TYPE(PyIndex_Check(n.ptr()) && !PyBool_Check(n.ptr()), op,
+                     ": n must be an int, a list of ints or a tensor of them, got ", type_name(n));
+    const int64_t length = integer_argument(op, "n", n);
+    if (of == nullptr) {
+      const int64_t held = lengths_->shortest();
+      TORCH_CHECK_INDEX(length >= 0 && length <= held, op, ": n must be from 0 to ", held,
+                        ", the number of positions held, got ", length);
+    } else {
+      for (int64_t i = 0; i < entries; ++i) check_length(i, length);
+    }
+    kvc::truncate(cache_, lengths_.get(), length, nullptr, of);
+  }
+
+  void reset(py::handle sequences) {
+    const SequencesArgument chosen(*this, "reset", sequences);
+    kvc::reset(cache_, lengths_.get(), chosen.get());
+  }
+
+  void reorder(py::handle batch_indices) {
+    const IntegerArgument sources = slots_argument("reorder", "batch_indices", batch_indices, false);
+    TORCH_CHECK_VALUE(!sources.known || static_cast<int64_t>(sources.values.size()) == cache_.view.batch,
+                      "reorder: batch_indices must have one index for each of the ", cache_.view.batch,
+                      " sequences, got ", sources.values.size());
+    kvc::copy_sequences("reorder", cache_, lengths_.get(), sources, nullptr);
+  }
+
+  void copy_sequence(py::handle src, py::handle dst) {
+    const char* op = "copy_sequence";
+    const IntegerArgument from = slots_argument(op, "src", src, true);
+    const IntegerArgument to = slots_argument(op, "dst", dst, true);
+    check_distinct(op, "dst", to);
+    TORCH_CHECK_VALUE(from.tensor.numel() == to.tensor.numel(), op,
+                      ": src and dst must be equally many sequences, got ", from.tensor.numel(), " and ",
+                      to.tensor.numel());
+    kvc::copy_sequences(op, cache_, lengths_.get(), from, &to);
   }
 
   void clear() { kvc::clear(cache_, lengths_.get()); }
 
  private:
+  // Numbers of the host's, copied to the cache's device without waiting for it.
+  IntegerArgument on_device(const char* op, const char* name, std::vector<int64_t> values) const {
+    const c10::Device device = cache_.tensors.k_cache.device();
+    TORCH_CHECK(
+        !lengths_->capturing(), op, ": ", name,
+        " must be a tensor on the cache's device during CUDA graph capture, as a graph cannot record numbers of "
+        "the host");
+    const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(device.is_cuda());
+    at::Tensor numbers = at::empty({static_cast<int64_t>(values.size())}, options);
+    std::copy(values.begin(), values.end(), numbers.data_ptr<int64_t>());
+    if (!device.is_cpu()) numbers = numbers.to(device, at::kLong, /*non_blocking=*/true);
+    return {numbers, true, std::move(values)};
+  }
+
+  // Batch slots, as a tensor on the device or as a list of ints; with `or_one`, also as one int.
+  IntegerArgument slots_argument(const char* op, const char* name, py::handle h, bool or_one) const {
+    if (is_tensor(h)) {
+      const at::Tensor& t = THPVariable_Unpack(h.ptr());
+      return {or_one && t.dim() == 0 ? t.unsqueeze(0) : t};
+    }
+    const bool is_one = or_one && PyIndex_Check(h.ptr()) && !PyBool_Check(h.ptr());
+    TORCH_CHECK_TYPE(is_one || is_list(h), op, ": ", name, " must be ", or_one ? "an int, " : "",
+                     "a list of ints or a tensor of them, got ", type_name(h));
+    std::vector<int64_t> values =
+        is_one ? std::vector<int64_t>{integer_argument(op, name, h)} : integers_of_list(op, name, h);
+    for (const int64_t value : values) {
+      TORCH_CHECK_INDEX(value >= 0 && value < cache_.view.batch, op, ": ", name, " must be from 0 to ",
+                        cache_.view.batch - 1, ", as the cache has ", cache_.view.batch, " sequences, got ", value);
+    }
+    return on_device(op, name, std::move(values));
+  }
+
+  static void check_distinct(const char* op, const char* name, const IntegerArgument& slots) {
+    std::vector<int64_t> sorted = slots.values;
+    std::sort(sorted.begin(), sorted.end());
+    const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+    TORCH_CHECK_VALUE(twice == sorted.end(), op, ": ", name, " must name each sequence once, got ", *twice, " twice");
+  }
+
+  // None, or the sequences that a call is about.
+  class SequencesArgument {
+   public:
+    SequencesArgument(const Cache& cache, const char* op, py::handle h) {
+      if (h.is_none()) return;
+      numbers_ = cache.slots_argument(op, "sequences", h, false);
+      check_distinct(op, "sequences", *numbers_);
+    }
+    const IntegerArgument* get() const { return numbers_ ? &*numbers_ : nullptr; }
+    int64_t entries(const CacheView& cache) const { return numbers_ ? numbers_->tensor.numel() : cache.batch; }
+
+   private:
+    std::optional<IntegerArgument> numbers_;
+  };
+
   AttendOptions attend_options(const char* op, py::handle scale, py::handle window, py::handle softcap) const {
     return {scale.is_none() ? 1.0 / std::sqrt(static_cast<double>(cache_.view.head_dim))
                             : number_argument(op, "scale", scale),
@@ -226,10 +359,11 @@ class Cache {
   }
 
   // A wrong query is reported as such by the checks, not by the allocation of an answer for it.
-  at::Tensor attend_output(const char* op, const at::Tensor& query, py::handle out) const {
+  at::Tensor attend_output(const char* op, const at::Tensor& query, py::handle out,
+                           const SequencesArgument& sequences) const {
     if (!out.is_none()) return tensor_argument(op, "out", out);
     kernel_dtype(op, "query", query.scalar_type());
-    check_query_shape(op, query, cache_.view);
+    check_query_shape(op, query, cache_.view, sequences.entries(cache_.view));
     return at::empty(query.sizes(), query.options().requires_grad(false));
   }
 
@@ -254,7 +388,7 @@ class Cache {
     const int64_t from = integer_argument(op, "start", start);
     const int64_t to = integer_argument(op, "end", end);
     lengths_->refresh(op);
-    const int64_t held = lengths_->longest(layer);
+    const int64_t held = lengths_->longest(layer, lengths_->all());
     TORCH_CHECK_INDEX(0 <= from && from <= to && to <= held, op,
                       ": start and end must satisfy 0 <= start <= end <= ", held,
                       ", the number of positions that layer ", layer, " holds, got ", from, " and ", to);
@@ -306,16 +440,21 @@ PYBIND11_MODULE(_C, m) {
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
       .def("truncate", &Cache::truncate)
+      .def("reset", &Cache::reset)
+      .def("reorder", &Cache::reorder)
+      .def("copy_sequence", &Cache::copy_sequence)
       .def("clear", &Cache::clear);
-  // The largest number of positions that a layer holds, as far as that is known on the host; else all slots.
-  m.def("longest_or_all", [](const at::Tensor& state, int64_t layer, int64_t max_positions) {
+  // The largest number of positions that the sequences [begin, end) of a layer hold, as far as that is known on the
+  // host; else all slots.
+  m.def("longest_or_all",
+        [](const at::Tensor& state, int64_t layer, int64_t max_positions, int64_t begin, int64_t end) {
+          const auto lengths = kvc::HostLengths::of(state);
+          return lengths ? lengths->longest_or_all(layer, {begin, end}) : max_positions;
+        });
+  // All that they hold as (first slot, number), as far as that is known on the host and a run; else (-1, 0).
+  m.def("run_or_none", [](const at::Tensor& state, int64_t layer, int64_t begin, int64_t end) {
     const auto lengths = kvc::HostLengths::of(state);
-    return lengths ? lengths->longest_or_all(layer) : max_positions;
-  });
-  // All that a layer holds as (first slot, number), as far as that is known on the host and a run; else (-1, 0).
-  m.def("run_or_none", [](const at::Tensor& state, int64_t layer) {
-    const auto lengths = kvc::HostLengths::of(state);
-    return lengths ? lengths->run_or_none(layer) : std::pair<int64_t, int64_t>(-1, 0);
+    return lengths ? lengths->run_or_none(layer, {begin, end}) : std::pair<int64_t, int64_t>(-1, 0);
   });
   m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
   m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });

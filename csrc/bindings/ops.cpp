@@ -23,36 +23,41 @@ void run(const char* op, const Params& params, const at::Tensor& on, void (*on_c
 constexpr auto kAppendCuda = append_cuda;
 constexpr auto kGatherCuda = gather_cuda;
 constexpr auto kAttendCuda = attend_cuda;
+constexpr auto kCopySequencesCuda = copy_sequences_cuda;
 constexpr auto kTruncateCuda = truncate_cuda;
 #else
 constexpr void (*kAppendCuda)(const AppendParams&, c10::Device) = nullptr;
 constexpr void (*kGatherCuda)(const GatherParams&, c10::Device) = nullptr;
 constexpr void (*kAttendCuda)(const AttendParams&, c10::Device) = nullptr;
+constexpr void (*kCopySequencesCuda)(const CopySequencesParams&, c10::Device) = nullptr;
 constexpr void (*kTruncateCuda)(const TruncateParams&, c10::Device) = nullptr;
 #endif
 
 void run_append(const char* op, const CheckedCache& cache, HostLengths* lengths, int64_t layer, bool all_layers,
-                const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths) {
-  const AppendParams p = append_params(op, cache, layer, all_layers, key, value, new_lengths);
+                const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
+                const IntegerArgument* sequences) {
+  const AppendParams p =
+      append_params(op, cache, layer, all_layers, key, value, new_lengths, chosen_sequences(op, cache, sequences));
   run(op, p, cache.tensors.k_cache, append_cpu, kAppendCuda);
-  if (lengths != nullptr) lengths->appended(p.first_layer, p.layer_count, p.rows, new_lengths != nullptr);
+  if (lengths != nullptr) lengths->appended(p.first_layer, p.layer_count, p.rows, new_lengths != nullptr, sequences);
 }
 
-TensorPair new_outputs(const CheckedCache& cache, int64_t rows, at::ScalarType dtype) {
+TensorPair new_outputs(const CheckedCache& cache, int64_t batch, int64_t rows, at::ScalarType dtype) {
   const CacheView& c = cache.view;
   const auto options = cache.tensors.k_cache.options().dtype(dtype);
-  if (c.batch == 1) {
+  if (batch == 1) {
     return {at::empty({rows, c.heads, c.head_dim}, options), at::empty({rows, c.heads, c.head_dim}, options)};
   }
-  return {at::empty({c.batch, rows, c.heads, c.head_dim}, options),
-          at::empty({c.batch, rows, c.heads, c.head_dim}, options)};
+  return {at::empty({batch, rows, c.heads, c.head_dim}, options),
+          at::empty({batch, rows, c.heads, c.head_dim}, options)};
 }
 
 void run_gather(const char* op, GatherParams& p, const CheckedCache& cache, at::ScalarType dtype,
                 const TensorPair& out) {
   p.dtype = kernel_dtype(op, "dtype", dtype);
-  p.key = checked_output(op, "out[0]", std::get<0>(out), cache, p.rows, dtype);
-  p.value = checked_output(op, "out[1]", std::get<1>(out), cache, p.rows, dtype);
+  const int64_t batch = p.sequences.entries(p.cache.batch);
+  p.key = checked_output(op, "out[0]", std::get<0>(out), cache, batch, p.rows, dtype);
+  p.value = checked_output(op, "out[1]", std::get<1>(out), cache, batch, p.rows, dtype);
   check_outputs_apart(op, std::get<0>(out), std::get<1>(out));
   run(op, p, cache.tensors.k_cache, gather_cpu, kGatherCuda);
 }
@@ -60,35 +65,36 @@ void run_gather(const char* op, GatherParams& p, const CheckedCache& cache, at::
 }  // namespace
 
 void append(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& key,
-            const at::Tensor& value, const at::Tensor* new_lengths) {
-  run_append("append", cache, lengths, layer, false, key, value, new_lengths);
+            const at::Tensor& value, const at::Tensor* new_lengths, const IntegerArgument* sequences) {
+  run_append("append", cache, lengths, layer, false, key, value, new_lengths, sequences);
 }
 
 void append_all(const CheckedCache& cache, HostLengths* lengths, const at::Tensor& keys, const at::Tensor& values,
-                const at::Tensor* new_lengths) {
-  run_append("append_all", cache, lengths, 0, true, keys, values, new_lengths);
+                const at::Tensor* new_lengths, const IntegerArgument* sequences) {
+  run_append("append_all", cache, lengths, 0, true, keys, values, new_lengths, sequences);
 }
 
-TensorPair gather(const CheckedCache& cache, int64_t layer, const at::Tensor& indices, at::ScalarType dtype) {
-  GatherParams p = gather_params("gather", cache, layer, &indices);
+TensorPair gather(const CheckedCache& cache, int64_t layer, const at::Tensor& indices, at::ScalarType dtype,
+                  const IntegerArgument* sequences) {
+  GatherParams p = gather_params("gather", cache, layer, &indices, chosen_sequences("gather", cache, sequences));
   kernel_dtype("gather", "dtype", dtype);
-  const TensorPair out = new_outputs(cache, p.rows, dtype);
+  const TensorPair out = new_outputs(cache, p.sequences.entries(p.cache.batch), p.rows, dtype);
   run_gather("gather", p, cache, dtype, out);
   return out;
 }
 
 void gather_out(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& indices,
-                at::ScalarType dtype, const TensorPair& out) {
-  GatherParams p = gather_params(op, cache, layer, &indices);
+                at::ScalarType dtype, const TensorPair& out, const IntegerArgument* sequences) {
+  GatherParams p = gather_params(op, cache, layer, &indices, chosen_sequences(op, cache, sequences));
   run_gather(op, p, cache, dtype, out);
 }
 
 TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer, int64_t start, int64_t end,
                         at::ScalarType dtype, const TensorPair* out) {
-  GatherParams p = gather_params(op, cache, layer, nullptr);
+  GatherParams p = gather_params(op, cache, layer, nullptr, {});
   p.start = start;
   p.rows = end - start;
-  const TensorPair to = out != nullptr ? *out : new_outputs(cache, p.rows, dtype);
+  const TensorPair to = out != nullptr ? *out : new_outputs(cache, p.cache.batch, p.rows, dtype);
   run_gather(op, p, cache, dtype, to);
   return to;
 }
@@ -103,32 +109,74 @@ void check_query_count(const char* op, int64_t rows) {
 }  // namespace
 
 void attend(const CheckedCache& cache, int64_t layer, const at::Tensor& query, const AttendOptions& options,
-            const at::Tensor& workspace, const at::Tensor& out, const at::Tensor& lse) {
-  const AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, workspace, out, lse);
+            const IntegerArgument* sequences, const at::Tensor& workspace, const at::Tensor& out,
+            const at::Tensor& lse) {
+  const ChosenSequences chosen = chosen_sequences("attend", cache, sequences);
+  const AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, chosen, workspace, out, lse);
   check_query_count("attend", p.rows);
   run("attend", p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
 }
 
 void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
                    const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
-                   const AttendOptions& options, const at::Tensor& workspace, const at::Tensor& out,
-                   const at::Tensor& lse) {
+                   const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
+                   const at::Tensor& out, const at::Tensor& lse) {
   const char* op = "append_attend";
-  const AppendParams append = append_params(op, cache, layer, false, key, value, new_lengths);
-  const AttendParams p = attend_params(op, cache, layer, query, options, &append, workspace, out, lse);
+  const ChosenSequences chosen = chosen_sequences(op, cache, sequences);
+  const AppendParams append = append_params(op, cache, layer, false, key, value, new_lengths, chosen);
+  const AttendParams p = attend_params(op, cache, layer, query, options, &append, chosen, workspace, out, lse);
   check_query_count(op, p.rows);
   check_answer_apart(op, out, key, value);
   run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
   if (lengths != nullptr)
-    lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr);
+    lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr, sequences);
 }
 
-void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length) {
+namespace {
+
+TruncateParams truncate_params(const char* op, const CheckedCache& cache, const IntegerArgument* sequences) {
   const CacheView& c = cache.view;
+  return {c.state, c.layers, c.batch, c.sinks, false, 0, {}, chosen_sequences(op, cache, sequences)};
+}
+
+}  // namespace
+
+void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, const IntegerArgument* of_each,
+              const IntegerArgument* sequences) {
   TORCH_CHECK_VALUE(length >= 0, "truncate: n must not be negative, got ", length);
-  run("truncate", TruncateParams{c.state, c.layers, c.batch, c.sinks, length}, cache.tensors.k_cache, truncate_cpu,
-      kTruncateCuda);
-  if (lengths != nullptr) lengths->truncated(length);
+  TruncateParams p = truncate_params("truncate", cache, sequences);
+  p.length = length;
+  if (of_each != nullptr)
+    p.lengths = checked_integers("truncate", "n", of_each->tensor, cache, p.sequences.entries(p.batch));
+  run("truncate", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
+  if (lengths != nullptr) lengths->truncated(length, of_each, sequences);
+}
+
+void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences) {
+  TruncateParams p = truncate_params("reset", cache, sequences);
+  p.resets = true;
+  run("reset", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
+  if (lengths == nullptr) return;
+  if (sequences == nullptr) {
+    lengths->cleared();
+  } else {
+    lengths->reset(*sequences);
+  }
+}
+
+void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* lengths, const IntegerArgument& sources,
+                    const IntegerArgument* destinations) {
+  const bool reorders = destinations == nullptr;
+  CopySequencesParams p;
+  p.cache = cache.view;
+  p.sources =
+      checked_integers(op, reorders ? "batch_indices" : "src", sources.tensor, cache, reorders ? p.cache.batch : -1);
+  p.count = sources.tensor.size(0);
+  if (!reorders) p.destinations = checked_integers(op, "dst", destinations->tensor, cache, p.count);
+  TORCH_CHECK_VALUE(p.count <= kMostCopies, op, ": at most ", kMostCopies, " sequences can move in one call, got ",
+                    p.count);
+  run(op, p, cache.tensors.k_cache, copy_sequences_cpu, kCopySequencesCuda);
+  if (lengths != nullptr) lengths->copied(sources, destinations);
 }
 
 void clear(const CheckedCache& cache, HostLengths* lengths) {
@@ -142,18 +190,32 @@ namespace {
 
 // The same ops for the dispatcher, over plain tensors: torch.compile, opcheck, whoever has no cache object.
 
+// An argument of the dispatcher's, whose numbers the host does not know.
+class OptionalIntegers {
+ public:
+  explicit OptionalIntegers(const std::optional<at::Tensor>& t) : given_(t.has_value()) {
+    if (given_) numbers_.tensor = *t;
+  }
+  const IntegerArgument* get() const { return given_ ? &numbers_ : nullptr; }
+
+ private:
+  IntegerArgument numbers_;
+  bool given_;
+};
+
 void op_append(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t layer,
                const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& new_lengths,
-               int64_t sink_positions, bool saturate) {
+               int64_t sink_positions, bool saturate, const std::optional<at::Tensor>& sequences) {
   append({"append", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}}, HostLengths::of(state).get(),
-         layer, key, value, new_lengths ? &*new_lengths : nullptr);
+         layer, key, value, new_lengths ? &*new_lengths : nullptr, OptionalIntegers(sequences).get());
 }
 
 void op_append_all(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
                    const at::Tensor& keys, const at::Tensor& values, const std::optional<at::Tensor>& new_lengths,
-                   int64_t sink_positions, bool saturate) {
+                   int64_t sink_positions, bool saturate, const std::optional<at::Tensor>& sequences) {
   append_all({"append_all", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}},
-             HostLengths::of(state).get(), keys, values, new_lengths ? &*new_lengths : nullptr);
+             HostLengths::of(state).get(), keys, values, new_lengths ? &*new_lengths : nullptr,
+             OptionalIntegers(sequences).get());
 }
 
 // Ops that touch no overflow counters.
@@ -163,35 +225,55 @@ CheckedCache without_counters(const char* op, const at::Tensor& k_cache, const a
 }
 
 TensorPair op_gather(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state, int64_t layer,
-                     const at::Tensor& indices, int64_t sink_positions, at::ScalarType dtype) {
-  return gather(without_counters("gather", k_cache, v_cache, state, sink_positions), layer, indices, dtype);
+                     const at::Tensor& indices, int64_t sink_positions, at::ScalarType dtype,
+                     const std::optional<at::Tensor>& sequences) {
+  return gather(without_counters("gather", k_cache, v_cache, state, sink_positions), layer, indices, dtype,
+                OptionalIntegers(sequences).get());
 }
 
 void op_gather_out(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state, int64_t layer,
-                   const at::Tensor& indices, int64_t sink_positions, at::Tensor& key_out, at::Tensor& value_out) {
+                   const at::Tensor& indices, int64_t sink_positions, at::Tensor& key_out, at::Tensor& value_out,
+                   const std::optional<at::Tensor>& sequences) {
   gather_out("gather", without_counters("gather", k_cache, v_cache, state, sink_positions), layer, indices,
-             key_out.scalar_type(), {key_out, value_out});
+             key_out.scalar_type(), {key_out, value_out}, OptionalIntegers(sequences).get());
 }
 
 void op_attend(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state, at::Tensor& workspace,
                int64_t layer, const at::Tensor& query, int64_t sink_positions, double scale, int64_t window,
-               double softcap, at::Tensor& out, const std::optional<at::Tensor>& lse) {
+               double softcap, at::Tensor& out, const std::optional<at::Tensor>& lse,
+               const std::optional<at::Tensor>& sequences) {
   attend(without_counters("attend", k_cache, v_cache, state, sink_positions), layer, query, {scale, window, softcap},
-         workspace, out, lse.value_or(at::Tensor()));
+         OptionalIntegers(sequences).get(), workspace, out, lse.value_or(at::Tensor()));
 }
 
 void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
                       at::Tensor& workspace, int64_t layer, const at::Tensor& query, const at::Tensor& key,
                       const at::Tensor& value, const std::optional<at::Tensor>& new_lengths, int64_t sink_positions,
                       bool saturate, double scale, int64_t window, double softcap, at::Tensor& out,
-                      const std::optional<at::Tensor>& lse) {
+                      const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& sequences) {
   append_attend({"append_attend", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}},
                 HostLengths::of(state).get(), layer, query, key, value, new_lengths ? &*new_lengths : nullptr,
-                {scale, window, softcap}, workspace, out, lse.value_or(at::Tensor()));
+                {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out,
+                lse.value_or(at::Tensor()));
 }
 
-void op_truncate(const at::Tensor& k_cache, at::Tensor& state, int64_t length, int64_t sink_positions) {
-  truncate(without_counters("truncate", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length);
+void op_truncate(const at::Tensor& k_cache, at::Tensor& state, int64_t length, int64_t sink_positions,
+                 const std::optional<at::Tensor>& lengths, const std::optional<at::Tensor>& sequences) {
+  truncate(without_counters("truncate", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length,
+           OptionalIntegers(lengths).get(), OptionalIntegers(sequences).get());
+}
+
+void op_reset(const at::Tensor& k_cache, at::Tensor& state, const std::optional<at::Tensor>& sequences,
+              int64_t sink_positions) {
+  reset(without_counters("reset", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(),
+        OptionalIntegers(sequences).get());
+}
+
+void op_copy_sequences(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, const at::Tensor& sources,
+                       const std::optional<at::Tensor>& destinations, int64_t sink_positions) {
+  const char* op = destinations ? "copy_sequence" : "reorder";
+  copy_sequences(op, without_counters(op, k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(),
+                 {sources}, OptionalIntegers(destinations).get());
 }
 
 void op_clear(const at::Tensor& k_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t sink_positions) {
@@ -205,25 +287,33 @@ TORCH_LIBRARY(kvcache_ext, m) {
   m.set_python_module("kvcache_ext.ops");
   m.def(
       "append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor(d!) overflow_counts, int layer, "
-      "Tensor key, Tensor value, Tensor? new_lengths, int sink_positions, bool saturate) -> ()");
+      "Tensor key, Tensor value, Tensor? new_lengths, int sink_positions, bool saturate, Tensor? sequences=None) -> "
+      "()");
   m.def(
       "append_all(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor(d!) overflow_counts, Tensor keys, "
-      "Tensor values, Tensor? new_lengths, int sink_positions, bool saturate) -> ()");
+      "Tensor values, Tensor? new_lengths, int sink_positions, bool saturate, Tensor? sequences=None) -> ()");
   m.def(
       "gather(Tensor k_cache, Tensor v_cache, Tensor state, int layer, Tensor indices, int sink_positions, "
-      "ScalarType dtype) -> (Tensor, Tensor)");
+      "ScalarType dtype, Tensor? sequences=None) -> (Tensor, Tensor)");
   m.def(
       "gather_out(Tensor k_cache, Tensor v_cache, Tensor state, int layer, Tensor indices, int sink_positions, "
-      "Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
+      "Tensor(a!) key_out, Tensor(b!) value_out, Tensor? sequences=None) -> ()");
   m.def(
       "attend(Tensor k_cache, Tensor v_cache, Tensor state, Tensor(a!) workspace, int layer, Tensor query, "
-      "int sink_positions, float scale, int window, float softcap, Tensor(b!) out, Tensor(c!)? lse) -> ()");
+      "int sink_positions, float scale, int window, float softcap, Tensor(b!) out, Tensor(c!)? lse, "
+      "Tensor? sequences=None) -> ()");
   m.def(
       "append_attend(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor(d!) overflow_counts, "
       "Tensor(e!) workspace, int layer, Tensor query, Tensor key, Tensor value, Tensor? new_lengths, "
-      "int sink_positions, bool saturate, float scale, int window, float softcap, Tensor(f!) out, Tensor(g!)? lse) "
-      "-> ()");
-  m.def("truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions) -> ()");
+      "int sink_positions, bool saturate, float scale, int window, float softcap, Tensor(f!) out, Tensor(g!)? lse, "
+      "Tensor? sequences=None) -> ()");
+  m.def(
+      "truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions, Tensor? lengths=None, "
+      "Tensor? sequences=None) -> ()");
+  m.def("reset(Tensor k_cache, Tensor(a!) state, Tensor? sequences, int sink_positions) -> ()");
+  m.def(
+      "copy_sequences(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor sources, Tensor? destinations, "
+      "int sink_positions) -> ()");
   m.def("clear(Tensor k_cache, Tensor(a!) state, Tensor(b!) overflow_counts, int sink_positions) -> ()");
 }
 
@@ -237,6 +327,8 @@ void register_for_device(torch::Library& m) {
   m.impl("attend", kvc::op_attend);
   m.impl("append_attend", kvc::op_append_attend);
   m.impl("truncate", kvc::op_truncate);
+  m.impl("reset", kvc::op_reset);
+  m.impl("copy_sequences", kvc::op_copy_sequences);
   m.impl("clear", kvc::op_clear);
 }
 

@@ -16,6 +16,7 @@ struct LoadedOps {
   int (*append)(const AppendParams*) = nullptr;
   int (*gather)(const GatherParams*) = nullptr;
   int (*attend)(const AttendParams*) = nullptr;
+  int (*copy_sequences)(const CopySequencesParams*) = nullptr;
   int (*truncate)(const TruncateParams*) = nullptr;
 };
 LoadedOps loaded_ops;
@@ -70,11 +71,12 @@ void attend_cpu(const AttendParams& p) {
     return;
   }
   std::vector<cpu::AttendRun> runs;
-  std::vector<int64_t> first_run(static_cast<size_t>(c.batch) + 1);
-  const int64_t most = std::max<int64_t>(1, kMostRuns / c.batch);
-  for (int64_t b = 0; b < c.batch; ++b) {
-    const int64_t* seen = c.state + p.layer * c.batch + b;
-    const AttendPlan plan = AttendPlan::make(p, b, {seen[0], seen[c.layers * c.batch]});
+  const int64_t entries = p.sequences.entries(c.batch);
+  std::vector<int64_t> first_run(static_cast<size_t>(entries) + 1);
+  const int64_t most = std::max<int64_t>(1, kMostRuns / std::max<int64_t>(1, entries));
+  for (int64_t b = 0; b < entries; ++b) {
+    const SequenceState state = cpu::state_of(c, p.layer, p.sequences.sequence(b, c.batch));
+    const AttendPlan plan = AttendPlan::make(p, b, state);
     const int64_t length = std::max(kLeastRun, (plan.count + most - 1) / most);
     for (int64_t row = 0; row < plan.count; row += length) {
       runs.push_back({b, row, std::min(plan.count, row + length)});
@@ -86,11 +88,21 @@ void attend_cpu(const AttendParams& p) {
   std::vector<float> states(static_cast<size_t>(count * state_floats));
   run_items(count, kLeastRun * c.heads * c.head_dim,
             [&](int64_t begin, int64_t end) { cpu::attend(p, runs.data(), begin, end, states.data()); });
-  for (int64_t b = 0; b < c.batch; ++b) {
+  for (int64_t b = 0; b < entries; ++b) {
     const int64_t from = first_run[static_cast<size_t>(b)];
     cpu::finish_attend(p, b, first_run[static_cast<size_t>(b) + 1] - from, states.data() + from * state_floats);
   }
   if (p.appends) append_cpu(p.append);
+}
+
+void copy_sequences_cpu(const CopySequencesParams& p) {
+  if (loaded_ops.copy_sequences != nullptr) return check_loaded(loaded_ops.copy_sequences(&p));
+  const std::vector<SequencePair> pairs = cpu::sequence_pairs(p);
+  if (pairs.empty()) return;
+  const int64_t elements = 2 * p.cache.heads * p.cache.head_dim * static_cast<int64_t>(pairs.size());
+  run_items(cpu::copy_sequences_items(p), elements,
+            [&](int64_t begin, int64_t end) { cpu::copy_sequences(p, pairs, begin, end); });
+  cpu::move_states(p, pairs);
 }
 
 void truncate_cpu(const TruncateParams& p) {
@@ -107,9 +119,11 @@ void load_cpu_ops(const char* path) {
   ops.append = reinterpret_cast<decltype(ops.append)>(dlsym(library, "kvc_append"));
   ops.gather = reinterpret_cast<decltype(ops.gather)>(dlsym(library, "kvc_gather"));
   ops.attend = reinterpret_cast<decltype(ops.attend)>(dlsym(library, "kvc_attend"));
+  ops.copy_sequences = reinterpret_cast<decltype(ops.copy_sequences)>(dlsym(library, "kvc_copy_sequences"));
   ops.truncate = reinterpret_cast<decltype(ops.truncate)>(dlsym(library, "kvc_truncate"));
-  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr && ops.truncate != nullptr,
-              "load_cpu_ops: ", path, " lacks kvc_append, kvc_gather, kvc_attend or kvc_truncate");
+  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr &&
+                  ops.copy_sequences != nullptr && ops.truncate != nullptr,
+              "load_cpu_ops: ", path, " lacks kvc_append, kvc_gather, kvc_attend, kvc_copy_sequences or kvc_truncate");
   loaded_ops = ops;
 }
 

@@ -40,6 +40,10 @@ void attend_cuda(const AttendParams& p, c10::Device device) {
   if (p.appends && p.rows > 1) launch("append", launch_append, p.append, device);
 }
 
+void copy_sequences_cuda(const CopySequencesParams& p, c10::Device device) {
+  launch("copy_sequences", launch_copy_sequences, p, device);
+}
+
 void truncate_cuda(const TruncateParams& p, c10::Device device) { launch("truncate", launch_truncate, p, device); }
 
 bool is_capturing_cuda(c10::Device device) {

@@ -8,6 +8,7 @@
 // The state is read by every block and advanced by none of them but the last to arrive: a block signs in after it has
 // read `seen` and `first`, and whoever signs in last knows that all have, writes the new ones and clears the count.
 // Signing in does not wait for the block's own stores: nothing but a later launch reads them.
+#include "chosen.cuh"
 #include "launch.h"
 #include "layout.h"
 #include "overlap.cuh"
@@ -50,10 +51,12 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
   const bool is_value = threadIdx.x >= kFewHalf;
   const uint32_t thread = threadIdx.x - (is_value ? kFewHalf : 0);
   const int64_t layer = tiling.batch(blockIdx.x);
-  const int64_t sequence = blockIdx.x - layer * p.cache.batch;
+  const int64_t sequence = blockIdx.x - layer * tiling.batch.divisor;  // of the call
+  const int64_t in_cache = sequence_of_entry(p.sequences, sequence, p.cache.batch);
+  if (in_cache < 0) return;
   const Rows<const void*>& rows = is_value ? p.value : p.key;
   const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + sequence * rows.batch_stride;
-  const int64_t entry = (p.first_layer + layer) * p.cache.batch + sequence;
+  const int64_t entry = (p.first_layer + layer) * p.cache.batch + in_cache;
   const int64_t row_elements = p.cache.heads * p.cache.head_dim;
   uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
   int64_t* seen = p.cache.state + entry;
@@ -118,11 +121,13 @@ __global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p,
   const bool is_value = threadIdx.x >= kHalf;
   const uint32_t thread = threadIdx.x - (is_value ? kHalf : 0);
   const int64_t layer = tiling.batch(part.matrix);
-  const int64_t sequence = part.matrix - layer * p.cache.batch;
+  const int64_t sequence = part.matrix - layer * tiling.batch.divisor;  // of the call
+  const int64_t in_cache = sequence_of_entry(p.sequences, sequence, p.cache.batch);
+  if (in_cache < 0) return;
 
   const Rows<const void*>& rows = is_value ? p.value : p.key;
   const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + sequence * rows.batch_stride;
-  const int64_t entry = (p.first_layer + layer) * p.cache.batch + sequence;
+  const int64_t entry = (p.first_layer + layer) * p.cache.batch + in_cache;
   const int64_t row_elements = p.cache.heads * p.cache.head_dim;
   uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
   int64_t* seen = p.cache.state + entry;
@@ -222,8 +227,9 @@ template <DType kType, int kVector, int kHalf, int kUnroll>
 cudaError_t launch(const AppendParams& p, int turns, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
+  const int64_t entries = p.sequences.entries(p.cache.batch);
   if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kHalf, kUnroll, turns,
-                    p.layer_count * p.cache.batch, p.cache.batch, grid)) {
+                    p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
   OverlappingLaunch launch(grid, 2 * kHalf, 0, stream);
@@ -234,12 +240,12 @@ template <DType kType, int kVector, int kTurns>
 cudaError_t launch_few(const AppendParams& p, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
-  const int64_t entries = p.layer_count * p.cache.batch;
-  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kFewHalf, 1, kTurns, entries,
-                    p.cache.batch, grid)) {
+  const int64_t entries = p.sequences.entries(p.cache.batch);
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kFewHalf, 1, kTurns,
+                    p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  OverlappingLaunch launch(entries, 2 * kFewHalf, 0, stream);
+  OverlappingLaunch launch(p.layer_count * entries, 2 * kFewHalf, 0, stream);
   return cudaLaunchKernelEx(&launch.config, append_few_kernel<kType, kVector, kTurns>, p, tiling);
 }
 
@@ -257,15 +263,16 @@ cudaError_t launch_for(const AppendParams& p, cudaStream_t stream) {
   const int64_t vectors = p.rows * p.cache.heads * (p.cache.head_dim / kVector);
   if (vectors <= kFewHalf) return launch_few<kType, kVector, 1>(p, stream);
   if (vectors <= 2 * kFewHalf) return launch_few<kType, kVector, 2>(p, stream);
-  return vectors * p.layer_count * p.cache.batch < kManyVectors ? launch<kType, kVector, 128, 1>(p, 1, stream)
-                                                                : launch<kType, kVector, 128, 2>(p, 2, stream);
+  return vectors * p.layer_count * p.sequences.entries(p.cache.batch) < kManyVectors
+             ? launch<kType, kVector, 128, 1>(p, 1, stream)
+             : launch<kType, kVector, 128, 2>(p, 2, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream) {
   AppendParams p = params;
-  if (p.rows == 0) return cudaSuccess;
+  if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   switch (p.dtype) {
     case DType::f32: return launch_for<DType::f32>(p, stream);
     case DType::f16: return launch_for<DType::f16>(p, stream);

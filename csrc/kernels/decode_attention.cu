@@ -23,6 +23,7 @@
 // the new row: its slot is that of the position which the append evicts, which nobody reads. Whichever block finds that
 // it is the last of its sequence moves the state on: all have read it. For T > 1 the caller appends afterwards.
 #include "attend.h"
+#include "chosen.cuh"
 #include "launch.h"
 #include "overlap.cuh"
 #include "tensor.cuh"
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime<kDepth, kTiles
   const uint32_t split = blockIdx.x - unit * splits;
   const uint32_t sequence_head = division.tiles(unit);
   const uint32_t tile_of_queries = unit - sequence_head * division.tiles.divisor;
-  const int64_t sequence = division.heads(sequence_head);
+  const uint32_t sequence = division.heads(sequence_head);  // of the call
   const int64_t head = sequence_head - sequence * division.heads.divisor;
   const uint32_t group_size = division.group_size.divisor;
   const int thread = static_cast<int>(threadIdx.x);
@@ -190,9 +191,11 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime<kDepth, kTiles
   const uint32_t all_queries = group_size * static_cast<uint32_t>(p.rows);
   const uint32_t queries =
       all_queries - first_query < kQueries ? all_queries - first_query : kQueries;  // of this block
-  const bool stores = p.appends && p.rows == 1;
+  // Which of the cache's it is; -1 is none of them, which holds nothing and gets nothing.
+  const int64_t in_cache = sequence_of_entry(p.sequences, sequence, p.cache.batch);
+  const bool stores = p.appends && p.rows == 1 && in_cache >= 0;
 
-  const int64_t entry = p.layer * p.cache.batch + sequence;
+  const int64_t entry = p.layer * p.cache.batch + imax(in_cache, 0);
   int64_t* seen = p.cache.state + entry;
   int64_t* first = seen + p.cache.layers * p.cache.batch;
   const int64_t row_elements = p.cache.heads * head_dim;
@@ -208,6 +211,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime<kDepth, kTiles
     SequenceState s{*const_cast<volatile int64_t*>(seen), *const_cast<volatile int64_t*>(first)};
     // While the previous launch writes to it, it may be half of one and half of another: this bound must hold for it.
     s.first = imax(s.first, s.seen - p.cache.ring.divisor);
+    if (in_cache < 0) s = empty_state(p.cache.sinks);
     return s;
   };
   const auto appended_now = [&] { return p.appends ? appended_rows(p.append, sequence) : 0; };
@@ -701,7 +705,7 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   const int64_t group_size = p.query_heads / p.cache.heads;
   const int64_t queries = p.rows * group_size;
   const int64_t tiles = (queries + Block::kQueries - 1) / Block::kQueries;
-  const int64_t units = p.cache.batch * p.cache.heads * tiles;
+  const int64_t units = p.sequences.entries(p.cache.batch) * p.cache.heads * tiles;
   const int64_t room = p.partial_floats / (units * Block::kPartial);
   int64_t splits = multiprocessors / units;
   splits = imin(splits, imin(room, (p.cache.positions + kRowsPerSplit - 1) / kRowsPerSplit));
@@ -749,7 +753,7 @@ cudaError_t launch_for(const AttendParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_attend(const AttendParams& p, cudaStream_t stream) {
-  if (p.rows == 0) return cudaSuccess;
+  if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   if (p.cache.head_dim <= 64) return launch_for<4, 4>(p, stream);
   if (p.cache.head_dim <= 128) return launch_for<8, 4>(p, stream);
   if (p.cache.head_dim <= 256) return launch_for<16, 2>(p, stream);

@@ -3,6 +3,7 @@
 // One launch covers K and V of every sequence: a matrix of n rows each. Grid: the blocks of all matrices, one after the
 // other (tiling.h). Every thread of a block has kUnroll rows of a
 // column under way: it loads them before it stores the first. An index that is not held gives zeros.
+#include "chosen.cuh"
 #include "launch.h"
 #include "layout.h"
 #include "overlap.cuh"
@@ -25,11 +26,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtATime<kVector>)
   let_next_launch_begin();
   const BlockPart part = BlockPart::make(tiling, blockIdx.x);
   const bool is_value = part.matrix & 1;
-  const int64_t sequence = part.matrix >> 1;
+  const int64_t sequence = part.matrix >> 1;  // of the call
+  const int64_t in_cache = sequence_of_entry(p.sequences, sequence, p.cache.batch);
 
   const Rows<void*>& rows = is_value ? p.value : p.key;
   T* out = static_cast<T*>(rows.data) + sequence * rows.batch_stride;
-  const int64_t entry = p.layer * p.cache.batch + sequence;
+  const int64_t entry = p.layer * p.cache.batch + imax(in_cache, 0);
   const int64_t row_elements = p.cache.heads * p.cache.head_dim;
   const uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
   const int64_t thread_row = part.row_begin + (threadIdx.x >> tiling.log2_width);
@@ -37,7 +39,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtATime<kVector>)
   const int64_t* indices = p.indices == nullptr ? nullptr : p.indices + sequence * p.indices_batch_stride;
   wait_for_previous_launch();
 
-  const SequenceState state{p.cache.state[entry], p.cache.state[entry + p.cache.layers * p.cache.batch]};
+  SequenceState state{p.cache.state[entry], p.cache.state[entry + p.cache.layers * p.cache.batch]};
+  if (in_cache < 0) state = empty_state(p.cache.sinks);
   const ReadPlan plan = ReadPlan::make(state, p.cache);
   const int64_t run =
       indices == nullptr ? plan.run(p.start + part.row_begin, p.start + part.row_end) : kNoSlot;  // the usual range
@@ -75,8 +78,9 @@ template <DType kType, int kVector, int kUnroll>
 cudaError_t launch(const GatherParams& p, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
-  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kThreads, kUnroll, 1, 2 * p.cache.batch,
-                    p.cache.batch, grid)) {
+  const int64_t entries = p.sequences.entries(p.cache.batch);
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kThreads, kUnroll, 1, 2 * entries,
+                    entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
   OverlappingLaunch launch(grid, kThreads, 0, stream);
@@ -95,7 +99,7 @@ cudaError_t launch_for(const GatherParams& p, cudaStream_t stream) {
 
 cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream) {
   GatherParams p = params;
-  if (p.rows == 0) return cudaSuccess;
+  if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   switch (p.dtype) {
     case DType::f32: return launch_for<DType::f32>(p, stream);
     case DType::f16: return launch_for<DType::f16>(p, stream);

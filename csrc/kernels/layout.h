@@ -47,8 +47,27 @@ KVC_HD SequenceState state_after_truncate(SequenceState s, int64_t length, int64
   return {s.first + (length - sinks), s.first};
 }
 
-// How many of T rows are appended to sequence b: the last new_lengths[b], clamped to 0..T.
+// Forgets everything: numbering begins at 0 again.
+KVC_HD SequenceState empty_state(int64_t sinks) { return {0, sinks}; }
+
+// Truncates one of the chosen sequences, or of all, in one layer.
+KVC_HD void truncate_entry(const TruncateParams& p, int64_t layer, int64_t entry) {
+  const int64_t sequence = p.sequences.sequence(entry, p.batch);
+  if (sequence < 0) return;
+  int64_t* seen = p.state + layer * p.batch + sequence;
+  int64_t* first = seen + p.layers * p.batch;
+  SequenceState s = empty_state(p.sinks);
+  if (!p.resets) {
+    const int64_t length = p.lengths.data == nullptr ? p.length : imax(p.lengths[entry], 0);
+    s = state_after_truncate({*seen, *first}, length, p.sinks);
+  }
+  *seen = s.seen;
+  *first = s.first;
+}
+
+// How many of T rows of entry b are appended: the last new_lengths[b], clamped to 0..T.
 KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
+  if (p.sequences.indices.data != nullptr && p.sequences.sequence(b, p.cache.batch) < 0) return 0;
   if (p.new_lengths == nullptr) return p.rows;
   // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
   // later.
@@ -111,11 +130,38 @@ struct ReadPlan {
     return sinks + place;
   }
 
+  // Does some index lie in this slot?
+  KVC_HD bool holds(int64_t slot) const {
+    if (slot < sinks) return slot < held_sinks;
+    int64_t age = slot - sinks - base;  // the index, counted from the oldest in the ring
+    if (age < 0) age += ring;
+    return age < held - held_sinks;
+  }
+
+  // All slots from this one on hold nothing.
+  KVC_HD int64_t slots_end() const {
+    const int64_t in_ring = held - held_sinks;
+    return in_ring == 0 ? held_sinks : sinks + imin(base + in_ring, ring);
+  }
+
   // The slot of index `begin` if the indices [begin, end) lie in slots that follow each other, else -1.
   KVC_HD int64_t run(int64_t begin, int64_t end) const {
     const int64_t slot0 = slot(begin);
     return slot0 >= 0 && slot(end - 1) - slot0 == end - 1 - begin ? slot0 : -1;
   }
 };
+
+// Pair i of copy_sequences; one with a number that is out of range is a sequence and itself.
+struct SequencePair {
+  int64_t source;
+  int64_t destination;
+};
+
+KVC_HD SequencePair sequence_pair(const CopySequencesParams& p, int64_t i) {
+  const int64_t source = p.sources[i];
+  const int64_t destination = p.destinations.data == nullptr ? i : p.destinations[i];
+  const bool there = source >= 0 && source < p.cache.batch && destination >= 0 && destination < p.cache.batch;
+  return there ? SequencePair{source, destination} : SequencePair{0, 0};
+}
 
 }  // namespace kvc

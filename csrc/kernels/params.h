@@ -7,12 +7,40 @@
 #include <cstdint>
 
 #include "divide.h"
+#include "portable.h"
 
 namespace kvc {
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 
 constexpr int dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// Integers on the device, contiguous.
+struct Integers {
+  const void* data = nullptr;  // int64_t or int32_t, or null
+  bool are_32_bit = false;
+
+  // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
+  // later.
+  KVC_HD int64_t operator[](int64_t i) const {
+    return are_32_bit ? static_cast<const volatile int32_t*>(data)[i] : static_cast<const volatile int64_t*>(data)[i];
+  }
+};
+
+// The sequences that a call is about: entry i of its tensors belongs to sequence indices[i] of the cache, and where
+// that is out of range to none. Without indices, entry b belongs to sequence b, and there are B of them.
+struct ChosenSequences {
+  Integers indices;  // [count], distinct, or null
+  int64_t count = 0;
+
+  KVC_HD int64_t entries(int64_t batch) const { return indices.data == nullptr ? batch : count; }
+  // The sequence that an entry belongs to, or -1.
+  KVC_HD int64_t sequence(int64_t entry, int64_t batch) const {
+    if (indices.data == nullptr) return entry;
+    const int64_t sequence = indices[entry];
+    return sequence >= 0 && sequence < batch ? sequence : -1;
+  }
+};
 
 // The cache as it lies in memory.
 struct CacheView {
@@ -38,7 +66,8 @@ struct Rows {
   int64_t head_stride;
 };
 
-// Convert T new positions to FP16 and store them behind what each sequence has; advance the state.
+// Convert T new positions to FP16 and store them behind what each sequence has; advance the state. Here and below, B of
+// the call's tensors is the number of chosen sequences.
 struct AppendParams {
   CacheView cache;
   int64_t* overflow_counts;  // [L]: += finite inputs with |x| >= 65520
@@ -51,6 +80,7 @@ struct AppendParams {
   const void* new_lengths;  // [B] int32 or int64, or null: all T rows of every sequence
   bool new_lengths_are_32_bit;
   bool saturate;  // else finite values beyond the FP16 range become +-inf
+  ChosenSequences sequences = {};
 };
 
 // Copy chronological indices of one layer out, FP16 to `dtype`. Index `start + i`, or `indices[b, i]`.
@@ -66,6 +96,7 @@ struct GatherParams {
   Rows<void*> key;    // [1, B, n, H, D] of `dtype`
   Rows<void*> value;  // [1, B, n, H, D] of `dtype`
   DType dtype;
+  ChosenSequences sequences = {};
 };
 
 // How many tickets the workspace of an attention call has: heads that several blocks share at a time.
@@ -86,22 +117,37 @@ struct AttendParams {
   float* lse;               // [B, T, Hq] natural log-sum-exp, or null
   DType dtype;
   float scale;
-  float softcap;           // scores become softcap * tanh(score / softcap); 0: they stay
-  int64_t window;          // 0: no window
-  bool appends;            // the fields of `append` count; else they are not read
-  AppendParams append;     // of the same cache and layer, layer_count 1, T rows
-  float* partials;         // workspace: what the blocks that share a head leave for the last of them
-  uint32_t* tickets;       // workspace [kAttendTickets]: zero between launches
-  int64_t partial_floats;  // the size of `partials`
+  float softcap;                   // scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;                  // 0: no window
+  bool appends;                    // the fields of `append` count; else they are not read
+  AppendParams append;             // of the same cache and layer, layer_count 1, T rows
+  float* partials;                 // workspace: what the blocks that share a head leave for the last of them
+  uint32_t* tickets;               // workspace [kAttendTickets]: zero between launches
+  int64_t partial_floats;          // the size of `partials`
+  ChosenSequences sequences = {};  // `append` has the same
 };
 
-// Keep the `length` oldest held positions of every layer and sequence (all, where fewer are held).
+// Keep the oldest held positions of some sequences of every layer (all, where fewer are held), or none of them.
 struct TruncateParams {
   int64_t* state;  // [3, L, B]
   int64_t layers;
   int64_t batch;
   int64_t sinks;
-  int64_t length;
+  bool resets;       // forget everything and begin to number from 0 again: `length` and `lengths` do not count
+  int64_t length;    // of every sequence, where `lengths` is null
+  Integers lengths;  // one for each of `sequences`: how many it keeps, negative numbers counting as 0; or null
+  ChosenSequences sequences;
+};
+
+constexpr int64_t kMostCopies = 4096;  // pairs that a block of copy_sequences has room for
+
+// Let sequences become copies of others, in every layer: the rows that those hold, slot by slot, and their state. All
+// are read before any is written to, so that sequences can change places.
+struct CopySequencesParams {
+  CacheView cache;
+  Integers sources;       // [count] of 0 to B - 1. A pair with a number that is out of range is left out
+  Integers destinations;  // [count] distinct ones, or null: 0, 1, ...
+  int64_t count;          // at most kMostCopies
 };
 
 }  // namespace kvc

@@ -1,6 +1,6 @@
-// truncate: move the state of every layer and sequence back to its `length` oldest positions. No data moves.
+// truncate: move the state of sequences back to their oldest positions, or to none, in every layer. No data moves.
 //
-// Grid: one thread for each layer and sequence.
+// Grid: one block for each layer; its threads take the sequences in turn.
 #include <cuda_runtime.h>
 
 #include "launch.h"
@@ -12,19 +12,16 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) truncate_kernel(const TruncateParams p) {
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t entries = p.layers * p.batch;
-  if (entry >= entries) return;
-  const SequenceState s = state_after_truncate({p.state[entry], p.state[entries + entry]}, p.length, p.sinks);
-  p.state[entry] = s.seen;
-  p.state[entries + entry] = s.first;
+  for (int64_t entry = threadIdx.x; entry < p.sequences.entries(p.batch); entry += kThreads)
+    truncate_entry(p, blockIdx.x, entry);
 }
 
 }  // namespace
 
 cudaError_t launch_truncate(const TruncateParams& p, cudaStream_t stream) {
+  if (p.sequences.entries(p.batch) == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((p.layers * p.batch + kThreads - 1) / kThreads));
+  config.gridDim = dim3(static_cast<unsigned>(p.layers));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, truncate_kernel, p);

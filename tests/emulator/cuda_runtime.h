@@ -106,6 +106,13 @@ inline T atomicAdd(T* address, T value) {
   return before;
 }
 
+template <typename T>
+inline T atomicMax(T* address, T value) {
+  const T before = *address;
+  if (value > before) *address = value;
+  return before;
+}
+
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   const uint64_t* lanes = emulator::warp_exchange(value);
   unsigned sum = 0;

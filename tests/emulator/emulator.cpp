@@ -209,5 +209,6 @@ int kvc_attend(const kvc::AttendParams* p) {
   const emulator::Guess guess(p->cache);
   return kvc::launch_attend(*p, nullptr);
 }
+int kvc_copy_sequences(const kvc::CopySequencesParams* p) { return kvc::launch_copy_sequences(*p, nullptr); }
 int kvc_truncate(const kvc::TruncateParams* p) { return kvc::launch_truncate(*p, nullptr); }
 }

@@ -184,7 +184,8 @@ struct Attention {
 
   void find_rows(int64_t row0, int rows) {
     const int64_t row_elements = p.cache.heads * head_dim;
-    const int64_t start = (p.layer * p.cache.batch + sequence) * p.cache.positions * row_elements;
+    const int64_t in_cache = imax(p.sequences.sequence(sequence, p.cache.batch), 0);
+    const int64_t start = (p.layer * p.cache.batch + in_cache) * p.cache.positions * row_elements;
     for (int r = 0; r < rows; ++r) {
       if (row0 + r < plan.cached) {
         const int64_t offset = start + plan.slot(row0 + r) * row_elements;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../attend.h"
 #include "../params.h"
@@ -47,6 +48,9 @@ struct InstructionSet {
 const InstructionSet& instruction_set();        // the best that this machine has, or the one that was selected
 bool select_instruction_set(const char* name);  // false: no such name, or this machine lacks the instructions
 
+// Where a sequence of a layer stands; -1 stands for one that holds nothing.
+SequenceState state_of(const CacheView& cache, int64_t layer, int64_t sequence);
+
 // An item of append is one row of one sequence of one layer; of gather, one row of one sequence. Items of one call may
 // run in any order and on any thread; advance_state comes after all of them.
 int64_t append_items(const AppendParams& params);
@@ -68,6 +72,13 @@ void attend(const AttendParams& params, const AttendRun* runs, int64_t begin, in
 void finish_attend(const AttendParams& params, int64_t sequence, int64_t runs, const float* states);
 
 void truncate(const TruncateParams& params);
+
+// The pairs whose data moves. Then an item is one slot of one layer; move_states comes after all items.
+std::vector<SequencePair> sequence_pairs(const CopySequencesParams& params);
+int64_t copy_sequences_items(const CopySequencesParams& params);
+void copy_sequences(const CopySequencesParams& params, const std::vector<SequencePair>& pairs, int64_t begin,
+                    int64_t end);
+void move_states(const CopySequencesParams& params, const std::vector<SequencePair>& pairs);
 
 // The size of the last-level cache in bytes: a copy that writes more than this should stream.
 int64_t last_level_cache_bytes();

@@ -1,4 +1,4 @@
-// append, gather and truncate on a CPU: rows one after the other, each a run of elements to convert.
+// append, gather, copy_sequences and truncate on a CPU: rows one after the other, each a run of elements to convert.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -96,18 +96,28 @@ void load_tile(const Conversions& use, const GatherParams& p, const Rows<void*>&
 
 }  // namespace
 
-int64_t append_items(const AppendParams& p) { return p.layer_count * p.cache.batch * p.rows; }
+SequenceState state_of(const CacheView& c, int64_t layer, int64_t sequence) {
+  if (sequence < 0) return empty_state(c.sinks);
+  const int64_t entry = layer * c.batch + sequence;
+  return {*seen_of(c, entry), *first_of(c, entry)};
+}
+
+int64_t append_items(const AppendParams& p) { return p.layer_count * p.sequences.entries(p.cache.batch) * p.rows; }
 
 void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
   const Conversions& use = *instruction_set().conversions;
+  const int64_t entries = p.sequences.entries(c.batch);
   while (begin < end) {  // a run of rows of one sequence of one layer
     const int64_t matrix = begin / p.rows;
     const int64_t first_row = begin - matrix * p.rows;
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
-    const int64_t layer = matrix / c.batch;
-    const int64_t sequence = matrix - layer * c.batch;
-    const int64_t entry = (p.first_layer + layer) * c.batch + sequence;
+    begin += last_row - first_row;
+    const int64_t layer = matrix / entries;
+    const int64_t sequence = matrix - layer * entries;  // of the call
+    const int64_t in_cache = p.sequences.sequence(sequence, c.batch);
+    if (in_cache < 0) continue;
+    const int64_t entry = (p.first_layer + layer) * c.batch + in_cache;
     const AppendPlan plan = AppendPlan::make(*seen_of(c, entry), p.rows, appended_rows(p, sequence), c);
     const int64_t key_start = layer * p.key.layer_stride + sequence * p.key.batch_stride;
     const int64_t value_start = layer * p.value.layer_stride + sequence * p.value.batch_stride;
@@ -121,7 +131,6 @@ void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
       overflows += store_tile(use, p, p.value, value_start, row, count, slots, c.v_cache + cache_start, stream);
     }
     if (overflows != 0) __atomic_fetch_add(p.overflow_counts + p.first_layer + layer, overflows, __ATOMIC_RELAXED);
-    begin += last_row - first_row;
   }
   if (stream) finish_streaming();
 }
@@ -129,8 +138,10 @@ void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
 void advance_state(const AppendParams& p) {
   const CacheView& c = p.cache;
   for (int64_t layer = 0; layer < p.layer_count; ++layer) {
-    for (int64_t b = 0; b < c.batch; ++b) {
-      const int64_t entry = (p.first_layer + layer) * c.batch + b;
+    for (int64_t b = 0; b < p.sequences.entries(c.batch); ++b) {
+      const int64_t in_cache = p.sequences.sequence(b, c.batch);
+      if (in_cache < 0) continue;
+      const int64_t entry = (p.first_layer + layer) * c.batch + in_cache;
       const SequenceState next =
           state_after_append({*seen_of(c, entry), *first_of(c, entry)}, appended_rows(p, b), c.ring.divisor);
       *seen_of(c, entry) = next.seen;
@@ -139,7 +150,7 @@ void advance_state(const AppendParams& p) {
   }
 }
 
-int64_t gather_items(const GatherParams& p) { return p.cache.batch * p.rows; }
+int64_t gather_items(const GatherParams& p) { return p.sequences.entries(p.cache.batch) * p.rows; }
 
 void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
@@ -148,8 +159,9 @@ void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
     const int64_t sequence = begin / p.rows;
     const int64_t first_row = begin - sequence * p.rows;
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
-    const int64_t entry = p.layer * c.batch + sequence;
-    const ReadPlan plan = ReadPlan::make({*seen_of(c, entry), *first_of(c, entry)}, c);
+    const int64_t in_cache = p.sequences.sequence(sequence, c.batch);
+    const int64_t entry = p.layer * c.batch + imax(in_cache, 0);
+    const ReadPlan plan = ReadPlan::make(state_of(c, p.layer, in_cache), c);
     const int64_t cache_start = entry * c.positions * c.heads * c.head_dim;
     for (int64_t row = first_row; row < last_row; row += kTileRows) {
       const int64_t count = imin(kTileRows, last_row - row);
@@ -205,8 +217,7 @@ void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t
   std::vector<uint16_t> converted(p.appends ? static_cast<size_t>(2 * kTile * c.heads * c.head_dim) : 0);
   for (int64_t run = begin; run < end; ++run) {
     const int64_t b = runs[run].sequence;
-    const int64_t entry = p.layer * c.batch + b;
-    const AttendPlan plan = AttendPlan::make(p, b, {*seen_of(c, entry), *first_of(c, entry)});
+    const AttendPlan plan = AttendPlan::make(p, b, state_of(c, p.layer, p.sequences.sequence(b, c.batch)));
     for (int64_t m = 0; m < queries; ++m) {
       const int64_t offset =
           b * p.query.batch_stride + m / p.query_heads * p.query.row_stride + m % p.query_heads * p.query.head_stride;
@@ -271,11 +282,88 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
 }
 
 void truncate(const TruncateParams& p) {
-  const int64_t entries = p.layers * p.batch;
-  for (int64_t i = 0; i < entries; ++i) {
-    const SequenceState s = state_after_truncate({p.state[i], p.state[entries + i]}, p.length, p.sinks);
-    p.state[i] = s.seen;
-    p.state[entries + i] = s.first;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    for (int64_t entry = 0; entry < p.sequences.entries(p.batch); ++entry) truncate_entry(p, layer, entry);
+  }
+}
+
+std::vector<SequencePair> sequence_pairs(const CopySequencesParams& p) {
+  std::vector<SequencePair> pairs;
+  for (int64_t i = 0; i < p.count; ++i) {
+    const SequencePair pair = sequence_pair(p, i);
+    if (pair.source != pair.destination) pairs.push_back(pair);
+  }
+  return pairs;
+}
+
+int64_t copy_sequences_items(const CopySequencesParams& p) { return p.cache.layers * p.cache.positions; }
+
+void copy_sequences(const CopySequencesParams& p, const std::vector<SequencePair>& pairs, int64_t begin, int64_t end) {
+  const CacheView& c = p.cache;
+  const int64_t row_elements = c.heads * c.head_dim;
+  const auto count = static_cast<int64_t>(pairs.size());
+  // Is nobody written to who is read? Then rows are copied at once, else a piece of all of them is read before it is
+  // written.
+  std::vector<bool> written(static_cast<size_t>(c.batch), false);
+  for (const SequencePair& pair : pairs) written[static_cast<size_t>(pair.destination)] = true;
+  const bool apart = std::none_of(pairs.begin(), pairs.end(),
+                                  [&](const SequencePair& pair) { return written[static_cast<size_t>(pair.source)]; });
+  constexpr int64_t kBufferElements = int64_t{1} << 14;  // what a first-level cache holds
+  const int64_t most = apart ? row_elements : imin(row_elements, imax(kBufferElements / imax(count, 1), 32));
+  std::vector<uint16_t> buffer(apart ? 0 : static_cast<size_t>(count * most));
+  std::vector<ReadPlan> plans(static_cast<size_t>(count));
+  while (begin < end) {  // a run of slots of one layer
+    const int64_t layer = begin / c.positions;
+    const int64_t first_slot = begin - layer * c.positions;
+    const int64_t last_slot = imin(c.positions, first_slot + (end - begin));
+    int64_t slots_end = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t entry = layer * c.batch + pairs[static_cast<size_t>(i)].source;
+      ReadPlan& plan = plans[static_cast<size_t>(i)];
+      plan = ReadPlan::make({*seen_of(c, entry), *first_of(c, entry)}, c);
+      slots_end = imax(slots_end, plan.slots_end());
+    }
+    for (int64_t slot = first_slot; slot < imin(last_slot, slots_end); ++slot) {
+      for (uint16_t* cache : {c.k_cache, c.v_cache}) {
+        for (int64_t column = 0; column < row_elements; column += most) {
+          const int64_t n = imin(most, row_elements - column);
+          const auto at = [&](int64_t sequence) {
+            return cache + ((layer * c.batch + sequence) * c.positions + slot) * row_elements + column;
+          };
+          const auto each = [&](const auto& copy) {
+            for (int64_t i = 0; i < count; ++i) {
+              if (!plans[static_cast<size_t>(i)].holds(slot)) continue;
+              const SequencePair& pair = pairs[static_cast<size_t>(i)];
+              copy(at(pair.source), at(pair.destination), buffer.data() + (apart ? 0 : i * most));
+            }
+          };
+          const size_t bytes = static_cast<size_t>(n) * 2;
+          if (apart) {
+            each([&](const uint16_t* from, uint16_t* to, uint16_t*) { std::memcpy(to, from, bytes); });
+          } else {
+            each([&](const uint16_t* from, uint16_t*, uint16_t* through) { std::memcpy(through, from, bytes); });
+            each([&](const uint16_t*, uint16_t* to, uint16_t* through) { std::memcpy(to, through, bytes); });
+          }
+        }
+      }
+    }
+    begin += last_slot - first_slot;
+  }
+}
+
+void move_states(const CopySequencesParams& p, const std::vector<SequencePair>& pairs) {
+  const CacheView& c = p.cache;
+  std::vector<SequenceState> states(pairs.size());
+  for (int64_t layer = 0; layer < c.layers; ++layer) {
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      const int64_t entry = layer * c.batch + pairs[i].source;
+      states[i] = {*seen_of(c, entry), *first_of(c, entry)};
+    }
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      const int64_t entry = layer * c.batch + pairs[i].destination;
+      *seen_of(c, entry) = states[i].seen;
+      *first_of(c, entry) = states[i].first;
+    }
   }
 }
 

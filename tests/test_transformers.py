@@ -1,0 +1,745 @@
+"""Fp16Cache: transformers models generate on it what they generate on a DynamicCache that rounds to FP16 as it does.
+
+The models are random and small. Greedy tokens are compared one by one; where they part, the two tokens must be nearly
+equal in FP64 (`NEAR_TIE`), and how often that happened is printed at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import NOTES, ROOT
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+try:
+    from kvcache_ext.integrations import transformers as integration
+    from kvcache_ext.integrations.transformers import CROP_MARGIN, NAME, Fp16Cache
+except ImportError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+transformers.logging.set_verbosity_error()
+
+# Of the logits' spread: the FP32 answers of two ways to attend differ by some 1e-6 of it, but for keys and values that
+# this difference rounds to another FP16 number, 5e-4 of one element.
+NEAR_TIE = 1e-3
+VOCABULARY = 97
+WINDOW = 8
+
+
+class RoundingCache(transformers.DynamicCache):
+    """The reference: keys and values of any dtype, rounded to FP16 as they come."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rounded = (x.half().to(x.dtype) for x in (key_states, value_states))
+        return super().update(*rounded, *args, **kwargs)
+
+
+BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 7, "sliding_window": WINDOW}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 24, "num_key_value_heads": 1}),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "layer_types": ALTERNATING}),
+    "gemma3": ("Gemma3", {**GEMMA, "layer_types": ALTERNATING}),
+    "gpt_oss": ("GptOss", {"head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+FAMILIES = list(CONFIGURATIONS)
+_models: dict[tuple[str, torch.device], Any] = {}
+
+
+def make_model(family: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    name, options = CONFIGURATIONS[family]
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config_name)(**BASE | options))
+    for layer in model.model.layers:
+        if hasattr(layer.self_attn, "sinks"):
+            torch.nn.init.normal_(layer.self_attn.sinks)
+    model.set_attn_implementation("eager")
+    return model.eval().to(device, dtype)
+
+
+@pytest.fixture
+def models(device: torch.device) -> Any:
+    """Models by family, made once, with eager attention until a cache changes it."""
+
+    def get(family: str) -> Any:
+        if (family, device) not in _models:
+            _models[family, device] = make_model(family, device)
+        model = _models[family, device]
+        model.set_attn_implementation("eager")
+        return model
+
+    return get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Work this small is slower on several, and far slower where others use them too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def counted() -> Iterator[dict[str, int]]:
+    counts = {"tokens": 0, "near ties": 0}
+    yield counts
+    NOTES.append(
+        f"token identity with a DynamicCache that rounds to FP16: {counts['tokens']} tokens compared, "
+        f"{counts['near ties']} sequences parted at near ties (FP64: within {NEAR_TIE})"
+    )
+
+
+def prompts(batch: int, length: int, device: torch.device, *, padded: bool = False) -> dict[str, Tensor]:
+    torch.manual_seed(batch * 1000 + length)
+    ids = torch.randint(2, VOCABULARY, (batch, length), device=device)
+    mask = torch.ones_like(ids)
+    if padded:
+        for b in range(batch - 1):
+            mask[b, : (b + 1) * length // (batch + 1)] = 0
+        ids = ids.masked_fill(mask == 0, 0)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: Any, inputs: dict[str, Tensor], cache: Any, **options: Any) -> Tensor:
+    arguments = {"max_new_tokens": 24, "do_sample": False} | options
+    return model.generate(**inputs, past_key_values=cache, **arguments)
+
+
+def expected(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """With the model's eager attention and the reference cache. Leaves the model's attention as it was."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    tokens = generate(model, inputs, RoundingCache(config=model.config), **options)
+    model.set_attn_implementation(before)
+    return tokens
+
+
+def exact_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """In FP64, over keys and values in FP16, without the padding: [tokens that are not padding, vocabulary]."""
+    exact = copy.deepcopy(model).double()
+    exact.set_attn_implementation("eager")
+    real = torch.nn.functional.pad(mask, (0, len(tokens) - len(mask)), value=1) == 1
+    with torch.no_grad():
+        return exact(tokens[None, real], past_key_values=RoundingCache(config=model.config)).logits[0]
+
+
+def check_tokens(model: Any, inputs: dict[str, Tensor], got: Tensor, want: Tensor, counts: dict[str, int]) -> None:
+    assert got.shape == want.shape
+    start = inputs["input_ids"].shape[1]
+    new = want[:, start:]
+    assert len(new.unique()) > 5, "the model repeats itself: nothing is tested"
+    for b in range(len(want)):
+        differing = (got[b] != want[b]).nonzero()
+        if len(differing) == 0:
+            counts["tokens"] += new.shape[1]
+            continue
+        at = int(differing[0])
+        logits = exact_logits(model, want[b, :at], inputs["attention_mask"][b])[-1]
+        gap = (logits.max() - torch.minimum(logits[got[b, at]], logits[want[b, at]])) / logits.std()
+        assert gap < NEAR_TIE, f"sequence {b} parts at token {at}, where FP64 has a gap of {gap:.2e}"
+        counts["tokens"] += at - start
+        counts["near ties"] += 1
+
+
+def check_beams(
+    model: Any, inputs: dict[str, Tensor], got: Tensor, want: Tensor, counts: dict[str, int], returned: int
+) -> None:
+    """Beams that differ must be nearly as good: log-probability per token, in FP64."""
+    assert got.shape == want.shape
+    start = inputs["input_ids"].shape[1]
+    for i in range(len(want)):
+        counts["tokens"] += want.shape[1] - start
+        if torch.equal(got[i], want[i]):
+            continue
+        scores = []
+        for tokens in (got[i], want[i]):
+            logits = exact_logits(model, tokens, inputs["attention_mask"][i // returned])
+            picked = logits[start - len(tokens) - 1 : -1].log_softmax(-1).gather(1, tokens[start:, None])
+            scores.append(float(picked.mean()))
+        assert abs(scores[0] - scores[1]) < NEAR_TIE, f"beam {i} scores {scores[0]} in FP64 instead of {scores[1]}"
+        counts["near ties"] += 1
+
+
+# Token identity
+
+ATTENTIONS = [NAME, "eager"]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_prompt(models: Any, device: torch.device, family: str, attention: str, counted: dict[str, int]) -> None:
+    """Window layers wrap their view during this one."""
+    model = models(family)
+    inputs = prompts(1, 5, device)
+    cache = Fp16Cache.for_model(model, 64, attention=NAME if attention == NAME else None)
+    assert model.config._attn_implementation == attention
+    got = generate(model, inputs, cache)
+    check_tokens(model, inputs, got, expected(model, inputs), counted)
+    assert cache.get_seq_length() == got.shape[1] - 1  # the last token has not been through the model
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padded_batch(
+    models: Any, device: torch.device, family: str, attention: str, counted: dict[str, int]
+) -> None:
+    model = models(family)
+    inputs = prompts(3, 14, device, padded=True)
+    cache = Fp16Cache.for_model(model, 64, 3, attention=NAME if attention == NAME else None)
+    got = generate(model, inputs, cache)
+    check_tokens(model, inputs, got, expected(model, inputs), counted)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_longer_than_a_ring(
+    models: Any, device: torch.device, family: str, attention: str, counted: dict[str, int]
+) -> None:
+    """The rings of window layers, of window + 128 positions, are overrun by the prompt, and go round again."""
+    model = models(family)
+    inputs = prompts(2, 3 * (WINDOW + CROP_MARGIN) + 5, device, padded=True)
+    cache = Fp16Cache.for_model(model, 512, 2, attention=NAME if attention == NAME else None)
+    got = generate(model, inputs, cache)
+    check_tokens(model, inputs, got, expected(model, inputs), counted)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_sdpa_on_gathered_keys(models: Any, device: torch.device, family: str, counted: dict[str, int]) -> None:
+    model = models(family)
+    model.set_attn_implementation("sdpa")
+    inputs = prompts(2, 150, device, padded=True)
+    got = generate(model, inputs, Fp16Cache.for_model(model, 256, 2, attention=None))
+    check_tokens(model, inputs, got, expected(model, inputs), counted)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_beams(models: Any, device: torch.device, family: str, attention: str, counted: dict[str, int]) -> None:
+    model = models(family)
+    inputs = prompts(2, 12, device, padded=True)
+    cache = Fp16Cache.for_model(model, 64, 2 * 3, attention=NAME if attention == NAME else None)
+    got = generate(model, inputs, cache, num_beams=3, num_return_sequences=2)
+    want = expected(model, inputs, num_beams=3, num_return_sequences=2)
+    check_beams(model, inputs, got, want, counted, returned=2)
+
+
+@pytest.mark.parametrize("length", [12, 150])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3"])
+def test_assisted_and_prompt_lookup(
+    models: Any, device: torch.device, family: str, length: int, counted: dict[str, int]
+) -> None:
+    """Rejected tokens are cropped, before and after the rings have wrapped."""
+    model = models(family)
+    inputs = prompts(1, length, device)
+    inputs["input_ids"][:, length // 2 :] = inputs["input_ids"][:, : length // 2]  # something to look up
+    cache = Fp16Cache.for_model(model, 256)
+    want = expected(model, inputs)
+    assistant = make_model("llama", device)
+    with torch.no_grad():
+        assistant.lm_head.weight += 0.1 * torch.randn_like(assistant.lm_head.weight)
+    check_tokens(model, inputs, generate(model, inputs, cache, assistant_model=assistant), want, counted)
+    cache.reset()
+    check_tokens(model, inputs, generate(model, inputs, cache, prompt_lookup_num_tokens=5), want, counted)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_chunked_prefill(models: Any, device: torch.device, family: str, counted: dict[str, int]) -> None:
+    model = models(family)
+    inputs = prompts(3, 40, device, padded=True)
+    got = generate(model, inputs, Fp16Cache.for_model(model, 128, 3), prefill_chunk_size=7)
+    check_tokens(model, inputs, got, expected(model, inputs), counted)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_conversation(models: Any, device: torch.device, family: str, attention: str, counted: dict[str, int]) -> None:
+    """A second turn on the same cache, and a third with another attention."""
+    model = models(family)
+    cache = Fp16Cache.for_model(model, 256, 2, attention=NAME if attention == NAME else None)
+    reference = RoundingCache(config=model.config)
+    inputs = prompts(2, 12, device, padded=True)
+    for turn in range(3):
+        if turn == 2 and attention == NAME:
+            model.set_attn_implementation("eager")
+        got = generate(model, inputs, cache, max_new_tokens=10)
+        before = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        want = generate(model, inputs, reference, max_new_tokens=10)
+        model.set_attn_implementation(before)
+        check_tokens(model, inputs, got, want, counted)
+        # Windows count columns in transformers, padding in the middle included, and tokens here: see below.
+        more = prompts(2, 9 + turn, device, padded=family == "llama")
+        generated = torch.ones_like(got)
+        generated[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+        inputs = {
+            "input_ids": torch.cat([got, more["input_ids"]], 1),
+            "attention_mask": torch.cat([generated, more["attention_mask"]], 1),
+        }
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models(device: torch.device, family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, device, dtype)
+    inputs = prompts(2, 20, device, padded=True)
+    with torch.no_grad():
+        want = model(**inputs, past_key_values=RoundingCache(config=model.config)).logits
+        cache = Fp16Cache.for_model(model, 64, 2)
+        got = model(**inputs, past_key_values=cache).logits
+    assert got.dtype == dtype
+    error = (got - want)[inputs["attention_mask"] == 1].float().norm() / want.float().norm()
+    assert error < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert generate(model, inputs, Fp16Cache.for_model(model, 64, 2)).shape == (2, 44)
+
+
+# Masks
+
+
+def logits_of(model: Any, cache: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_2d_masks_of_any_kind(models: Any, device: torch.device, family: str) -> None:
+    """Right padding and holes, in one go and in pieces: each sequence gets the logits of its tokens alone."""
+    model = models(family)
+    inputs = prompts(3, 30, device)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    mask[0, 13:] = 0
+    mask[1, 4:7] = 0
+    mask[1, 11] = 0
+    mask[2, :5] = 0
+    mask[2, 17:19] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for pieces in ([0, 30], [0, 9, 18, 19, 30]):
+        cache = Fp16Cache.for_model(model, 64, 3)
+        parts = [
+            logits_of(model, cache, input_ids=ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b])
+            for a, b in itertools.pairwise(pieces)
+        ]
+        got = torch.cat(parts, 1)
+        assert cache.layers[0].cache.cache_seqlens[0].tolist() == mask.sum(1).tolist()
+        assert cache.get_seq_length() == 30
+        model.set_attn_implementation("eager")
+        for b in range(3):
+            real = mask[b] == 1
+            want = logits_of(model, RoundingCache(config=model.config), input_ids=ids[b : b + 1, real])
+            torch.testing.assert_close(got[b : b + 1, real], want, rtol=0, atol=2e-3 * float(want.std()))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_4d_masks(models: Any, device: torch.device, family: str, kind: str) -> None:
+    """Two texts packed into one: neither sees the other. Gathered, and masked as it says."""
+    model = models(family)
+    inputs = prompts(1, 7, device)
+    ids = inputs["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=device)
+    first = torch.tensor([[1, 1, 1, 0, 0, 0, 0]], device=device)
+    mask = (first[:, :, None] == first[:, None]).tril()[:, None]
+    if kind == "float":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    want = logits_of(
+        model, RoundingCache(config=model.config), input_ids=ids, position_ids=positions,
+        attention_mask=mask if kind == "float" else torch.where(mask, 0.0, torch.finfo(torch.float32).min),
+    )  # fmt: skip
+    cache = Fp16Cache.for_model(model, 64)
+    got = logits_of(model, cache, input_ids=ids, position_ids=positions, attention_mask=mask)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"mask of shape .* does not fit"):
+        logits_of(model, cache, input_ids=ids, attention_mask=torch.ones(1, 1, 7, 5, device=device).bool())
+
+
+def test_patterns_other_than_causal(models: Any, device: torch.device) -> None:
+    """A mask function that a model lays over the causal one is honoured."""
+    from transformers.masking_utils import create_causal_mask
+
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64)
+    embeddings = torch.zeros(1, 6, 1, device=device)
+    arguments = {"config": model.config, "inputs_embeds": embeddings, "past_key_values": cache}
+    assert create_causal_mask(**arguments, attention_mask=None) is None
+    assert create_causal_mask(**arguments, attention_mask=torch.ones(1, 6, device=device)) is None
+    mask = create_causal_mask(
+        **arguments, attention_mask=None, or_mask_function=lambda batch, head, query, key: key >= 0
+    )
+    assert mask.shape == (1, 1, 6, 6) and bool(mask.all())
+
+
+def test_masks_that_do_not_fit(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    inputs = prompts(2, 8, device, padded=True)
+    cache = Fp16Cache.for_model(model, 64, 2)
+    logits_of(model, cache, **inputs)
+    next_ids = inputs["input_ids"][:, :3]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    with pytest.raises(ValueError, match="has 3 columns, and the cache holds 8 tokens and gets 3 more"):
+        logits_of(model, cache, input_ids=next_ids, attention_mask=mask[:, -3:])
+    for column, value in ((0, 1), (7, 0)):  # padding that comes back, a token that goes
+        changed = mask.clone()
+        changed[0, column] = value
+        with pytest.raises(ValueError, match="something else of the tokens in the cache"):
+            logits_of(model, cache, input_ids=next_ids, attention_mask=changed)
+    logits_of(model, cache, input_ids=next_ids, attention_mask=mask)
+    assert cache.get_seq_length() == 11
+
+
+def test_masks_looked_at_a_step_later(
+    models: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, counted: dict[str, int]
+) -> None:
+    """What a GPU does so as not to wait, here on any device: the same tokens, and errors at the next step."""
+    monkeypatch.setattr(integration._Shared, "looks_late", staticmethod(lambda mask: True))
+    for family in ("llama", "gemma3"):
+        model = models(family)
+        inputs = prompts(3, 14, device, padded=True)
+        cache = Fp16Cache.for_model(model, 64, 3)
+        got = generate(model, inputs, cache)
+        check_tokens(model, inputs, got, expected(model, inputs), counted)
+        cache.crop(-10)
+        kept = ones_after(inputs, 13)
+        assert cache.layers[0].cache.cache_seqlens[0].tolist() == kept.sum(1).tolist()
+        mask, ids = ones_after(inputs, 14), got[:, 27:28]
+        mask[0, 0] = 1
+        logits_of(model, cache, input_ids=ids, attention_mask=mask)
+        with pytest.raises(ValueError, match="something else of the tokens in the cache"):
+            logits_of(model, cache, input_ids=ids, attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1))
+        cache.reset()
+        with cache.cuda_graphs(model):
+            assert torch.equal(generate(model, inputs, cache), got)
+
+
+def test_a_decode_step_with_padding(models: Any, device: torch.device) -> None:
+    """One of two sequences pauses: it appends nothing."""
+    model = models("llama")
+    inputs = prompts(2, 8, device)
+    cache = Fp16Cache.for_model(model, 64, 2)
+    logits_of(model, cache, **inputs)
+    mask = torch.ones(2, 9, device=device, dtype=torch.int64)
+    mask[0, 8] = 0
+    logits_of(model, cache, input_ids=inputs["input_ids"][:, :1], attention_mask=mask)
+    assert cache.layers[0].cache.cache_seqlens.tolist() == [[8, 9]] * 3
+    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    positions = (mask.cumsum(1) - 1)[:, -1:]
+    got = logits_of(model, cache, input_ids=inputs["input_ids"][:, 1:2], attention_mask=mask, position_ids=positions)
+    model.set_attn_implementation("eager")
+    text = torch.cat([inputs["input_ids"][:1], inputs["input_ids"][:1, 1:2]], 1)
+    want = logits_of(model, RoundingCache(config=model.config), input_ids=text)[:, -1:]
+    torch.testing.assert_close(got[:1], want, rtol=0, atol=2e-3 * float(want.std()))
+
+
+# What generation does to a cache
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_crop(models: Any, device: torch.device, family: str) -> None:
+    """Cropped and appended again is as if it had not been, also of padded sequences and of full rings."""
+    model = models(family)
+    inputs = prompts(2, 200, device, padded=True)
+    inputs["attention_mask"][0, 195:197] = 0
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = Fp16Cache.for_model(model, 256, 2)
+    want = logits_of(model, cache, input_ids=ids, attention_mask=mask, position_ids=positions)
+    for count in (1, 4, 100, CROP_MARGIN):
+        cache.crop(-count)
+        assert cache.get_seq_length() == 200 - count
+        assert cache.layers[0].cache.cache_seqlens[0].tolist() == mask[:, : 200 - count].sum(1).tolist()
+        part = slice(200 - count, 200)
+        again = logits_of(model, cache, input_ids=ids[:, part], attention_mask=mask, position_ids=positions[:, part])
+        real = mask[:, part] == 1
+        torch.testing.assert_close(again[real], want[:, part][real], rtol=0, atol=2e-3 * float(want.std()))
+    cache.crop(0)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(5)
+    with pytest.raises(ValueError, match=r"crop\(-201\) of 200 tokens"):
+        cache.crop(-201)
+    if family == "mistral":
+        with pytest.raises(ValueError, match="can take back 128"):
+            cache.crop(-(CROP_MARGIN + 2))
+    else:
+        cache.crop(-200)
+        assert cache.get_seq_length() == 0
+    assert cache.get_seq_length() in (0, 200)
+
+
+def test_reset_and_copies(models: Any, device: torch.device) -> None:
+    model = models("gemma2")
+    cache = Fp16Cache.for_model(model, 64, 2)
+    inputs = prompts(2, 10, device, padded=True)
+    first = generate(model, inputs, cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(generate(model, inputs, cache), first)
+    cache.reset()
+    logits_of(model, cache, **inputs)
+    prefilled = copy.deepcopy(cache)  # a prompt used twice
+    assert prefilled.layers[0].shared.config is model.config
+    assert prefilled.layers[0].cache is prefilled.caches[0] is not cache.caches[0]
+    answers = [generate(model, inputs | {"input_ids": first[:, :11], "attention_mask": ones_after(inputs, 1)}, c)
+               for c in (cache, prefilled)]  # fmt: skip
+    assert torch.equal(*answers)
+    single = {name: x[1:] for name, x in inputs.items()}
+    cache.reset()
+    assert torch.equal(generate(model, single, cache), first[1:])
+
+
+def ones_after(inputs: dict[str, Tensor], count: int) -> Tensor:
+    return torch.nn.functional.pad(inputs["attention_mask"], (0, count), value=1)
+
+
+@pytest.mark.parametrize("attention", [NAME, None])
+def test_batches_that_grow_and_shrink(models: Any, device: torch.device, attention: str | None) -> None:
+    model = models("gemma3")
+    inputs = prompts(2, 12, device, padded=True)
+    cache = Fp16Cache.for_model(model, 64, 5, attention=attention)
+    logits_of(model, cache, **inputs)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([1, 2, 3], device=device))
+    with pytest.raises(ValueError, match="3 sequences 2 times need batch_size=6"):
+        cache.batch_repeat_interleave(2)
+    rows = torch.tensor([0, 1, 1], device=device)
+    ids = torch.tensor([[5], [6], [7]], device=device)
+    mask = ones_after(inputs, 1)[rows]
+    positions = (mask.cumsum(1) - 1)[:, -1:]
+    got = logits_of(model, cache, input_ids=ids, attention_mask=mask, position_ids=positions)
+    model.set_attn_implementation("eager")
+    reference = RoundingCache(config=model.config)
+    logits_of(model, reference, **{name: x[rows] for name, x in inputs.items()})
+    want = logits_of(model, reference, input_ids=ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.std()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_decode_graph(models: Any, device: torch.device, family: str) -> None:
+    """One step as a CUDA graph (on a CPU the step itself), by hand and in `generate`."""
+    model = models(family)
+    cache = Fp16Cache.for_model(model, 64, 2)
+    inputs = prompts(2, 12, device, padded=True)
+    want = generate(model, inputs, cache)
+    cache.reset()
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    token = logits_of(model, cache, **inputs, position_ids=positions)[:, -1:].argmax(-1)
+    step = cache.decode_graph(model)
+    tokens = [token]
+    for _ in range(10):
+        tokens.append(step(tokens[-1])[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat(tokens, 1), want[:, 12:23])
+    assert cache.get_seq_length() == 22
+    with pytest.raises(ValueError, match="2 sequences by one token"):
+        step(tokens[-1][:1])
+    cache.crop(-4)
+    assert torch.equal(step(tokens[6])[:, -1:].argmax(-1), want[:, 19:20])
+    cache.reset()
+    with cache.cuda_graphs(model):
+        assert torch.equal(generate(model, inputs, cache), want)
+    assert "forward" not in model.__dict__
+    assert cache.get_seq_length() == 12 + 23
+
+
+@pytest.mark.slow
+def test_compiled_generation(models: Any, device: torch.device) -> None:
+    """`generate` compiles the model by itself for a cache that says it may; padded, and in one graph without breaks."""
+    torch._dynamo.reset()
+    model = models("gemma3")
+    inputs = prompts(2, 12, device, padded=True)
+    want = generate(model, inputs, Fp16Cache.for_model(model, 64, 2))
+    cache = Fp16Cache.for_model(model, 64, 2, compileable=True)
+    assert cache.is_compileable
+    config = transformers.CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True
+    got = generate(model, inputs, cache, compile_config=config)
+    if torch.device(device).type == "cpu":
+        assert torch.equal(got, want)
+    else:  # fused, so rounded otherwise: near ties may part
+        assert (got == want).float().mean() > 0.8
+    torch._dynamo.reset()
+
+
+# The edges
+
+
+def test_shapes_and_memory(models: Any, device: torch.device) -> None:
+    model = models("gemma2")
+    cache = Fp16Cache.for_model(model, 500, 2)
+    assert isinstance(cache, transformers.Cache)
+    assert [layer.window for layer in cache.layers] == [WINDOW, None, WINDOW]
+    assert [(c.num_layers, c.max_positions) for c in cache.caches] == [(2, WINDOW + CROP_MARGIN), (1, 500)]
+    assert cache.memory_bytes() == (2 * (WINDOW + CROP_MARGIN) + 500) * 2 * 2 * 16 * 2 * 2
+    assert cache.is_sliding == [True, False, True]
+    assert cache.get_max_length() == 500
+    assert len(cache) == 3 and cache.is_initialized and not cache.is_compileable
+    assert "3 layers" in repr(cache)
+    assert cache.overflow_counts().tolist() == [0, 0, 0]
+
+
+def test_a_full_cache_says_so(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 20)
+    inputs = prompts(1, 15, device)
+    assert generate(model, inputs, cache, max_new_tokens=6).shape == (1, 21)
+    cache.reset()
+    with pytest.raises(ValueError, match=r"20 tokens are in the cache and 1 more do not fit into max_positions=20"):
+        generate(model, inputs, cache, max_new_tokens=7)
+    with pytest.raises(ValueError, match="3 sequences need batch_size=3"):
+        logits_of(model, Fp16Cache.for_model(model, 20), **prompts(3, 5, device))
+    with pytest.raises(ValueError, match="it holds 1 sequences, and these are 2"):
+        cache = Fp16Cache.for_model(model, 20, 2)
+        cache._shared.use_batch(1)
+        logits_of(model, cache, **prompts(2, 5, device))
+
+
+def test_windows_have_no_end(models: Any, device: torch.device) -> None:
+    model = models("mistral")
+    cache = Fp16Cache.for_model(model, WINDOW + CROP_MARGIN)
+    logits_of(model, cache, **prompts(1, 700, device))
+    assert cache.get_seq_length() == 700 and len(cache.caches[0]) == WINDOW + CROP_MARGIN
+
+
+def test_the_attention_without_this_cache(models: Any, device: torch.device) -> None:
+    """No cache, and transformers' own: the model still computes what it did, gradients included."""
+    for family in ("llama", "gemma2", "gemma3", "gpt_oss"):
+        model = models(family)
+        inputs = prompts(2, 12, device, padded=True)
+        real = inputs["attention_mask"] == 1
+        want = model(**inputs).logits
+        generated = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        Fp16Cache.for_model(model, 8, 1)
+        got = model(**inputs).logits
+        torch.testing.assert_close(got[real], want[real], rtol=1e-3, atol=1e-3)
+        got[real].sum().backward()
+        model.zero_grad()
+        assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False), generated)
+
+
+def test_another_models_attention_is_noticed(models: Any, device: torch.device) -> None:
+    cache = Fp16Cache.for_model(models("llama"), 64)
+    other = make_model("llama", device)
+    with pytest.raises(RuntimeError, match="attention=None"):
+        logits_of(other, cache, **prompts(1, 5, device))
+
+
+@pytest.mark.parametrize("attention", [NAME, None])
+def test_no_gradient_goes_missing(models: Any, device: torch.device, attention: str | None) -> None:
+    model = models("llama")
+    out = model(**prompts(1, 5, device), past_key_values=Fp16Cache.for_model(model, 64, attention=attention))
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        out.logits.sum().backward()
+
+
+def test_a_forward_pass_that_was_broken_off(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64)
+    inputs = prompts(1, 5, device)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(model, cache, **inputs)
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"hold from 0 to 5 tokens.* reset"):
+        logits_of(model, cache, **inputs)
+    cache.reset()
+    logits_of(model, cache, **inputs)
+
+
+def tiny(name: str, **options: Any) -> Any:
+    small = {k: v for k, v in BASE.items() if k not in ("initializer_range", "tie_word_embeddings")}
+    return getattr(transformers, f"{name}Config")(**small | options)
+
+
+def test_models_that_it_cannot_hold() -> None:
+    def refused(model: Any, match: str, **options: Any) -> None:
+        before = model.config._attn_implementation
+        with pytest.raises(NotImplementedError, match=match):
+            Fp16Cache.for_model(model, 64, **options)
+        assert model.config._attn_implementation == before
+
+    with torch.device("meta"):
+        t5 = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
+        llama = transformers.LlamaForCausalLM(tiny("Llama", head_dim=20))
+        hybrid = transformers.Qwen3NextForCausalLM(
+            tiny("Qwen3Next", num_experts=2, num_experts_per_tok=1, layer_types=["linear_attention"] * 2 +
+                 ["full_attention"], linear_num_key_heads=2, linear_num_value_heads=2)
+        )  # fmt: skip
+        latent = transformers.DeepseekV3ForCausalLM(tiny("DeepseekV3", n_routed_experts=4, n_group=1, topk_group=1))
+    refused(t5, "encoder-decoder")
+    refused(hybrid, "layer 0 of Qwen3NextForCausalLM is of type 'linear_attention'")
+    refused(latent, "latent attention")
+    refused(llama, "must be on a CPU or a CUDA device, got 'meta'")
+    odd = transformers.LlamaForCausalLM(tiny("Llama", head_dim=20))
+    refused(odd, "multiple of 8")
+    assert torch.equal(*(generate(odd, prompts(1, 5, torch.device("cpu")), cache)
+                         for cache in (Fp16Cache.for_model(odd, 64, attention=None),
+                                       RoundingCache(config=odd.config))))  # fmt: skip
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    )
+    refused(bloom, "BloomForCausalLM does not take attention")
+
+
+def test_wrong_arguments(models: Any) -> None:
+    model = make_model("llama")
+    for arguments, match in (
+        ({"max_positions": 0}, "max_positions must be a positive int, got 0"),
+        ({"attention": "flash"}, "attention must be 'kvcache_ext' or None, got 'flash'"),
+        ({"precision": "fp8"}, "precision must be"),
+        ({"overflow": "wrap"}, "overflow must be"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Fp16Cache.for_model(model, **{"max_positions": 8} | arguments)
+    with pytest.raises(TypeError, match="model must be a model of transformers, got Linear"):
+        Fp16Cache.for_model(torch.nn.Linear(1, 1), 8)
+    with pytest.raises(MemoryError, match="the largest max_positions that fits"):
+        Fp16Cache.for_model(model, 10**12)
+    assert model.config._attn_implementation != NAME
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.16.1", "5.24.0", "6.0.0"])
+def test_other_versions_of_transformers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    with pytest.raises(ImportError, match=rf"needs transformers 5\.17 to 5\.23, and this is transformers {version}"):
+        integration._check_version()
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install 'transformers>="):
+        integration._check_version()
+
+
+def test_the_supported_range_is_the_extras() -> None:
+    (oldest, newest) = integration.OLDEST, integration.NEWEST
+    wanted = f'"transformers>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"'
+    assert wanted in (ROOT / "pyproject.toml").read_text()
