@@ -123,6 +123,42 @@ def test_replayed_attention_is_the_eager_one(rows: int) -> None:
     assert not captured._workspace[:1024].any()
 
 
+@pytest.mark.parametrize("group", [1, 4])
+def test_attention_launches_that_follow_each_other_at_once(group: int) -> None:
+    """A captured launch reads its layer before the launch ahead is done, if that leaves the layer alone: every order of
+    writing and reading a layer, without anything in between, against eager calls."""
+    heads = 8 // group
+    captured, eager = (
+        make_cache(GPU, num_layers=3, max_positions=700, num_heads=heads, head_dim=128, sink_positions=2)
+        for _ in range(2)
+    )
+    x = torch.empty(8, 128, device=GPU)
+    generator = random.Random(group)
+    calls = [(generator.choice(["append", "append", "attend", "both", "both", "all"]), generator.randrange(3)) for _ in range(60)]
+    outs = {name: torch.zeros(len(calls), 8, 128, device=GPU) for name in ("captured", "eager")}
+
+    def step(cache: StreamingKVCacheFp16, out: torch.Tensor) -> None:
+        query = x
+        for (what, layer), answer in zip(calls, out, strict=True):
+            if what == "append":
+                cache.append(layer, query[:heads], query[-heads:])
+            elif what == "all":
+                cache.append_all(query[:heads].expand(3, -1, -1), query[-heads:].expand(3, -1, -1))
+            elif what == "attend":
+                query = cache.attend(layer, query, out=answer)
+            else:
+                query = cache.append_attend(layer, query, query[:heads], query[-heads:], out=answer)
+
+    graph = capture(lambda: step(captured, outs["captured"]))
+    for i in range(60):
+        x.normal_()
+        graph.replay()
+        step(eager, outs["eager"])
+        assert_same_bits(outs["captured"], outs["eager"])
+    assert_same_bits(captured.v_cache, eager.v_cache)
+    assert torch.equal(captured._state, eager._state)
+
+
 def test_ragged_attention_in_a_graph() -> None:
     """new_lengths is read at each replay; padding queries answer zeros."""
     captured, eager = (

@@ -2,8 +2,9 @@
 
 - Nothing below csrc/kernels includes a header of torch (ATen, c10, pybind11) or of the bindings.
 - Every csrc/kernels/*.cu compiles with plain nvcc, warnings as errors, for the architectures that setup.py builds by
-  default, and every kernel of it needs neither register spills nor a stack frame. (But for attention with head sizes
-  over 128, which uses all 255 registers: there up to 128 bytes may be spilled.)
+  default, and every kernel of it needs neither register spills nor a stack frame. (But for attention that uses all
+  255 registers: with head sizes over 128 up to 128 bytes may be spilled, and on sm_100 and newer, for 16 queries of
+  head sizes over 64, up to 64.)
 - append, gather and copy_sequences load and store 16 bytes at a time: LDG.E.128 and STG.E.128 are in their machine
   code.
 - Every csrc/kernels/cpu/*.cpp compiles with warnings as errors as C++17 (torch up to 2.11) and C++20 (torch since), and
@@ -67,8 +68,12 @@ class Kernel:
 
     @property
     def offends(self) -> bool:
-        full = re.match(r"attend_kernel<(16|32)\b", self.name) is not None
-        return max(self.stack, self.spill_stores, self.spill_loads) > (128 if full else 0)
+        allowed = 0
+        if re.match(r"attend_kernel<(16|32)\b", self.name):
+            allowed = 128
+        elif re.match(r"attend_kernel<8, 4\b", self.name) and int(self.architecture) >= 100:
+            allowed = 64
+        return max(self.stack, self.spill_stores, self.spill_loads) > allowed
 
 
 def run(name: str, command: list[str]) -> Compilation:
@@ -209,7 +214,7 @@ def check_cuda(check: Check, toolkit: Path, scratch: Path, pool: ThreadPoolExecu
     ]
     print_table(kernels)
     check.step(
-        f"no stack frame and no spilled register (attention over 128 apart) in {len(kernels)} compiled kernels",
+        f"no stack frame and no spilled register (attention of full registers apart) in {len(kernels)} compiled kernels",
         [
             f"{k.name} on sm_{k.architecture}: {k.stack} bytes of stack, {k.spill_stores} stored and {k.spill_loads} "
             "loaded by spills"

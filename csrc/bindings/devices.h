@@ -25,7 +25,8 @@ void gather_cuda(const GatherParams& params, c10::Device device);
 void attend_cuda(const AttendParams& params, c10::Device device);
 void copy_sequences_cuda(const CopySequencesParams& params, c10::Device device);
 void truncate_cuda(const TruncateParams& params, c10::Device device);
-bool is_capturing_cuda(c10::Device device);  // is the current stream being captured into a graph?
+// The number of the graph capture that the current stream is part of; 0: none.
+uint64_t capture_cuda(c10::Device device);
 #endif
 
 }  // namespace kvc

@@ -55,11 +55,20 @@ std::shared_ptr<HostLengths> HostLengths::of(const at::Tensor& state) {
   return found == registry().end() ? nullptr : found->second.lock();
 }
 
-bool HostLengths::capturing() const {
+uint64_t HostLengths::capture() const {
 #if defined(KVC_WITH_CUDA)
-  if (state_.is_cuda()) return is_capturing_cuda(state_.device());
+  if (state_.is_cuda()) return capture_cuda(state_.device());
 #endif
-  return false;
+  return 0;
+}
+
+bool HostLengths::settled(int64_t layer) const {
+  return last_attention_capture_ != 0 && last_appended_layer_ != layer && capture() == last_attention_capture_;
+}
+
+void HostLengths::attention_launched(int64_t appended_layer) {
+  last_attention_capture_ = capture();
+  last_appended_layer_ = appended_layer;
 }
 
 void HostLengths::notice_copies() {
@@ -71,7 +80,7 @@ void HostLengths::notice_copies() {
 
 void HostLengths::note_launch() {
   notice_copies();
-  if (!captured_ && capturing()) captured_ = true;
+  if (!captured_ && capture() != 0) captured_ = true;
   if (captured_) exact_ = false;
 }
 
@@ -142,7 +151,7 @@ void HostLengths::cleared() {
 
 void HostLengths::refresh(const char* op) {
   if (on_host()) return;
-  TORCH_CHECK(!capturing(), op,
+  TORCH_CHECK(capture() == 0, op,
               " needs the cache's lengths on the host, which a CUDA graph capture cannot give: lengths change with "
               "every replay; use gather with an index tensor, or cache_seqlens, inside the graph");
   notice_copies();
@@ -165,7 +174,7 @@ int64_t HostLengths::longest(int64_t layer, Sequences of) const {
 
 bool HostLengths::known_without_looking() {
   if (!on_host()) notice_copies();
-  return on_host() || (exact_ && !capturing());
+  return on_host() || (exact_ && capture() == 0);
 }
 
 int64_t HostLengths::longest_or_all(int64_t layer, Sequences of) {

@@ -46,6 +46,14 @@ class HostLengths {
   void copied(const IntegerArgument& sources, const IntegerArgument* destinations);
   void cleared();
 
+  // Launches into a graph, whose order is that of their capture. May an attention launch look at a layer before the
+  // launch ahead of it is done? If that was an attention launch of this cache on another layer (or none that appends),
+  // and so let this one begin only when all before it was done. Outside of a capture nobody knows what was launched in
+  // between: a graph, perhaps.
+  bool settled(int64_t layer) const;
+  void attention_launched(int64_t appended_layer);  // -1: it appended nothing
+  void other_launched() { last_attention_capture_ = 0; }
+
   // Reads the device where the copy is not exact; raises RuntimeError during capture.
   void refresh(const char* op);
   int64_t held(int64_t layer, int64_t sequence) const;
@@ -63,10 +71,11 @@ class HostLengths {
   // else -1.
   int64_t contiguous_slot(int64_t layer, Sequences of, int64_t start, int64_t end) const;
 
-  bool capturing() const;  // is the current stream being captured into a graph?
+  bool capturing() const { return capture() != 0; }  // is the current stream being captured into a graph?
 
  private:
   bool on_host() const { return state_.is_cpu(); }
+  uint64_t capture() const;  // the number of the graph capture under way, or 0
   bool known_without_looking();
   // After a launch: the state of entry i's sequence becomes change(i, state) in each of the layers.
   template <typename Change>
@@ -85,6 +94,8 @@ class HostLengths {
   bool exact_ = true;
   uint32_t version_ = 0;  // of the state tensor, when last looked at
   bool captured_ = false;
+  uint64_t last_attention_capture_ = 0;  // the capture that the last launch was part of, if it was attention
+  int64_t last_appended_layer_ = -1;     // what it appended to
 };
 
 }  // namespace kvc

@@ -174,7 +174,7 @@ class Cache {
     const AttendOptions options = attend_options(op, scale, window, softcap);
     const at::Tensor to = attend_output(op, q, out, chosen);
     const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
-    kvc::attend(cache_, l, q, options, chosen.get(), workspace_, to, lse);
+    kvc::attend(cache_, lengths_.get(), l, q, options, chosen.get(), workspace_, to, lse);
     return answer(to, lse);
   }
 

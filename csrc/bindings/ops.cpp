@@ -39,7 +39,9 @@ void run_append(const char* op, const CheckedCache& cache, HostLengths* lengths,
   const AppendParams p =
       append_params(op, cache, layer, all_layers, key, value, new_lengths, chosen_sequences(op, cache, sequences));
   run(op, p, cache.tensors.k_cache, append_cpu, kAppendCuda);
-  if (lengths != nullptr) lengths->appended(p.first_layer, p.layer_count, p.rows, new_lengths != nullptr, sequences);
+  if (lengths == nullptr) return;
+  lengths->other_launched();
+  lengths->appended(p.first_layer, p.layer_count, p.rows, new_lengths != nullptr, sequences);
 }
 
 TensorPair new_outputs(const CheckedCache& cache, int64_t batch, int64_t rows, at::ScalarType dtype) {
@@ -108,13 +110,15 @@ void check_query_count(const char* op, int64_t rows) {
 
 }  // namespace
 
-void attend(const CheckedCache& cache, int64_t layer, const at::Tensor& query, const AttendOptions& options,
-            const IntegerArgument* sequences, const at::Tensor& workspace, const at::Tensor& out,
-            const at::Tensor& lse) {
+void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
+            const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
+            const at::Tensor& out, const at::Tensor& lse) {
   const ChosenSequences chosen = chosen_sequences("attend", cache, sequences);
-  const AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, chosen, workspace, out, lse);
+  AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, chosen, workspace, out, lse);
   check_query_count("attend", p.rows);
+  p.settled = sequences == nullptr && lengths != nullptr && lengths->settled(layer);
   run("attend", p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
+  if (lengths != nullptr) lengths->attention_launched(-1);
 }
 
 void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
@@ -124,12 +128,16 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   const char* op = "append_attend";
   const ChosenSequences chosen = chosen_sequences(op, cache, sequences);
   const AppendParams append = append_params(op, cache, layer, false, key, value, new_lengths, chosen);
-  const AttendParams p = attend_params(op, cache, layer, query, options, &append, chosen, workspace, out, lse);
+  AttendParams p = attend_params(op, cache, layer, query, options, &append, chosen, workspace, out, lse);
   check_query_count(op, p.rows);
   check_answer_apart(op, out, key, value);
+  // For one position without new_lengths or sequences, which the launch ahead may be about to write. (For several an append follows.)
+  const bool one = append.rows == 1 && new_lengths == nullptr && sequences == nullptr;
+  p.settled = one && lengths != nullptr && lengths->settled(layer);
   run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
-  if (lengths != nullptr)
-    lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr, sequences);
+  if (lengths == nullptr) return;
+  append.rows == 1 ? lengths->attention_launched(layer) : lengths->other_launched();
+  lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr, sequences);
 }
 
 namespace {
@@ -149,7 +157,9 @@ void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, c
   if (of_each != nullptr)
     p.lengths = checked_integers("truncate", "n", of_each->tensor, cache, p.sequences.entries(p.batch));
   run("truncate", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
-  if (lengths != nullptr) lengths->truncated(length, of_each, sequences);
+  if (lengths == nullptr) return;
+  lengths->other_launched();
+  lengths->truncated(length, of_each, sequences);
 }
 
 void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences) {
@@ -157,6 +167,7 @@ void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgumen
   p.resets = true;
   run("reset", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
   if (lengths == nullptr) return;
+  lengths->other_launched();
   if (sequences == nullptr) {
     lengths->cleared();
   } else {
@@ -176,14 +187,18 @@ void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* leng
   TORCH_CHECK_VALUE(p.count <= kMostCopies, op, ": at most ", kMostCopies, " sequences can move in one call, got ",
                     p.count);
   run(op, p, cache.tensors.k_cache, copy_sequences_cpu, kCopySequencesCuda);
-  if (lengths != nullptr) lengths->copied(sources, destinations);
+  if (lengths == nullptr) return;
+  lengths->other_launched();
+  lengths->copied(sources, destinations);
 }
 
 void clear(const CheckedCache& cache, HostLengths* lengths) {
   cache.tensors.state.zero_();
   if (cache.view.sinks > 0) cache.tensors.state.select(0, 1).fill_(cache.view.sinks);
   cache.tensors.overflow_counts.zero_();
-  if (lengths != nullptr) lengths->cleared();
+  if (lengths == nullptr) return;
+  lengths->other_launched();
+  lengths->cleared();
 }
 
 namespace {
@@ -242,8 +257,8 @@ void op_attend(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::T
                int64_t layer, const at::Tensor& query, int64_t sink_positions, double scale, int64_t window,
                double softcap, at::Tensor& out, const std::optional<at::Tensor>& lse,
                const std::optional<at::Tensor>& sequences) {
-  attend(without_counters("attend", k_cache, v_cache, state, sink_positions), layer, query, {scale, window, softcap},
-         OptionalIntegers(sequences).get(), workspace, out, lse.value_or(at::Tensor()));
+  attend(without_counters("attend", k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(), layer, query,
+         {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out, lse.value_or(at::Tensor()));
 }
 
 void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,

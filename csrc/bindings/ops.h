@@ -32,9 +32,9 @@ TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer
                         at::ScalarType dtype, const TensorPair* out);
 
 // Attention of `query`'s up to kMostQueries positions into `out` (and `lse`, if it is defined).
-void attend(const CheckedCache& cache, int64_t layer, const at::Tensor& query, const AttendOptions& options,
-            const IntegerArgument* sequences, const at::Tensor& workspace, const at::Tensor& out,
-            const at::Tensor& lse);
+void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
+            const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
+            const at::Tensor& out, const at::Tensor& lse);
 // The same with `key` and `value` appended, each position before its query's turn.
 void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
                    const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,

@@ -46,11 +46,12 @@ void copy_sequences_cuda(const CopySequencesParams& p, c10::Device device) {
 
 void truncate_cuda(const TruncateParams& p, c10::Device device) { launch("truncate", launch_truncate, p, device); }
 
-bool is_capturing_cuda(c10::Device device) {
+uint64_t capture_cuda(c10::Device device) {
   const c10::DeviceGuard guard(device);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check("is_capturing", cudaStreamIsCapturing(current_stream(device), &status));
-  return status != cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check("is_capturing", cudaStreamGetCaptureInfo(current_stream(device), &status, &id));
+  return status == cudaStreamCaptureStatusNone ? 0 : id + 1;
 }
 
 }  // namespace kvc

@@ -80,4 +80,48 @@ struct AttendPlan {
   }
 };
 
+// The same for one query to a sequence, with numbers of 32 bits for what lies in a cache: which rows it sees is known
+// without asking row by row, and all but the newest lie in the cache.
+struct DecodePlan {
+  SequenceState state;  // before the call
+  int64_t appended;     // 0 or 1
+  int32_t count;        // rows
+  int32_t cached;       // rows before this one lie in the cache; if there is one more, it is the new position
+  int32_t sinks_held;   // rows that are sinks: row r lies in slot r
+  int32_t wrap;         // rows from sinks_held to this one lie in slot r + offset, and from here on
+  int32_t offset;       // a ring's length before that
+  int32_t ring;
+
+  KVC_HD static DecodePlan make(const AttendParams& p, int64_t sequence, SequenceState s) {
+    DecodePlan a;
+    a.state = s;
+    a.appended = p.appends ? appended_rows(p.append, sequence) : 0;
+    const int64_t ring = p.cache.ring.divisor;
+    const int64_t total = s.seen + a.appended;
+    const int64_t sinks_held = imin(total, p.cache.sinks);
+    int64_t oldest = s.first;
+    if (p.appends) oldest = imax(oldest, total - ring);
+    if (p.window > 0) oldest = imax(oldest, total - p.window);
+    int64_t count = sinks_held + imax(total - oldest, 0);
+    if (p.appends && a.appended == 0) count = 0;  // the query is left padding
+    const int64_t base = p.cache.ring.mod(oldest - p.cache.sinks);
+    a.count = static_cast<int32_t>(count);
+    a.cached = static_cast<int32_t>(imax(count - a.appended, 0));
+    a.sinks_held = static_cast<int32_t>(sinks_held);
+    a.wrap = static_cast<int32_t>(sinks_held + (ring - base));
+    a.offset = static_cast<int32_t>(p.cache.sinks + base - sinks_held);
+    a.ring = static_cast<int32_t>(ring);
+    return a;
+  }
+
+  KVC_HD int32_t slot(int32_t row) const {
+    return row < sinks_held ? row : row < wrap ? row + offset : row + offset - ring;
+  }
+
+  // Do rows [row, end) lie in the cache, in slots that follow each other?
+  KVC_HD bool run(int32_t row, int32_t end) const {
+    return end <= cached && (row >= wrap || end <= (row < sinks_held ? sinks_held : wrap));
+  }
+};
+
 }  // namespace kvc

@@ -85,34 +85,22 @@ __device__ __forceinline__ void multiply_add(FragmentC& c, const FragmentA& a, c
       : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
 }
 
-__device__ __forceinline__ void prefetch_to_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global) : "memory");
-}
-
-// Past L1, which may hold what another block has overwritten since.
-template <int N>
-__device__ __forceinline__ Vec<float, N> load_from_l2(const float* p) {
-  Vec<float, N> v;
-  if constexpr (N == 4) {
-    *reinterpret_cast<float4*>(&v) = __ldcg(reinterpret_cast<const float4*>(p));
-  } else {
-    *reinterpret_cast<float2*>(&v) = __ldcg(reinterpret_cast<const float2*>(p));
-  }
-  return v;
-}
-
 // Adds one to a counter in global memory and returns what it was. What the block's threads wrote before (and a barrier
-// put before this) is in memory for whoever signs in later; what they read after (and a barrier put after this) is
-// what those who signed in before have left.
+// put before this) is in memory for whoever finds a higher count.
 __device__ __forceinline__ uint32_t sign_in(uint32_t* counter) {
   uint32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
-__device__ __forceinline__ unsigned long long sign_in(unsigned long long* counter) {
+// The same where nothing was written that anybody is to see.
+__device__ __forceinline__ unsigned long long sign_in_reader(unsigned long long* counter) {
   unsigned long long before;
-  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;\n" : "=l"(before) : "l"(counter) : "memory");
+  asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], 1;\n" : "=l"(before) : "l"(counter) : "memory");
   return before;
+}
+// After a count that says so: what those who signed in before had written is to be seen (after a barrier, by the block).
+__device__ __forceinline__ void see_what_others_wrote() {
+  asm volatile("fence.acq_rel.gpu;\n" ::: "memory");
 }
 
 // A block's shared memory whose size the launch decides.

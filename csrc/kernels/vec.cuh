@@ -33,6 +33,17 @@ __device__ __forceinline__ void store(T* address, const Vec<T, N>& v) {
   *reinterpret_cast<Vec<T, N>*>(address) = v;
 }
 
+// 16 bytes that are read once: the first to make room in the caches.
+__device__ __forceinline__ Vec<uint32_t, 4> load_streaming(const void* address) {
+  KVC_CHECK_ALIGNMENT(address, 16);
+#if defined(KVC_EMULATED)
+  return *static_cast<const Vec<uint32_t, 4>*>(address);
+#else
+  const uint4 x = __ldcs(static_cast<const uint4*>(address));
+  return {x.x, x.y, x.z, x.w};
+#endif
+}
+
 // Element types as the kernels see them. FP16 and BF16 are both 16 bits, so each is a type of its own.
 template <DType>
 struct Element;

@@ -26,6 +26,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__
+#define __grid_constant__
 #define __shared__ static
 #define __launch_bounds__(...)
 

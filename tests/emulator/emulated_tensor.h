@@ -113,21 +113,14 @@ inline void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) {
   }
 }
 
-inline void prefetch_to_l2(const void*) {}
-
 inline uint16_t float_to_half_down(float x) {
   const uint16_t h = float_to_half(x);
   return half_to_float(h) > x ? static_cast<uint16_t>(h - 1) : h;
 }
 
-template <int N>
-inline Vec<float, N> load_from_l2(const float* p) {
-  return load<float, N>(p);
-}
-template <typename Counter>
-inline Counter sign_in(Counter* counter) {
-  return (*counter)++;
-}
+inline uint32_t sign_in(uint32_t* counter) { return (*counter)++; }
+inline unsigned long long sign_in_reader(unsigned long long* counter) { return (*counter)++; }
+inline void see_what_others_wrote() {}
 
 #define KVC_DYNAMIC_SHARED(name) char* const name = ::emulator::dynamic_shared()
 

@@ -1,0 +1,229 @@
+// What the attention kernels share: how a launch is divided, elements of any dtype, the new row of an append, the state
+// that moves on, and the splits that become one answer.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "attend.h"
+#include "chosen.cuh"
+#include "divide.h"
+#include "merge.cuh"
+#include "overlap.cuh"
+#include "tensor.cuh"
+#include "vec.cuh"
+
+namespace kvc {
+
+using Counter = unsigned long long;
+
+// How a launch is divided. A unit is the queries that a block takes: those of one KV head of one sequence, or some of
+// them. Blocks that run at the same time take neighbouring units and the same rows, so that what they read lies
+// together.
+struct Division {
+  FastDivider units;       // block b is split b / units of unit b % units
+  FastDivider tiles;       // parts that the queries of a KV head are cut into
+  FastDivider heads;       // KV heads
+  FastDivider group_size;  // query heads to a KV head
+  uint32_t splits;         // blocks that share the rows of a unit
+};
+
+struct BlockUnit {
+  uint32_t unit;
+  uint32_t split;
+  uint32_t tile;     // of queries
+  uint32_t entry;    // of the call's tensors: the cache's sequence number `sequence`, or none of them (-1), which holds
+  int64_t sequence;  // nothing and gets nothing
+  int64_t head;
+
+  static __device__ __forceinline__ BlockUnit of(const AttendParams& p, const Division& division, uint32_t block) {
+    BlockUnit b;
+    b.split = division.units(block);
+    b.unit = block - b.split * division.units.divisor;
+    const uint32_t sequence_head = division.tiles(b.unit);
+    b.tile = b.unit - sequence_head * division.tiles.divisor;
+    b.entry = division.heads(sequence_head);
+    b.head = sequence_head - b.entry * division.heads.divisor;
+    b.sequence = sequence_of_entry(p.sequences, b.entry, p.cache.batch);
+    return b;
+  }
+  // Elements from the start of the cache's keys to the first of this head's.
+  __device__ __forceinline__ int64_t cache_offset(const AttendParams& p) const {
+    const int64_t sequence_heads = (p.layer * p.cache.batch + imax(sequence, 0)) * p.cache.positions * p.cache.heads;
+    return (sequence_heads + head) * p.cache.head_dim;
+  }
+};
+
+__device__ __forceinline__ float load_as_float(const void* data, int64_t i, DType type) {
+  if (type == DType::f32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return type == DType::f16 ? half_to_float(bits) : bf16_to_float(bits);
+}
+
+// kCount elements as FP32, all on their way before the first is looked at; zeros from number `held` on.
+template <int kCount>
+__device__ __forceinline__ void load_floats(const void* data, int64_t offset, DType type, int held,
+                                            float (&x)[kCount]) {
+  if (type == DType::f32) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = i < held ? static_cast<const float*>(data)[offset + i] : 0.0f;
+    return;
+  }
+  uint16_t bits[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits[i] = i < held ? static_cast<const uint16_t*>(data)[offset + i] : uint16_t{0};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = type == DType::f16 ? half_to_float(bits[i]) : bf16_to_float(bits[i]);
+}
+
+__device__ __forceinline__ void store_float(void* data, int64_t i, DType type, float x) {
+  if (type == DType::f32) {
+    static_cast<float*>(data)[i] = x;
+  } else {
+    static_cast<uint16_t*>(data)[i] = type == DType::f16 ? float_to_half(x) : float_to_bf16(x);
+  }
+}
+
+// An element of a new key or value, as it is stored.
+__device__ __forceinline__ uint16_t stored_element(const void* data, int64_t i, DType type, bool saturate,
+                                                   uint32_t& overflows) {
+  if (type == DType::f16) return static_cast<const uint16_t*>(data)[i];
+  return stored_half(load_as_float(data, i, type), saturate, overflows);
+}
+
+static __device__ __noinline__ float capped(float score, float softcap) {
+  return softcap * tanhf(score / softcap) * kLog2e;
+}
+
+// The elements d to d + 3 of the answer of a query, number `number` of those that share a KV head.
+__device__ __forceinline__ void write_answer(const AttendParams& p, const Division& division, const BlockUnit& block,
+                                             uint32_t number, uint32_t d, Running state, const Vec<float, 4>& sums) {
+  const uint32_t t = division.group_size(number);
+  const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
+  const int64_t offset = block.entry * p.out.batch_stride + t * p.out.row_stride + query_head * p.out.head_stride + d;
+  const float factor = state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
+  if (p.dtype == DType::f32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) static_cast<float*>(p.out.data)[offset + i] = sums.x[i] * factor;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_float(p.out.data, offset + i, p.dtype, sums.x[i] * factor);
+  }
+  if (p.lse != nullptr && d == 0) {
+    p.lse[(block.entry * p.rows + t) * p.query_heads + query_head] =
+        state.sum == 0.0f ? minus_infinity() : state.max * kLn2 + logf(state.sum);
+  }
+}
+
+// Stores the new row of a head, which this block has been chosen to do. Its slot is that of the position which the
+// append evicts: nobody reads it.
+__device__ __forceinline__ void store_new_row(const AttendParams& p, const BlockUnit& block, uint16_t* key,
+                                              uint16_t* value) {
+  const int head_dim = static_cast<int>(p.cache.head_dim);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * head_dim; i += static_cast<int>(blockDim.x)) {
+    const bool is_value = i >= head_dim;
+    const int d = is_value ? i - head_dim : i;
+    const Rows<const void*>& rows = is_value ? p.append.value : p.append.key;
+    uint32_t overflows = 0;
+    (is_value ? value : key)[d] = stored_element(
+        rows.data, block.entry * rows.batch_stride + block.head * rows.head_stride + d, p.append.dtype,
+        p.append.saturate, overflows);
+    if (overflows != 0) atomicAdd(reinterpret_cast<Counter*>(p.append.overflow_counts + p.layer), Counter{1});
+  }
+}
+
+// The state of a sequence moves on when all of its blocks have read it: one thread of each signs in (with a barrier
+// before), and later, when it matters no more how long that took, the one that was the last writes.
+struct StateAdvance {
+  int64_t* seen;
+  int64_t* first;
+  Counter* arrivals;
+  Counter arrived = 0;
+  SequenceState none;
+  bool exists;
+  bool signs;
+
+  __device__ __forceinline__ StateAdvance(const AttendParams& p, const BlockUnit& block)
+      : none(empty_state(p.cache.sinks)),
+        exists(block.sequence >= 0),
+        signs(exists && p.appends && p.rows == 1 && threadIdx.x == blockDim.x - 1) {
+    seen = p.cache.state + p.layer * p.cache.batch + imax(block.sequence, 0);
+    first = seen + p.cache.layers * p.cache.batch;
+    arrivals = reinterpret_cast<Counter*>(first + p.cache.layers * p.cache.batch);
+  }
+  // volatile keeps these loads out of the read-only cache.
+  __device__ __forceinline__ SequenceState read() const {
+    if (!exists) return none;
+    return {*const_cast<const volatile int64_t*>(seen), *const_cast<const volatile int64_t*>(first)};
+  }
+  __device__ __forceinline__ void all_have_read() {
+    if (signs) arrived = sign_in_reader(arrivals);
+  }
+  __device__ __forceinline__ void finish(const Division& division, SequenceState before, int64_t appended,
+                                         int64_t ring) {
+    if (!signs ||
+        arrived + 1 != Counter{division.splits} * division.tiles.divisor * division.heads.divisor) {
+      return;
+    }
+    const SequenceState next = state_after_append(before, appended, ring);
+    *seen = next.seen;
+    *first = next.first;
+    *arrivals = 0;
+  }
+};
+
+// What a split leaves in the workspace: weighted sums [kQueries][kWidth], then states [kQueries].
+template <int kWidth, int kQueries>
+constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
+
+// Ends a unit. What the block's own parts come to is the answer, or else it goes to the workspace, and the last block
+// of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by now;
+// the others' parts are copied to `room`, shared memory for `room_floats`, as far as they fit there.
+template <int kWidth, int kQueries>
+__device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
+                                            uint32_t first_query, uint32_t queries, const Parts& own,
+                                            bool& shared_last, float* room, uint32_t room_floats) {
+  constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
+  float* of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
+  Parts parts = own;
+  bool whole = division.splits == 1;
+#pragma unroll 1
+  for (;;) {
+    merge_parts<kWidth>(parts, queries, static_cast<uint32_t>(p.cache.head_dim),
+                        [&](uint32_t m, uint32_t d, Running state, const Vec<float, 4>& sums) {
+                          if (whole) {
+                            write_answer(p, division, block, first_query + m, d, state, sums);
+                            return;
+                          }
+                          float* mine = of_unit + block.split * kFloats;
+                          store<float, 4>(mine + m * kWidth + d, sums);
+                          if (d == 0) store<float, 2>(mine + kQueries * kWidth + 2 * m, {state.max, state.sum});
+                        });
+    if (whole) break;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared_last = sign_in(p.tickets + block.unit) + 1 == division.splits;
+      if (shared_last) see_what_others_wrote();
+    }
+    __syncthreads();
+    if (!shared_last) return;
+    whole = true;
+    const float* from = of_unit;
+    if (division.splits * kFloats <= room_floats) {
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x * 4; i < division.splits * kFloats; i += blockDim.x * 4) {
+        copy_async(room + i, of_unit + i, true);
+      }
+      end_copy_group();
+      wait_for_copies<0>();
+      __syncthreads();
+      from = room;
+    }
+    parts = {from + kQueries * kWidth, from, kFloats, kFloats, kWidth, division.splits};
+  }
+  if (division.splits > 1 && threadIdx.x == 0) p.tickets[block.unit] = 0;
+}
+
+}  // namespace kvc

@@ -1,0 +1,247 @@
+// Attention of one query to a KV head, T = 1: what a model without grouped-query attention does at every step. Tensor
+// cores (decode_attention.cu) could do little for a single query; here FP32 arithmetic works straight from the registers
+// that rows are loaded into, which streams faster than copies into shared memory.
+//
+// Grid: `splits` blocks for each sequence and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes lanes
+// load a row, 16 bytes each, so that one instruction loads kRows rows; the warps of a head take turns. Each of a warp's
+// kRows parts keeps a running softmax. Parts, then splits are merged in a fixed order (attend_common.cuh).
+//
+// The next step's rows are asked for as soon as this one's have been used: keys, then values.
+#include "attend_common.cuh"
+#include "launch.h"
+
+namespace kvc {
+namespace {
+
+constexpr int kLoads = 4;
+constexpr int kMostWarps = 8;
+// Of so many warps a multiprocessor has registers for two blocks, no more: where there was room for another, the next
+// launch's would be placed there, on few multiprocessors (docs/performance.md).
+constexpr int kBlocksAtATime = 2;
+
+struct Half8 {
+  uint32_t x[4];
+};
+
+__device__ __forceinline__ void to_floats(const Half8& h, float (&f)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    f[2 * i] = half_to_float(static_cast<uint16_t>(h.x[i]));
+    f[2 * i + 1] = half_to_float(static_cast<uint16_t>(h.x[i] >> 16));
+  }
+}
+
+template <int kLanes>
+struct SingleBlock {
+  static constexpr int kRows = 32 / kLanes;
+  static constexpr int kWidth = 8 * kLanes;
+  static constexpr int kStep = kLoads * kRows;
+  static constexpr int kPartStride = kWidth + 4;  // of a part's sums, in floats; 4: parts lie in different banks
+
+  struct Shared {
+    alignas(16) uint16_t new_key[kWidth];
+    alignas(16) uint16_t new_value[kWidth];
+    Running states[kMostWarps * kRows];
+    bool last;
+  };
+  static constexpr int kPartsAt = (sizeof(Shared) + 15) / 16 * 16;
+  static constexpr int64_t bytes(int warps) { return kPartsAt + int64_t{warps} * kRows * kPartStride * 4; }
+};
+
+template <int kLanes>
+__global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
+    attend_single_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
+  using Block = SingleBlock<kLanes>;
+  constexpr int kRows = Block::kRows;
+  constexpr int kStep = Block::kStep;
+  KVC_DYNAMIC_SHARED(shared_bytes);
+  auto& shared = *reinterpret_cast<typename Block::Shared*>(shared_bytes);
+
+  const BlockUnit block = BlockUnit::of(p, division, blockIdx.x);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int warps = static_cast<int>(blockDim.x / 32);
+  const int chunk = lane % kLanes;
+  const int head_dim = static_cast<int>(p.cache.head_dim);
+  const bool real = chunk * 8 < head_dim;  // else this lane is there for the shape alone
+  const auto first_of = [&](int32_t row) { return row - lane / kLanes; };  // of the warp's step
+
+  const int64_t row_elements = p.cache.heads * head_dim;
+  const int64_t head_offset = block.cache_offset(p);
+  const int64_t lane_offset = head_offset + chunk * 8;
+  const uint16_t* keys = p.cache.k_cache + lane_offset;
+  const uint16_t* values = p.cache.v_cache + lane_offset;
+  StateAdvance advance(p, block);
+  const int32_t stride = static_cast<int32_t>(division.splits) * warps * kStep;
+  int32_t row = (static_cast<int32_t>(block.split) * warps + warp) * kStep + lane / kLanes;  // this lane's first
+  DecodePlan plan;
+  Half8 k[kLoads], v[kLoads];
+  float q[8];
+  // Rows that are not in the cache become zeros.
+  const auto load_rows = [&](const uint16_t* from, int32_t row0, Half8 (&to)[kLoads]) {
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      const int32_t r = row0 + u * kRows;
+      Vec<uint32_t, 4> x = {};
+      if (r < plan.cached && real) x = load_streaming(from + plan.slot(r) * row_elements);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[u].x[i] = x.x[i];
+    }
+  };
+  // The new row lies in shared memory.
+  const auto take_new_row = [&](const uint16_t* from, int32_t row0, Half8 (&to)[kLoads]) {
+    if (first_of(row0) + kStep <= plan.cached) return;
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      if (row0 + u * kRows != plan.cached || plan.cached == plan.count || !real) continue;
+      const Vec<uint32_t, 4> x = *reinterpret_cast<const Vec<uint32_t, 4>*>(from + chunk * 8);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[u].x[i] = x.x[i];
+    }
+  };
+  // What the launch before writes is there when it is done. Where it does not touch this layer (`settled`), that can
+  // wait until the first rows have been asked for. (A loop, so that the code is there once: a launch this short waits
+  // for its instructions, too.)
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {
+    if ((turn == 0) == p.settled) {
+      plan = DecodePlan::make(p, block.entry, advance.read());
+      load_rows(keys, row, k);
+      load_rows(values, row, v);
+      continue;
+    }
+    wait_for_previous_launch();
+    let_next_launch_begin();
+    const int64_t offset = block.entry * p.query.batch_stride + block.head * p.query.head_stride + chunk * 8;
+    load_floats(p.query.data, offset, p.dtype, real ? 8 : 0, q);
+  }
+  // The new row, as it is stored: each block keeps it for itself, and one stores it. (Its slot is that of the position
+  // which the append evicts: nobody reads it.)
+  if (plan.appended != 0) {
+    const int64_t slot_offset = head_offset + plan.slot(plan.count - 1) * row_elements;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * head_dim; i += static_cast<int>(blockDim.x)) {
+      const bool is_value = i >= head_dim;
+      const int d = is_value ? i - head_dim : i;
+      const Rows<const void*>& rows = is_value ? p.append.value : p.append.key;
+      uint32_t overflows = 0;
+      const uint16_t bits = stored_element(
+          rows.data, block.entry * rows.batch_stride + block.head * rows.head_stride + d, p.append.dtype,
+          p.append.saturate, overflows);
+      (is_value ? shared.new_value : shared.new_key)[d] = bits;
+      if (block.split != 0) continue;
+      (is_value ? p.cache.v_cache : p.cache.k_cache)[slot_offset + d] = bits;
+      if (overflows != 0) atomicAdd(reinterpret_cast<Counter*>(p.append.overflow_counts + p.layer), Counter{1});
+    }
+  }
+  __syncthreads();  // the new row is there, and all have read the state
+  advance.all_have_read();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) q[i] *= p.softcap > 0 ? p.scale : p.scale * kLog2e;
+
+  Running running = {kLeastScore, 0.0f};  // of this part; the sum is that of this lane's rows, see below
+  float acc[8] = {};
+#pragma unroll 1
+  for (; first_of(row) < plan.count; row += stride) {
+    take_new_row(shared.new_key, row, k);
+    float score[kLoads];
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      float x[8];
+      to_floats(k[u], x);
+      float sum = x[0] * q[0];
+#pragma unroll
+      for (int i = 1; i < 8; ++i) sum = fmaf(x[i], q[i], sum);
+      score[u] = sum;
+    }
+    load_rows(keys, row + stride, k);
+    // Sums over the lanes of a row, for all four loads at once: a lane ends with that of load `load`.
+    const bool high = lane & (kLanes / 2);
+    const bool low = lane & (kLanes / 4);
+    float a = high ? score[2] : score[0];
+    float b = high ? score[3] : score[1];
+    a += __shfl_xor_sync(kAllLanes, high ? score[0] : score[2], kLanes / 2);
+    b += __shfl_xor_sync(kAllLanes, high ? score[1] : score[3], kLanes / 2);
+    float mine = low ? b : a;
+    mine += __shfl_xor_sync(kAllLanes, low ? a : b, kLanes / 4);
+#pragma unroll
+    for (int distance = kLanes / 8; distance > 0; distance /= 2) mine += __shfl_xor_sync(kAllLanes, mine, distance);
+    if (p.softcap > 0) mine = capped(mine, p.softcap);
+    const int load = (high ? 2 : 0) + (low ? 1 : 0);
+    if (row + load * kRows >= plan.count) mine = minus_infinity();
+    float max = fmaxf(running.max, mine);
+    max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, kLanes / 2));
+    max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, kLanes / 4));
+    const float rescale = power_of_two(running.max - max);
+    const float weight = power_of_two(mine - max);
+    running = {max, fmaf(running.sum, rescale, weight)};
+    take_new_row(shared.new_value, row, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[i] *= rescale;
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      const float w = __shfl_sync(kAllLanes, weight, lane / kLanes * kLanes + u * (kLanes / 4));
+      float x[8];
+      to_floats(v[u], x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[i] = fmaf(x[i], w, acc[i]);
+    }
+    load_rows(values, row + stride, v);
+  }
+
+  // Each part leaves its state and its sums. The lanes of one load have the same sum.
+  const int part = lane / kLanes;
+  float* sums = reinterpret_cast<float*>(shared_bytes + Block::kPartsAt);
+  running.sum += __shfl_xor_sync(kAllLanes, running.sum, kLanes / 2);
+  running.sum += __shfl_xor_sync(kAllLanes, running.sum, kLanes / 4);
+  if (chunk == 0) shared.states[warp * kRows + part] = running;
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    store<float, 4>(sums + (warp * kRows + part) * Block::kPartStride + chunk * 8 + i, {acc[i], acc[i + 1], acc[i + 2], acc[i + 3]});
+  }
+  advance.finish(division, plan.state, plan.appended, p.cache.ring.divisor);
+  __syncthreads();
+  const Parts parts{&shared.states[0].max,
+                    sums,
+                    2,
+                    Block::kPartStride,
+                    0,
+                    static_cast<uint32_t>(warps * kRows)};
+  finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, parts, shared.last, sums,
+                                static_cast<uint32_t>(warps * kRows * Block::kPartStride));
+}
+
+template <int kLanes>
+cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
+  using Block = SingleBlock<kLanes>;
+  int device = 0;
+  int multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const int64_t units = p.sequences.entries(p.cache.batch) * p.cache.heads;
+  const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, 1>);
+  // The split depends on shapes alone, so that a call's answer does not depend on how it came to its lengths. Many
+  // units: small blocks, so that those of a multiprocessor are at different stages.
+  const int warps = units >= 4 * multiprocessors ? kMostWarps / 2 : kMostWarps;
+  int64_t splits = kBlocksAtATime * multiprocessors / units;
+  const int64_t rows_of_block = warps * Block::kStep;
+  splits = imin(imin(splits, room), (p.cache.positions + rows_of_block - 1) / rows_of_block);
+  splits = units > kAttendTickets ? 1 : imax(splits, 1);
+  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
+  const Division division{FastDivider::by(static_cast<uint32_t>(units)), FastDivider::by(1),
+                          FastDivider::by(static_cast<uint32_t>(p.cache.heads)), FastDivider::by(1),
+                          static_cast<uint32_t>(splits)};
+  OverlappingLaunch launch(units * splits, warps * 32, Block::bytes(warps), stream);
+  return cudaLaunchKernelEx(&launch.config, attend_single_kernel<kLanes>, p, division);
+}
+
+}  // namespace
+
+cudaError_t launch_attend_single(const AttendParams& p, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch<8>(p, stream);
+  if (p.cache.head_dim <= 128) return launch<16>(p, stream);
+  return launch<32>(p, stream);
+}
+
+}  // namespace kvc

@@ -1,0 +1,77 @@
+// Partial softmaxes and how they become one (online softmax: Milakov and Gimelshein, 2018).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "convert.h"
+#include "vec.cuh"
+
+namespace kvc {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float minus_infinity() { return bits_float(0xff800000u); }
+
+// A running softmax of some rows for one query: weights 2^(score - max).
+struct alignas(8) Running {
+  float max;
+  float sum;
+};
+
+// The maximum of no rows. Finite, so that nothing is ever minus infinity less itself: the weight of a score of minus
+// infinity is 0, also beside this.
+constexpr float kLeastScore = -3.402823466e38f;
+
+// 2^x; what is below 2^-126 is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+#if defined(KVC_EMULATED)
+  return x < -126.0f ? 0.0f : exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Where partial softmaxes lie, all strides in floats.
+struct Parts {
+  const float* states;    // a Running for each part and query
+  const float* sums;      // the weighted sums that belong to it
+  uint32_t state_stride;  // from one part's states to the next's
+  uint32_t sums_stride;   // from one part's sums to the next's; from one query's to the next's:
+  uint32_t query_stride;
+  uint32_t count;
+};
+
+// Merges the parts of each query in their order. A thread takes four elements of a query's answer at a time:
+// emit(query, d, state, sums) takes the merged state and the merged sums of the elements d to d + 3.
+template <int kWidth, typename Emit>
+__device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries, uint32_t head_dim, const Emit& emit) {
+  constexpr uint32_t kFours = kWidth / 4;
+#pragma unroll 1
+  for (uint32_t item = threadIdx.x; item < queries * kFours; item += blockDim.x) {
+    const uint32_t query = item / kFours;
+    const uint32_t d = item % kFours * 4;
+    if (d >= head_dim) continue;
+    const float* states = parts.states + 2 * query;
+    const float* sums = parts.sums + query * parts.query_stride + d;
+    Running merged = {kLeastScore, 0.0f};
+#pragma unroll 4
+    for (uint32_t i = 0; i < parts.count; ++i) merged.max = fmaxf(merged.max, states[i * parts.state_stride]);
+    Vec<float, 4> value = {};
+#pragma unroll 4
+    for (uint32_t i = 0; i < parts.count; ++i) {
+      const Vec<float, 2> state = load<float, 2>(states + i * parts.state_stride);
+      const Vec<float, 4> part = load<float, 4>(sums + i * parts.sums_stride);
+      const float weight = power_of_two(state.x[0] - merged.max);
+      merged.sum = fmaf(state.x[1], weight, merged.sum);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) value.x[j] = fmaf(part.x[j], weight, value.x[j]);
+    }
+    emit(query, d, merged, value);
+  }
+}
+
+}  // namespace kvc
