@@ -36,6 +36,8 @@ README_ROWS = {
     "append/prefill/htd/4096": "the same from `[H, T, D]`",
     "gather/contiguous/65536": "gather a layer, 65,536 positions",
     "gather/indices/65536": "gather 65,536 random positions",
+    "lengths/reorder/rotate/8/4096": "`reorder`: 8 sequences of 4,096 positions",
+    "lengths/copy_sequence/4096": "`copy_sequence`: 4,096 positions",
     "append/decode/append_all/graph": "one position, 32 layers, `append_all`, GPU time",
     "append/decode/32_layers/graph": "one position, 32 `append` calls in a graph, GPU time",
     "append/decode/32_layers/host": "one position, 32 `append` calls, eager, host time",

@@ -74,6 +74,7 @@ void run(const Shape& s, kvc::DType dtype) {
   }
   input.set(numbers);
 
+  kvc::ChosenSequences chosen;
   const auto rows = [&](int64_t count, int64_t heads, bool htd) {
     const int64_t row = htd ? s.head_dim : heads * s.head_dim;
     const int64_t head = htd ? count * s.head_dim : s.head_dim;
@@ -91,7 +92,8 @@ void run(const Shape& s, kvc::DType dtype) {
                              dtype,
                              ragged ? lengths.data : nullptr,
                              false,
-                             true};
+                             true,
+                             chosen};
   };
   const auto append = [&](int64_t layer, int64_t layers, int64_t count, bool htd, bool ragged) {
     std::vector<int64_t> of_each(static_cast<size_t>(s.batch));
@@ -115,6 +117,7 @@ void run(const Shape& s, kvc::DType dtype) {
     p.window = window;
     p.appends = appends;
     p.append = append_params(layer, 1, count, false, ragged);
+    p.sequences = chosen;
     p.partials = workspace.data + 1024;
     p.tickets = reinterpret_cast<uint32_t*>(workspace.data);
     p.partial_floats = static_cast<int64_t>(workspace.size) - 1024;
@@ -132,6 +135,7 @@ void run(const Shape& s, kvc::DType dtype) {
     p.key = {output.data, 0, count * row, row, s.head_dim};
     p.value = {output.data + input_elements, 0, count * row, row, s.head_dim};
     p.dtype = dtype;
+    p.sequences = chosen;
     check(kvc::launch_gather(p, nullptr), "gather");
   };
 
@@ -169,6 +173,18 @@ void run(const Shape& s, kvc::DType dtype) {
   for (int64_t b = 0; b < s.batch; ++b) of_each[b] = b == 1 ? s.batch : 0;
   copy(s.batch, true);
   attend(0, 1, true, false, 0);
+  // About the last sequence alone, and one that is none.
+  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = b == 0 ? s.batch - 1 : -1;
+  sources.set(of_each);
+  chosen = {{sources.data}, s.batch > 1 ? 2 : 1};
+  append(0, s.layers, 1, false, false);
+  append(0, 1, s.positions / 2 + 3, true, true);
+  for (const int64_t count : {1, 5}) {
+    attend(0, count, false, false, 0);
+    attend(0, count, true, false, 0);
+  }
+  gather(s.positions + 4, nullptr);
+  chosen = {};
   for (int64_t b = 0; b < s.batch; ++b) of_each[b] = s.positions / 3 + b;
   sources.set(of_each);
   const auto truncate = [&](bool resets, int64_t length, kvc::Integers of, int64_t count) {

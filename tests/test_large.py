@@ -88,3 +88,22 @@ def test_more_than_2_to_the_31_positions(backend: Backend) -> None:
     assert_same_bits(wide.v_cache[0, 0, :2].float(), -key[2:].half().float())
     keys, _ = wide.get_range_f32(0, 2**31 + 6, 2**31 + 10)
     assert_same_bits(keys, key.half().float())
+
+
+def test_copies_at_the_far_end(backend: Backend) -> None:
+    """Only the last slots of sequences of 2^30 elements hold anything: those move, and no other."""
+    if backend.slow:
+        pytest.skip("hours under emulation: a thread looks at every vector")
+    heads, head_dim, positions = 16, 128, 2**30 // 2048 + 8
+    cache = large_cache(backend.device, 1, positions, heads, head_dim, batch_size=3)
+    cache._state[0] = positions
+    cache._state[1] = positions - 3
+    cache._connect()
+    rows = torch.randn(3, 3, heads, head_dim, device=backend.device).half()
+    cache.k_cache[0, :, -3:] = rows
+    cache.v_cache[0, :, -3:] = -rows
+    cache.k_cache[0, :, -4] = 7
+    cache.reorder([2, 0, 2])
+    assert_same_bits(cache.k_cache[0, :, -3:], rows[[2, 0, 2]])
+    assert_same_bits(cache.v_cache[0, :, -3:], -rows[[2, 0, 2]])
+    assert (cache.k_cache[0, :, -4] == 7).all()

@@ -56,7 +56,13 @@ class Target:
         return tools + [requirement for extra in self.extras for requirement in listed_in_pyproject(extra)]
 
 
-BENCHMARKS = ("bench/gpu015.py", "bench/bench_append.py", "bench/bench_gather.py", "bench/bench_attention.py")
+BENCHMARKS = (
+    "bench/gpu015.py",
+    "bench/bench_append.py",
+    "bench/bench_gather.py",
+    "bench/bench_attention.py",
+    "bench/bench_reorder.py",
+)
 REPORT = ("python", "bench/report.py")
 
 TARGETS = {
