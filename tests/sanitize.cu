@@ -103,8 +103,10 @@ void run(const Shape& s, kvc::DType dtype) {
   };
   Buffer<float> workspace(1024 + 132 * 16 * 514);
   check(cudaMemset(workspace.data, 0, 4096), "cudaMemset");
+  bool settled = false;
   const auto attend = [&](int64_t layer, int64_t count, bool appends, bool ragged, int64_t window) {
     kvc::AttendParams p{};
+    p.settled = settled;
     p.cache = cache;
     p.layer = layer;
     p.rows = count;
@@ -150,6 +152,10 @@ void run(const Shape& s, kvc::DType dtype) {
   append(0, 1, s.positions / 2 + 3, false, false);
   append(0, 1, s.positions + 5, true, false);
   for (int i = 0; i < 20; ++i) attend(0, 1, true, false, 0);
+  // Layers in turn, as in a model: each is left alone by the launch before.
+  settled = s.layers > 1;
+  for (int i = 0; i < 10; ++i) attend((i + 1) % s.layers, 1, i % 3 != 0, false, 0);
+  settled = false;
   attend(0, 16, true, true, 9);
   Buffer<int64_t> indices(64);
   std::vector<int64_t> some(64);

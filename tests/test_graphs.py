@@ -134,7 +134,10 @@ def test_attention_launches_that_follow_each_other_at_once(group: int) -> None:
     )
     x = torch.empty(8, 128, device=GPU)
     generator = random.Random(group)
-    calls = [(generator.choice(["append", "append", "attend", "both", "both", "all"]), generator.randrange(3)) for _ in range(60)]
+    calls = [
+        (generator.choice(["append", "append", "attend", "both", "both", "all"]), generator.randrange(3))
+        for _ in range(60)
+    ]
     outs = {name: torch.zeros(len(calls), 8, 128, device=GPU) for name in ("captured", "eager")}
 
     def step(cache: StreamingKVCacheFp16, out: torch.Tensor) -> None:

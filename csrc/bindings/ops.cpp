@@ -131,7 +131,8 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   AttendParams p = attend_params(op, cache, layer, query, options, &append, chosen, workspace, out, lse);
   check_query_count(op, p.rows);
   check_answer_apart(op, out, key, value);
-  // For one position without new_lengths or sequences, which the launch ahead may be about to write. (For several an append follows.)
+  // For one position without new_lengths or sequences, which the launch ahead may be about to write. (For several an
+  // append follows.)
   const bool one = append.rows == 1 && new_lengths == nullptr && sequences == nullptr;
   p.settled = one && lengths != nullptr && lengths->settled(layer);
   run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
@@ -257,8 +258,9 @@ void op_attend(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::T
                int64_t layer, const at::Tensor& query, int64_t sink_positions, double scale, int64_t window,
                double softcap, at::Tensor& out, const std::optional<at::Tensor>& lse,
                const std::optional<at::Tensor>& sequences) {
-  attend(without_counters("attend", k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(), layer, query,
-         {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out, lse.value_or(at::Tensor()));
+  attend(without_counters("attend", k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(), layer,
+         query, {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out,
+         lse.value_or(at::Tensor()));
 }
 
 void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,

@@ -127,9 +127,9 @@ __device__ __forceinline__ void store_new_row(const AttendParams& p, const Block
     const int d = is_value ? i - head_dim : i;
     const Rows<const void*>& rows = is_value ? p.append.value : p.append.key;
     uint32_t overflows = 0;
-    (is_value ? value : key)[d] = stored_element(
-        rows.data, block.entry * rows.batch_stride + block.head * rows.head_stride + d, p.append.dtype,
-        p.append.saturate, overflows);
+    (is_value ? value : key)[d] =
+        stored_element(rows.data, block.entry * rows.batch_stride + block.head * rows.head_stride + d, p.append.dtype,
+                       p.append.saturate, overflows);
     if (overflows != 0) atomicAdd(reinterpret_cast<Counter*>(p.append.overflow_counts + p.layer), Counter{1});
   }
 }
@@ -163,8 +163,7 @@ struct StateAdvance {
   }
   __device__ __forceinline__ void finish(const Division& division, SequenceState before, int64_t appended,
                                          int64_t ring) {
-    if (!signs ||
-        arrived + 1 != Counter{division.splits} * division.tiles.divisor * division.heads.divisor) {
+    if (!signs || arrived + 1 != Counter{division.splits} * division.tiles.divisor * division.heads.divisor) {
       return;
     }
     const SequenceState next = state_after_append(before, appended, ring);
@@ -179,12 +178,12 @@ template <int kWidth, int kQueries>
 constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
 
 // Ends a unit. What the block's own parts come to is the answer, or else it goes to the workspace, and the last block
-// of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by now;
-// the others' parts are copied to `room`, shared memory for `room_floats`, as far as they fit there.
+// of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by
+// now; the others' parts are copied to `room`, shared memory for `room_floats`, as far as they fit there.
 template <int kWidth, int kQueries>
 __device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
-                                            uint32_t first_query, uint32_t queries, const Parts& own,
-                                            bool& shared_last, float* room, uint32_t room_floats) {
+                                            uint32_t first_query, uint32_t queries, const Parts& own, bool& shared_last,
+                                            float* room, uint32_t room_floats) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
   float* of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
   Parts parts = own;

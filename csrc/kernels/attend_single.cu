@@ -1,10 +1,10 @@
 // Attention of one query to a KV head, T = 1: what a model without grouped-query attention does at every step. Tensor
-// cores (decode_attention.cu) could do little for a single query; here FP32 arithmetic works straight from the registers
-// that rows are loaded into, which streams faster than copies into shared memory.
+// cores (decode_attention.cu) could do little for a single query; here FP32 arithmetic works straight from the
+// registers that rows are loaded into, which streams faster than copies into shared memory.
 //
-// Grid: `splits` blocks for each sequence and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes lanes
-// load a row, 16 bytes each, so that one instruction loads kRows rows; the warps of a head take turns. Each of a warp's
-// kRows parts keeps a running softmax. Parts, then splits are merged in a fixed order (attend_common.cuh).
+// Grid: `splits` blocks for each sequence and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes
+// lanes load a row, 16 bytes each, so that one instruction loads kRows rows; the warps of a head take turns. Each of a
+// warp's kRows parts keeps a running softmax. Parts, then splits are merged in a fixed order (attend_common.cuh).
 //
 // The next step's rows are asked for as soon as this one's have been used: keys, then values.
 #include "attend_common.cuh"
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
   Half8 k[kLoads], v[kLoads];
   float q[8];
   // Rows that are not in the cache become zeros.
-  const auto load_rows = [&](const uint16_t* from, int32_t row0, Half8 (&to)[kLoads]) {
+  const auto load_rows = [&](const uint16_t* from, int32_t row0, Half8(&to)[kLoads]) {
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const int32_t r = row0 + u * kRows;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
     }
   };
   // The new row lies in shared memory.
-  const auto take_new_row = [&](const uint16_t* from, int32_t row0, Half8 (&to)[kLoads]) {
+  const auto take_new_row = [&](const uint16_t* from, int32_t row0, Half8(&to)[kLoads]) {
     if (first_of(row0) + kStep <= plan.cached) return;
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
@@ -125,9 +125,9 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
       const int d = is_value ? i - head_dim : i;
       const Rows<const void*>& rows = is_value ? p.append.value : p.append.key;
       uint32_t overflows = 0;
-      const uint16_t bits = stored_element(
-          rows.data, block.entry * rows.batch_stride + block.head * rows.head_stride + d, p.append.dtype,
-          p.append.saturate, overflows);
+      const uint16_t bits =
+          stored_element(rows.data, block.entry * rows.batch_stride + block.head * rows.head_stride + d, p.append.dtype,
+                         p.append.saturate, overflows);
       (is_value ? shared.new_value : shared.new_key)[d] = bits;
       if (block.split != 0) continue;
       (is_value ? p.cache.v_cache : p.cache.k_cache)[slot_offset + d] = bits;
@@ -197,16 +197,12 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
   if (chunk == 0) shared.states[warp * kRows + part] = running;
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
-    store<float, 4>(sums + (warp * kRows + part) * Block::kPartStride + chunk * 8 + i, {acc[i], acc[i + 1], acc[i + 2], acc[i + 3]});
+    store<float, 4>(sums + (warp * kRows + part) * Block::kPartStride + chunk * 8 + i,
+                    {acc[i], acc[i + 1], acc[i + 2], acc[i + 3]});
   }
   advance.finish(division, plan.state, plan.appended, p.cache.ring.divisor);
   __syncthreads();
-  const Parts parts{&shared.states[0].max,
-                    sums,
-                    2,
-                    Block::kPartStride,
-                    0,
-                    static_cast<uint32_t>(warps * kRows)};
+  const Parts parts{&shared.states[0].max, sums, 2, Block::kPartStride, 0, static_cast<uint32_t>(warps * kRows)};
   finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, parts, shared.last, sums,
                                 static_cast<uint32_t>(warps * kRows * Block::kPartStride));
 }

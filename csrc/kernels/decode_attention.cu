@@ -88,7 +88,9 @@ struct AttendBlock {
     return halves * kHalfBytes > sums ? halves * kHalfBytes : (sums + 15) / 16 * 16;
   }
   // Of a block. Those of a launch of many are half as large, so that a multiprocessor's are at different stages.
-  KVC_HD static constexpr int threads(int halves) { return (halves == 2 && kWarps == kMostWarps ? kWarps / 2 : kWarps) * 32; }
+  KVC_HD static constexpr int threads(int halves) {
+    return (halves == 2 && kWarps == kMostWarps ? kWarps / 2 : kWarps) * 32;
+  }
   static constexpr int64_t bytes(int warps, int halves) { return kRingsAt + int64_t{warps} * ring_bytes(halves); }
 
   // Where a chunk of a row lies in half a tile: rows are spread over the banks, so that eight of them are read at a
@@ -181,7 +183,8 @@ __device__ __noinline__ void call_copy_scattered(const AttendPlan* shared_plan, 
 }
 
 template <int kDepth, int kTiles, int kHalves>
-__global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves), kDepth <= 8 && kTiles == 1 && kHalves == 2 ? 3 : 1)
+__global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
+                                  kDepth <= 8 && kTiles == 1 && kHalves == 2 ? 3 : 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
   using Block = AttendBlock<kDepth, kTiles>;
   constexpr int kQueries = Block::kQueries;
@@ -212,16 +215,17 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
   const AttendPlan& plan = shared.plan;
   const uint32_t stride = division.splits * warps;
   const uint32_t first_tile = block.split * warps + warp;
-  uint32_t tiles = 0;              // of all rows
-  uint32_t copied = first_tile;    // the one whose turn it is
-  int64_t copied_offset = -1;      // of this lane's first chunk of it, where its rows lie in the cache in a row; else -1
+  uint32_t tiles = 0;            // of all rows
+  uint32_t copied = first_tile;  // the one whose turn it is
+  int64_t copied_offset = -1;    // of this lane's first chunk of it, where its rows lie in the cache in a row; else -1
   const auto copy_half = [&](bool of_values, char* at, bool with_new_rows) {
     if (copied < tiles) {
       const int64_t row0 = static_cast<int64_t>(copied) * kTileRows;
       if (!of_values) {
         const int64_t slot0 = plan.slot(row0);
         const int chunk = lane % kChunks;
-        const bool in_a_row = row0 + kTileRows <= plan.cached && plan.slot(row0 + kTileRows - 1) - slot0 == kTileRows - 1;
+        const bool in_a_row =
+            row0 + kTileRows <= plan.cached && plan.slot(row0 + kTileRows - 1) - slot0 == kTileRows - 1;
         copied_offset =
             in_a_row ? (slot0 + lane / kChunks) * row_elements + (chunk * 8 < head_dim ? chunk * 8 : 0) : -1;
       }
@@ -257,9 +261,10 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
   float x[kOfLane];
   const auto load_query = [&](uint32_t m) {
     const uint32_t t = division.group_size(first_query + m);
-    const int64_t query_head = block.head * division.group_size.divisor + (first_query + m - t * division.group_size.divisor);
-    const int64_t offset = block.entry * p.query.batch_stride + t * p.query.row_stride +
-                           query_head * p.query.head_stride + lane * kOfLane;
+    const int64_t query_head =
+        block.head * division.group_size.divisor + (first_query + m - t * division.group_size.divisor);
+    const int64_t offset =
+        block.entry * p.query.batch_stride + t * p.query.row_stride + query_head * p.query.head_stride + lane * kOfLane;
     load_floats(p.query.data, offset, p.dtype, m < queries ? head_dim - lane * kOfLane : 0, x);
   };
 
@@ -584,7 +589,7 @@ cudaError_t launch_for(const AttendParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_attend(const AttendParams& p, cudaStream_t stream) {
-  if (p.rows == 0) return cudaSuccess;
+  if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   if (p.rows == 1 && p.query_heads == p.cache.heads && p.cache.head_dim <= 256) return launch_attend_single(p, stream);
   if (p.cache.head_dim <= 64) return launch_for<4, 4>(p, stream);
   if (p.cache.head_dim <= 128) return launch_for<8, 4>(p, stream);

@@ -98,10 +98,9 @@ __device__ __forceinline__ unsigned long long sign_in_reader(unsigned long long*
   asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], 1;\n" : "=l"(before) : "l"(counter) : "memory");
   return before;
 }
-// After a count that says so: what those who signed in before had written is to be seen (after a barrier, by the block).
-__device__ __forceinline__ void see_what_others_wrote() {
-  asm volatile("fence.acq_rel.gpu;\n" ::: "memory");
-}
+// After a count that says so: what those who signed in before had written is to be seen (after a barrier, by the
+// block).
+__device__ __forceinline__ void see_what_others_wrote() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 
 // A block's shared memory whose size the launch decides.
 #define KVC_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]

@@ -208,7 +208,8 @@ int kvc_gather(const kvc::GatherParams* p) {
 int kvc_attend(const kvc::AttendParams* p) {
   // Where the state is settled it is not to be guessed; else every other time it is so, where a graph could know.
   kvc::AttendParams q = *p;
-  const bool plain = q.sequences.indices.data == nullptr && (!q.appends || (q.rows == 1 && q.append.new_lengths == nullptr));
+  const bool plain =
+      q.sequences.indices.data == nullptr && (!q.appends || (q.rows == 1 && q.append.new_lengths == nullptr));
   q.settled = plain && emulator::random_below(2) == 0;
   if (q.settled) return kvc::launch_attend(q, nullptr);
   const emulator::Guess guess(p->cache);
