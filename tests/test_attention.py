@@ -86,6 +86,13 @@ def test_lengths(backend: Backend, length: int, sinks: int) -> None:
     check_both(attention_twin(backend, length, sink_positions=sinks), backend)
 
 
+def test_many_splits_of_wide_heads(backend: Backend) -> None:
+    """What the splits of a head leave does not fit into shared memory at once."""
+    check_both(
+        attention_twin(backend, 900, max_positions=1000, num_heads=1, head_dim=512, batch_size=1), backend, group=4
+    )
+
+
 @pytest.mark.parametrize("length", [1000, 4097])
 def test_long(backend: Backend, length: int) -> None:
     check_both(attention_twin(backend, length, max_positions=4096, num_layers=1), backend)

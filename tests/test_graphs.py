@@ -153,7 +153,7 @@ def test_attention_launches_that_follow_each_other_at_once(group: int) -> None:
                 query = cache.append_attend(layer, query, query[:heads], query[-heads:], out=answer)
 
     graph = capture(lambda: step(captured, outs["captured"]))
-    for i in range(60):
+    for _ in range(60):
         x.normal_()
         graph.replay()
         step(eager, outs["eager"])

@@ -214,7 +214,7 @@ def check_cuda(check: Check, toolkit: Path, scratch: Path, pool: ThreadPoolExecu
     ]
     print_table(kernels)
     check.step(
-        f"no stack frame and no spilled register (attention of full registers apart) in {len(kernels)} compiled kernels",
+        f"no stack frame, no spilled register (attention of full registers apart) in {len(kernels)} compiled kernels",
         [
             f"{k.name} on sm_{k.architecture}: {k.stack} bytes of stack, {k.spill_stores} stored and {k.spill_loads} "
             "loaded by spills"

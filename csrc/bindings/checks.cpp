@@ -360,8 +360,8 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   check_layer(op, layer, c);
   TORCH_CHECK_VALUE(c.head_dim % 8 == 0 && c.head_dim <= 512, op,
                     ": head_dim must be a multiple of 8 up to 512 for attention, and the cache's is ", c.head_dim);
-  TORCH_CHECK_VALUE(c.positions < (int64_t{1} << 31), op,
-                    ": attention takes a cache of fewer than 2^31 positions, got ", c.positions);
+  TORCH_CHECK_VALUE(c.positions <= (int64_t{1} << 30), op,
+                    ": max_positions must be at most 2^30 for attention, and the cache's is ", c.positions);
   TORCH_CHECK_VALUE(
       reinterpret_cast<uintptr_t>(c.k_cache) % 16 == 0 && reinterpret_cast<uintptr_t>(c.v_cache) % 16 == 0, op,
       ": k_cache and v_cache must start at a multiple of 16 bytes");

@@ -80,8 +80,8 @@ struct AttendPlan {
   }
 };
 
-// The same for one query to a sequence, with numbers of 32 bits for what lies in a cache: which rows it sees is known
-// without asking row by row, and all but the newest lie in the cache.
+// The same for one query to a sequence, with numbers of 32 bits for what lies in a cache (of at most 2^30 positions):
+// which rows it sees is known without asking row by row, and all but the newest lie in the cache.
 struct DecodePlan {
   SequenceState state;  // before the call
   int64_t appended;     // 0 or 1

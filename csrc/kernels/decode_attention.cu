@@ -2,21 +2,22 @@
 // in the cache, in FP32; and, in the same launch, the append of one new position.
 //
 // Grid: for each sequence and KV head, and each kQueries of the queries that share it (a group's heads times T), the
-// same number of blocks, `splits`; each takes an even share of the rows that the queries see (attend.h), which is known
-// on the device alone. Every warp of a block works by itself on every so many'th tile of 16 rows: it copies tiles into
-// its own ring of shared memory, some ahead of the one it works on, and multiplies them on tensor cores, so that
-// 4 * kTiles queries read a row once. Each warp keeps a running maximum, sum and weighted sum (online softmax: Milakov
-// and Gimelshein, 2018); warps, then the splits of a head are merged in a fixed order (flash decoding: Dao et al.,
-// 2023), the last by whichever block of the head is the last to sign in.
+// same number of blocks, `splits`. The warps of all of them take turns at tiles of 16 of the rows that the queries see
+// (attend.h), whose number is known on the device alone. Each copies its tiles into its own ring of shared memory, some
+// ahead of the one it works on, and multiplies them on tensor cores, so that 4 * kTiles queries read a row once. Each
+// keeps a running maximum, sum and weighted sum (online softmax: Milakov and Gimelshein, 2018); warps, then the splits
+// of a head are merged in a fixed order (flash decoding: Dao et al., 2023), the last by whichever block of the head is
+// the last to sign in. One query to a KV head is the affair of attend_single.cu.
 //
 // Tensor cores take FP16, the queries and the weights are FP32: each is two columns of the operand, a high part and
 // what it lacks times 2^11, and the products of both are added. Queries are first scaled by a power of two, so that the
 // low part is no subnormal; weights, at most 1, by 2^14. Both keep 22 bits. A tensor core truncates as it adds up, so
 // that no sum stays in one for longer than a tile: tiles are added to registers in FP32.
 //
-// Launches overlap (overlap.cuh). Before the previous one is done a block looks where its sequence stands and has its
-// first rows put into L2. Once it is done, the block copies those rows while it looks again: in the rare case that the
-// sequence has moved on it starts over.
+// A short launch takes as long as its longest chain of waiting, for memory and, as much, for instructions that no
+// launch before has left near: what is executed is kept short, and is there once (docs/performance.md). Launches
+// overlap (overlap.cuh), and where the one before is known not to touch this layer (`settled`), rows are asked for
+// while it is still at work.
 //
 // With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way, so
 // that the answer is bit for bit what attending after the append gives. For T = 1 one block of each head also stores

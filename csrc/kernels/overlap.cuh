@@ -1,8 +1,12 @@
 // Launches that overlap (programmatic dependent launch, sm_90 and newer): a kernel's blocks may be placed on the GPU
 // while the last blocks of the one before are still at work, and wait there for its end. What that saves is the time
-// between two kernels. A kernel that is launched so first lets the next begin, and waits for the previous one before it
-// writes anything or relies on what it reads. What it reads earlier is a guess, read past L1 and looked at again. On
-// older GPUs both do nothing.
+// between two kernels. A kernel that is launched so waits for the previous one before it writes anything or relies on
+// what it reads.
+//
+// Appends let the next launch begin first of all; what they read before they wait is a guess, read past L1 and looked
+// at again. Attention waits first and only then lets the next begin, so that whoever follows it at once knows that all
+// launches before it are done: an attention launch behind it may read, without guessing, what it does not write
+// (AttendParams::settled). On older GPUs both calls do nothing.
 #pragma once
 
 #include <cuda_runtime.h>
