@@ -197,7 +197,7 @@ def main() -> int:
     except Unavailable as why:
         print(f"bench_generate: {why}")
         return 0
-    results = open_results(args, device)
+    results = open_results(args, device, keep=args.layers is None)
     shape = (SEVEN_B if gpu else TINY).with_layers(args.layers or (2 if args.quick else None))
     positions = [int(part) for part in args.positions or ()]
     positions = positions or ([1_024] if args.quick and gpu else CPU_POSITIONS[:1] if args.quick else CPU_POSITIONS)
@@ -223,7 +223,7 @@ def main() -> int:
             print(f"{why}: left out", flush=True)
             continue
         for number in positions:
-            figures = {}
+            figures: dict[str, Figure] = {}
             for key in options:
                 figure = try_option(OPTIONS[key], model, shape, weights, number, device, failed)
                 if figure is not None:
