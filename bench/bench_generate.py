@@ -42,6 +42,7 @@ from common import compare as compare_samplers
 from llama import OPTIONS, SEVEN_B, TINY, WEIGHT_WORDS, WEIGHTS, LlamaShape, Option, Unavailable
 
 GPU_POSITIONS = [1_024, 4_096, 16_384, 65_536, 131_072]
+FEWER_POSITIONS = [4_096, 65_536]  # for all but FP16 weights: compiling takes most of the time
 CPU_POSITIONS = [128, 512]
 GB = 10**9
 
@@ -86,7 +87,7 @@ def measure_option(
     if on_gpu(device):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    with llama.compiler_set_up(weights):
+    with llama.compiler_set_up(weights, option.tuned):
         step = option.step(model, cache)
         seconds = llama.step_seconds(step, device)
     return Figure(1 / seconds, llama.peak_bytes(device))
@@ -169,11 +170,27 @@ def comma_list(text: str) -> list[str]:
     return [part for part in text.replace(" ", "").split(",") if part]
 
 
+def positions_for(weights: str, args: argparse.Namespace, gpu: bool) -> list[int]:
+    if args.positions:
+        return [int(part) for part in args.positions]
+    if not gpu:
+        return CPU_POSITIONS[:1] if args.quick else CPU_POSITIONS
+    if args.quick:
+        return GPU_POSITIONS[:1]
+    return GPU_POSITIONS if weights == "fp16" else FEWER_POSITIONS
+
+
 def arguments() -> argparse.Namespace:
     p = parser(__doc__)
     p.add_argument("--weights", type=comma_list, help=f"of {','.join(WEIGHTS)} (default: all; fp16,fp32 when --quick)")
-    p.add_argument("--positions", type=comma_list, help="such as 4096,65536 (default: 1,024 to 131,072)")
-    p.add_argument("--options", type=comma_list, help=f"of {','.join(OPTIONS)} (default: all; on a CPU none compiled)")
+    p.add_argument(
+        "--positions", type=comma_list, help="such as 4096,65536 (default: 1,024 to 131,072; fewer but for fp16)"
+    )
+    p.add_argument(
+        "--options",
+        type=comma_list,
+        help=f"of {','.join(OPTIONS)} (default: all but the tuned; on a CPU none compiled)",
+    )
     p.add_argument("--layers", type=int, help="of the model (default: all of them)")
     args = p.parse_args()
     for name, known in (("weights", WEIGHTS), ("options", OPTIONS)):
@@ -199,11 +216,9 @@ def main() -> int:
         return 0
     results = open_results(args, device, keep=args.layers is None)
     shape = (SEVEN_B if gpu else TINY).with_layers(args.layers or (2 if args.quick else None))
-    positions = [int(part) for part in args.positions or ()]
-    positions = positions or ([1_024] if args.quick and gpu else CPU_POSITIONS[:1] if args.quick else CPU_POSITIONS)
-    if gpu and not args.quick and not args.positions:
-        positions = GPU_POSITIONS
-    options = args.options or [key for key, option in OPTIONS.items() if not option.compiled or gpu]
+    options = args.options or [
+        key for key, option in OPTIONS.items() if not option.tuned and (gpu or not option.compiled)
+    ]
     if not gpu and not args.options:
         options.remove("graph")  # without a GPU it is the eager step
     kinds = args.weights or (["fp16", "fp32"] if args.quick else list(WEIGHTS))
@@ -216,6 +231,7 @@ def main() -> int:
     llama.tidy(device)
     failed: list[str] = []
     for weights in kinds:
+        positions = positions_for(weights, args, gpu)
         try:
             model = llama.try_model(shape, weights, max(positions), device)
         except Unavailable as why:

@@ -703,6 +703,10 @@ def main() -> int:
         verdict += f"; reduced: {', '.join(reduced)}"
     if shape != Shape(LAYERS, POSITIONS, HEADS, HEAD_DIM, shape.dtype):
         verdict += "; the targets are scaled to that"
+    if args.only_model:
+        verdict += "; the first half was left out"
+    if model:
+        verdict += f"; {'; '.join(f'{criterion.name}: {criterion.figure}' for criterion in model)}"
     if failed:
         verdict += f"; failed: {', '.join(failed)}"
     print(f"\n{verdict}")

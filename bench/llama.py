@@ -274,6 +274,7 @@ class Option:
     step: Callable[[Any, Any], Step]
     compiled: bool = False
     ours: bool = False
+    tuned: bool = False  # with Inductor's own matrix-vector products, also where torch has good ones
 
 
 def _plain_step(model: Any, cache: Any) -> Step:
@@ -328,6 +329,8 @@ OPTIONS = {
     "static-compiled": Option("StaticCache, compiled", _prepare_static, _static_compiled, compiled=True),
     "static": Option("StaticCache, eager", _prepare_static, _plain_step),
     "dynamic": Option("DynamicCache, eager", _prepare_dynamic, _plain_step),
+    "graph-tuned": Option("ours, CUDA graph, tuned", _prepare_ours, _graph_compiled, True, True, True),
+    "static-tuned": Option("StaticCache, compiled, tuned", _prepare_static, _static_compiled, True, tuned=True),
 }
 
 
@@ -343,9 +346,9 @@ def tidy(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def compiler_set_up(weights: str) -> Iterator[None]:
+def compiler_set_up(weights: str, tuned: bool = False) -> Iterator[None]:
     """8-bit weights need Inductor's own kernels for matrix-vector products, which it makes only with this set."""
-    if weights != "w8":
+    if weights != "w8" and not tuned:
         yield
         return
     from torch._inductor import config
