@@ -1,5 +1,5 @@
 ## make test             build what changed and run the tests
-## make bench            build, then GPU-015: fill the cache of a 7B model and read it back (a rehearsal without a GPU)
+## make bench            build, then GPU-015: fill the cache of a 7B model, read it back, decode with it (a rehearsal without a GPU)
 ## make bench-all        every benchmark, then the report drawn from their results
 ## make report           draw the tables and charts from bench/results
 ## make build            build the extension in place

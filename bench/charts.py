@@ -155,6 +155,50 @@ def draw_attention(results: Path, folder: Path = IMAGES) -> Path | None:
     return _save(figure, folder / f"attention-{results.stem}.svg")
 
 
+GENERATE = {"fp16": "FP16 weights", "fp32": "FP32 model", "w4": "4-bit weights", "w8": "8-bit weights"}
+OTHERS = {
+    "StaticCache, compiled": TORCH,
+    "StaticCache, eager": ALSO_TORCH,
+    "DynamicCache, eager": "#a0a0a0",
+}
+
+
+def draw_generate(results: Path, folder: Path = IMAGES) -> Path | None:
+    """Tokens a second of the 7B model against the positions held, a panel for each kind of weights."""
+    device, entries = load(results)
+    found = {kind: _by_size(entries, f"generate/7b/{kind}") for kind in GENERATE}
+    found = {kind: by_size for kind, by_size in found.items() if by_size}
+    if not found:
+        return None
+    figure = _figure(max(6.6, 3.6 * len(found)), 4.0, columns=len(found))
+    if figure is None:
+        return None
+    handles: dict[str, Any] = {}
+    for axes, (kind, by_size) in zip(figure.axes, found.items(), strict=True):
+        ours = [entry["value"] for entry in by_size.values()]
+        lines = [("Fp16Cache, CUDA graph", list(by_size), ours, {"color": OURS, "marker": "o", "linewidth": 2.0})]
+        for name, colour in OTHERS.items():
+            speeds = {size: entry["peers"][name] for size, entry in by_size.items() if name in entry["peers"]}
+            style = {"color": colour, "marker": "s", "linewidth": 1.2}
+            lines.append((name, list(speeds), list(speeds.values()), style))
+        limits = {size: entry["ceiling"] for size, entry in by_size.items() if entry["ceiling"]}
+        style = {"color": LIMIT, "linestyle": "--", "linewidth": 1.2}
+        lines.append(("reading weights and FP16 cache once", list(limits), list(limits.values()), style))
+        for label, sizes, values, style in lines:
+            if sizes:
+                handles[label] = axes.plot(sizes, values, ms=4, **style)[0]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(by_size), [f"{size // 1024}k" if size >= 1024 else str(size) for size in by_size])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("positions held")
+        axes.set_title(GENERATE[kind], loc="left")
+    figure.axes[0].set_ylabel("tokens a second, one sequence")
+    figure.suptitle(f"a 7B model decoding, {device}", x=0.01, ha="left", fontsize=10)
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    return _save(figure, folder / f"generate-{results.stem}.svg")
+
+
 RATES = {
     "gpu015/fill_rate/decode": "fill one by one, append",
     "gpu015/fill_rate/decode_append_all": "fill one by one, append_all",
@@ -214,3 +258,6 @@ def draw_gpu015(results: Path, folder: Path = IMAGES) -> Path | None:
     right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3)
     right.set_title(device, loc="left")
     return _save(figure, folder / f"gpu015-{results.stem}.svg")
+
+
+ALL = (draw_append, draw_gather, draw_attention, draw_generate, draw_gpu015)

@@ -72,6 +72,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """One thread on a CPU: a position is too little to share, and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if on_gpu(device) else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that can be allocated; 4 GB where that cannot be found out."""
     from kvcache_ext import memory

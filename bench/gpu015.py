@@ -6,7 +6,10 @@ is stored with torch's `.half()` bit for bit; reads every layer back to FP32; an
 targets, against ceilings measured in the same run, and against plain torch doing the same work. Then come 131,072 and
 262,144 positions, as far as the device's memory goes.
 
-Without a GPU it is a rehearsal: the same code on the CPU with fewer layers, in under two minutes.
+Then a 7B model decodes with a cache that is full (gpu015_model.py), where transformers is installed and the device's
+memory is enough; --no-model leaves that out.
+
+Without a GPU it is a rehearsal: the same code on the CPU with fewer layers and a tiny model, in under two minutes.
 
 The new data: a row for each position, layer, key and value, drawn at random (seeded) from a pool of random rows that is
 larger than the processor's cache. Drawing them is in the time of the fills position by position (a small launch or
@@ -17,14 +20,15 @@ Exit status: 0 when everything passes, else 1.
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ceilings
+import gpu015_model
 import torch
 from common import (
     DTYPES,
@@ -37,6 +41,7 @@ from common import (
     device_name,
     free_bytes,
     on_gpu,
+    one_thread,
     open_results,
     parser,
     print_table,
@@ -45,6 +50,8 @@ from common import (
     shown_path,
     synchronize,
 )
+from gpu015_model import Criterion
+from llama import WEIGHTS
 from torch import Tensor
 
 from kvcache_ext import StreamingKVCacheFp16
@@ -65,17 +72,6 @@ GB = 10**9
 LEAST_FILL_RATE = 30.0  # positions/s through all layers
 LEAST_RETRIEVE_RATE = 300.0  # layer-positions/s
 MOST_MEMORY_GB = 36.0  # keys and values at 65,536 positions
-
-
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """One thread on a CPU: a position is too little to share, and on a busy machine threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if on_gpu(device) else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -602,6 +598,27 @@ def draw_chart(results: Results) -> None:
     print(f"Chart: {shown_path(written)}" if written else "No chart: matplotlib is not installed")
 
 
+# The lines of the first half that the verdict repeats, and how it calls them.
+CRITERIA = {
+    "held": "positions",
+    "keys and values": "memory of keys and values",
+    "fill one by one, append": "fill rate, position by position",
+    "read back to FP32": "retrieval rate",
+}
+
+
+def show_verdict(lines: list[Line], model: list[Criterion]) -> None:
+    """Each criterion with its figure."""
+    first = {line.figure: line for line in reversed(lines)}  # the first size is the one that was asked for
+    criteria = [
+        Criterion(name, first[figure].measured, first[figure].target, first[figure].passed)
+        for figure, name in CRITERIA.items()
+        if figure in first
+    ]
+    rows = [criterion.cells() for criterion in criteria + model]
+    print_table("GPU-015: each criterion", ["criterion", "figure", "target", ""], rows)
+
+
 def main() -> int:
     p = parser(__doc__)
     p.add_argument("--layers", type=int, help=f"(default {LAYERS}; on a CPU what memory and two minutes allow)")
@@ -610,7 +627,20 @@ def main() -> int:
     p.add_argument("--head-dim", type=int, default=HEAD_DIM, help="(default %(default)s)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the keys and values that come in")
     p.add_argument("--no-larger", action="store_true", help="leave out twice and four times the positions")
+    p.add_argument(
+        "--model",
+        action=argparse.BooleanOptionalAction,
+        help="the second half, a 7B model (default: with the standard shape, where memory is enough)",
+    )
+    p.add_argument("--only-model", action="store_true", help="the second half alone")
+    p.add_argument("--model-weights", default=",".join(gpu015_model.KINDS), help="of it (default %(default)s)")
+    p.add_argument(
+        "--no-compile", action="store_true", help="the second half without torch.compile, which takes minutes"
+    )
     args = p.parse_args()
+    kinds = args.model_weights.split(",")
+    if unknown := sorted(set(kinds) - set(WEIGHTS)):
+        p.error(f"--model-weights: {', '.join(unknown)} is none of {', '.join(WEIGHTS)}")
     for name in ("layers", "positions", "heads", "head_dim"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -630,9 +660,13 @@ def main() -> int:
     if on_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
     failed: list[str] = []
+    with_model = args.model
+    if with_model is None:
+        with_model = args.only_model or (standard and gpu015_model.fits(device))
+    model: list[Criterion] = []
     try:
-        lines = measure(shape, device, best, results, True, reduced)
-        for times in (2, 4) if on_gpu(device) and not args.no_larger else ():
+        lines = [] if args.only_model else measure(shape, device, best, results, True, reduced)
+        for times in (2, 4) if on_gpu(device) and not (args.no_larger or args.only_model) else ():
             larger = replace(shape, positions=shape.positions * times)
             gc.collect()
             needed, free = larger.cache_bytes() + larger.extra_bytes(device), free_bytes(device)
@@ -644,7 +678,15 @@ def main() -> int:
                 continue
             torch.cuda.reset_peak_memory_stats(device)
             lines += measure(larger, device, best, results, False, reduced)
+        results.save(last=False)
+        if with_model:
+            gc.collect()
+            free_bytes(device)  # lets go of what the allocator keeps
+            reading = best.read if on_gpu(device) else None
+            model = gpu015_model.run(device, results, reading, args.quick, kinds, not args.no_compile)
+        show_verdict(lines, model)
         failed = [line.figure.strip() for line in lines if line.passed is False]
+        failed += [criterion.name for criterion in model if criterion.passed is False]
     except Mismatch as difference:  # then no figure means anything
         failed = [str(difference)]
     else:
@@ -661,6 +703,10 @@ def main() -> int:
         verdict += f"; reduced: {', '.join(reduced)}"
     if shape != Shape(LAYERS, POSITIONS, HEADS, HEAD_DIM, shape.dtype):
         verdict += "; the targets are scaled to that"
+    if args.only_model:
+        verdict += "; the first half was left out"
+    if model:
+        verdict += f"; {'; '.join(f'{criterion.name}: {criterion.figure}' for criterion in model)}"
     if failed:
         verdict += f"; failed: {', '.join(failed)}"
     print(f"\n{verdict}")

@@ -46,6 +46,17 @@ README_ROWS = {
     "attention/gqa32x8/65536": "the same, 32 query heads on 8",
     "attention/mha32/4096": "attend to 4,096 positions, 32 heads",
     "attention/error/fp32": "largest error of attention against FP64, FP32 query",
+    "generate/7b/fp16/65536": "a 7B model decoding at 65,536 positions, FP16 weights",
+    "generate/peak_gb/7b/fp16/65536": "the same: peak memory",
+    "generate/7b/fp32/65536": "a 7B model decoding at 65,536 positions, FP32",
+    "generate/peak_gb/7b/fp32/65536": "the same: peak memory",
+    "generate/7b/w4/65536": "a 7B model decoding at 65,536 positions, 4-bit weights",
+    "generate/peak_gb/7b/w4/65536": "the same: peak memory",
+    "generate/7b/w8/65536": "a 7B model decoding at 65,536 positions, 8-bit weights",
+    "generate/peak_gb/7b/w8/65536": "the same: peak memory",
+    "generate/7b/fp16/1024": "a 7B model decoding at 1,024 positions, FP16 weights",
+    "gpu015/7b/fp16/step/append_attend": "its 32 layers of append and attend at 65,536 positions",
+    "gpu015/7b/fp16/prefill": "its prompt of 65,536 tokens less a few, in chunks of 2,048",
 }
 CPU_HAS_NO_GRAPHS = ", GPU time", " in a graph"
 LESS_IS_BETTER = ("us", "ms", "s", "GB", "relative")
@@ -109,7 +120,12 @@ def readme_block(files: list[Path]) -> str:
         rows = [row(readme_label(label, entry, bool(data["cuda"])), entry) for label, entry in chosen]
         lines += [f"**{data['device']}** ({origin(data, [entry for _, entry in chosen])})", ""]
         lines += [*markdown_table(["", *HEAD], rows), ""]
-    for kind, words in (("append", "append"), ("gather", "gather"), ("attention", "attention")):
+    for kind, words in (
+        ("append", "append"),
+        ("gather", "gather"),
+        ("attention", "attention"),
+        ("generate", "decoding"),
+    ):
         image = charts.IMAGES / f"{kind}-{files[0].stem}.svg" if files else None
         if image is not None and image.is_file():
             lines.append(f"![{words} by positions]({image.relative_to(ROOT)})")
@@ -155,7 +171,7 @@ def main() -> int:
         print(f"There are no results in {shown_path(RESULTS)}")
     if not args.check:
         for path in files:
-            for draw in (charts.draw_append, charts.draw_gather, charts.draw_attention, charts.draw_gpu015):
+            for draw in charts.ALL:
                 image = draw(path)
                 if image is not None:
                     print(f"drawn: {shown_path(image)}")

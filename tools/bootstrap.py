@@ -62,14 +62,20 @@ BENCHMARKS = (
     "bench/bench_gather.py",
     "bench/bench_attention.py",
     "bench/bench_reorder.py",
+    "bench/bench_generate.py",
 )
 REPORT = ("python", "bench/report.py")
 
 TARGETS = {
     "build": Target((), build=True),
     "test": Target(("test",), (("python", "-m", "pytest", "tests", "{args}"),), build=True, optional=("transformers",)),
-    "bench": Target(("bench",), (("python", "bench/gpu015.py", "{args}"),), build=True),
-    "bench-all": Target(("bench",), (*(("python", path, "{args}") for path in BENCHMARKS), REPORT), build=True),
+    "bench": Target(("bench",), (("python", "bench/gpu015.py", "{args}"),), build=True, optional=("transformers",)),
+    "bench-all": Target(
+        ("bench",),
+        (*(("python", path, "{args}") for path in BENCHMARKS), REPORT),
+        build=True,
+        optional=("transformers",),
+    ),
     "report": Target(("bench",), ((*REPORT, "{args}"),), build=True),
     "check-kernels": Target(("sass",), (("python", "tools/check_kernels.py", "{args}"),), torch=False),
     "check-cuda-build": Target((), (("python", "tools/check_cuda_build.py"),)),

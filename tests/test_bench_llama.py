@@ -1,0 +1,128 @@
+"""The model that the benchmarks decode with, at small sizes: weights in few bits, caches, the figures' names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("kvcache_ext.integrations.transformers", exc_type=ImportError)
+sys.path.insert(0, str(ROOT / "bench"))
+
+import bench_generate
+import charts
+import gpu015_model
+import llama
+from common import Results
+
+POSITIONS = 128
+SHAPE = llama.LlamaShape("small", 2, 128, 4, 2, 32, 256, 96)
+
+
+@pytest.mark.parametrize("linear", [llama.Int8Linear, llama.Int4Linear])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_in_few_bits_multiply_as_they_should(
+    linear: type[llama.Int8Linear], rows: int, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256, device=device) * 0.02
+    dtype = torch.bfloat16
+    try:
+        layer = linear(weight, dtype)
+        answer = layer(torch.eye(256, dtype=dtype, device=device)[:rows][None])
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"this torch has no kernel for it: {error}")
+    assert answer.shape == (1, rows, 64)
+    # Each weight off by half a step at most, of 15 or 254 over the range, and rounded to BF16 twice.
+    step = (weight.amax() - weight.amin()) / (15 if linear is llama.Int4Linear else 254)
+    assert (answer[0].float() - weight[:, :rows].t()).abs().max() <= 0.5 * step + 2**-7 * weight.abs().max()
+
+
+def test_every_weight_is_made_once_and_counted(device: torch.device) -> None:
+    model = llama.make_model(SHAPE, "fp32", POSITIONS, device)
+    assert all(p.device.type == device.type and bool(p.isfinite().all()) for p in model.parameters())
+    assert llama.weight_bytes(model) - llama.weight_bytes_read(model) == (SHAPE.vocabulary - 1) * SHAPE.hidden * 4
+    assert len(llama.linears(model)) == 7 * SHAPE.layers + 1
+
+
+def test_options_start_at_the_same_length_and_give_finite_logits(device: torch.device) -> None:
+    model = llama.make_model(SHAPE, "fp32", POSITIONS, device)
+    held = POSITIONS - llama.RESERVE
+    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+    for key in ("graph", "eager", "static", "dynamic"):
+        option = llama.OPTIONS[key]
+        with torch.no_grad():
+            cache = option.prepare(model, SHAPE, held, POSITIONS)
+            assert int(cache.get_seq_length()) == held
+            logits = option.step(model, cache)(token)
+        assert int(cache.get_seq_length()) == held + 1
+        assert logits.shape == (1, 1, SHAPE.vocabulary) and bool(logits.isfinite().all())
+
+
+def test_one_failing_option_leaves_the_others(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*_: object) -> object:
+        raise torch.OutOfMemoryError("none left")
+
+    option = llama.Option("DynamicCache, eager", no_memory, llama.OPTIONS["dynamic"].step)
+    monkeypatch.setitem(llama.OPTIONS, "dynamic", option)
+    chosen = ["--weights", "fp32", "--positions", str(POSITIONS), "--layers", "1", "--options", "eager,static,dynamic"]
+    words = ["bench_generate.py", "--quick", "--results", str(tmp_path), "--device", str(device), *chosen]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(bench_generate, "SEVEN_B", SHAPE)
+    monkeypatch.setattr(bench_generate, "TINY", SHAPE)
+    assert bench_generate.main() == 0
+    assert "DynamicCache, eager: does not fit into memory: left out" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    entries = {entry["name"]: entry for entry in json.loads(path.read_text())["measurements"]}
+    entry = entries[f"generate/small-1-layers/fp32/{POSITIONS}"]
+    assert entry["value"] > 0 and entry["ceiling"] > 0 and list(entry["peers"]) == ["StaticCache, eager"]
+    assert list(entry["config"]["ours"]) == ["ours, eager"]
+
+
+def test_gpu015_with_a_full_cache(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SEVEN_B", "TINY"):
+        monkeypatch.setattr(gpu015_model, name, SHAPE)
+    for name in ("POSITIONS", "CPU_POSITIONS"):
+        monkeypatch.setattr(gpu015_model, name, POSITIONS)
+    results = Results(device, None)
+    lines = gpu015_model.run(device, results, 1e12, False, ["fp32"], False)
+    assert not [line for line in lines if line.passed is False]
+    assert lines[0].name.startswith("tokens a second, fp32")
+    names = {name.removeprefix("gpu015/small/fp32/") for name in results.measurements}
+    assert {"decode", "step/weights", "step/append_attend", "step/rest", "prefill"} <= names
+
+
+def test_without_transformers_a_sentence_says_so(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    (line,) = gpu015_model.run(device, Results(device, None), None, True, ["fp16"], False)
+    assert line.passed is None and line.figure == "not measured"
+    assert "no model is run" in capsys.readouterr().out
+
+
+def test_the_chart_is_drawn_from_results_and_only_from_them(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "device.json"
+    path.write_text(json.dumps({"device": "a device", "measurements": []}))
+    assert charts.draw_generate(path, tmp_path) is None
+    entries = [
+        {
+            "name": f"generate/7b/{kind}/{positions}",
+            "value": 9e5 / positions,
+            "ceiling": 1e6 / positions,
+            "peers": {"StaticCache, compiled": 5e5 / positions} if kind == "fp16" else {},
+        }
+        for kind in ("fp16", "w4")
+        for positions in (4_096, 65_536)
+    ]
+    path.write_text(json.dumps({"device": "a device", "measurements": entries}))
+    drawn = charts.draw_generate(path, tmp_path)
+    assert drawn == tmp_path / "generate-device.svg" and drawn.is_file()
