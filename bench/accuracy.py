@@ -7,7 +7,8 @@ storage    the logits of an FP32 model on this cache, on a DynamicCache and on o
            divergence of the next token's distribution. Random weights, or a checkpoint with --model.
 attention  one FP32 query against FP64 attention over the same stored FP16 values, beside FP32 attention over gathered
            copies and FP16 attention; the worst head.
-prefill    many queries, precision="fp32" and "fp16", against the same FP64.
+prefill    many queries, precision="fp32" and "fp16", and torch's FP32 attention, against the same FP64: all of the
+           answer, and the worst head of a query.
 overflow   keys beyond FP16's range under "saturate" and "inf", against FP64 attention over the unrounded keys.
 
 Inputs are drawn on the CPU from fixed seeds, so that every device gets the same. docs/accuracy.md is drawn from the
@@ -17,6 +18,7 @@ results by bench/report.py.
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from common import (
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from kvcache_ext import StreamingKVCacheFp16
 
@@ -71,9 +74,11 @@ def relative(answer: Tensor, want: Tensor) -> Tensor:
 
 
 def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one query `[1, Hq, D]` by torch; it sees everything."""
+    """The same by torch's scaled_dot_product_attention, in the dtype that comes in."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))
-    return functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+    causal = causal_lower_right(len(query), len(keys)) if len(query) > 1 else None
+    answer = functional.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return answer[0].transpose(0, 1)
 
 
 # storage
@@ -264,19 +269,24 @@ class PrefillCase:
         cache.append(0, randn(*shape, device=device, seed=1), randn(*shape, device=device, seed=2))
         query = randn(self.queries, self.query_heads, self.head_dim, device=device, seed=3)
         want = attention_fp64(query, *cache.get_range_raw(0, 0, self.positions))
-        full = cache.attend(0, query, precision="fp32")
-        half = cache.attend(0, query, precision="fp16")
-        assert isinstance(full, Tensor) and isinstance(half, Tensor)
+        answers = {
+            "fp32": cache.attend(0, query, precision="fp32"),
+            "fp16": cache.attend(0, query, precision="fp16"),
+            "FP32, gathered": sdpa(query, *cache.get_valid_f32(0)),
+        }
         config = {"queries": self.queries, "positions": self.positions, "query_heads": self.query_heads,
                   "kv_heads": self.heads, "head_dim": self.head_dim, "bound": BOUND}  # fmt: skip
-
-        def whole(answer: Tensor) -> float:
-            return float((answer.double() - want).norm() / want.norm())
-
-        name = f"accuracy/prefill/{self.queries}of{self.positions}"
-        worst, peer = float(relative(full, want).max()), float(relative(half, want).max())
-        results.add(Measurement(f"{name}/worst", worst, "relative", peers={"fp16": peer}, config=config))
-        results.add(Measurement(f"{name}/all", whole(full), "relative", peers={"fp16": whole(half)}, config=config))
+        figures: dict[str, Callable[[Tensor], Tensor]] = {
+            "all": lambda answer: (answer.double() - want).norm() / want.norm(),
+            "worst": lambda answer: relative(answer, want).max(),
+        }
+        for figure, of in figures.items():
+            errors = {}
+            for name, answer in answers.items():
+                assert isinstance(answer, Tensor)
+                errors[name] = float(of(answer))
+            name = f"accuracy/prefill/{self.queries}of{self.positions}/{figure}"
+            results.add(Measurement(name, errors.pop("fp32"), "relative", peers=errors, config=config))
 
 
 # overflow
@@ -376,11 +386,11 @@ def main(arguments: list[str] | None = None) -> Results:
     results = open_results(args, device, keep=args.model is None)
     if "storage" in args.only or args.model:
         try:
-            import transformers  # noqa: F401
-        except ImportError:
+            importlib.import_module("kvcache_ext.integrations.transformers")
+        except ImportError as error:
             if args.model:
                 raise
-            print("transformers is not installed: without the part `storage`")
+            print(f"Without the part `storage`: {error}")
             args.only = [part for part in args.only if part != "storage"]
     with torch.no_grad():
         cases = chosen_cases(args)
