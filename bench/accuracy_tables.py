@@ -65,6 +65,7 @@ def attention(entries: Entries) -> Table:
 def prefill(entries: Entries) -> Table:
     ways = {"`fp32`": None, "FP32, gathered": "FP32, gathered", "`fp16`": "fp16"}
     head = ["queries", "positions held", *(f"{way}, {what}" for way in ways for what in ("all", "worst"))]
+    head.insert(4, "of the bound")
     rows = []
     for case in cases(entries, "worst"):
         config = entries[f"{case}/worst"]["config"]
@@ -72,7 +73,9 @@ def prefill(entries: Entries) -> Table:
         for peer in ways.values():
             for entry in (entries[f"{case}/{figure}"] for figure in ("all", "worst")):
                 values.append(entry["value"] if peer is None else entry["peers"].get(peer))
-        rows.append([f"{config['queries']:,}", f"{config['positions']:,}", *(error(value) for value in values)])
+        of_bound = f"{100 * entries[f'{case}/of_bound']['value']:.0f}%"
+        cells = [f"{config['queries']:,}", f"{config['positions']:,}", *(error(value) for value in values)]
+        rows.append([*cells[:4], of_bound, *cells[4:]])
     return head, rows
 
 

@@ -26,6 +26,8 @@ def test_accuracy(bench: ModuleType, device: torch.device, tmp_path: Path) -> No
         if name.startswith("accuracy/attention/"):
             assert entry["value"] <= bench.BOUND
             assert all(1e-5 < error < 2e-3 for peer, error in entry["peers"].items() if peer.startswith("FP16"))
+        if name.endswith("/of_bound"):
+            assert entry["value"] <= 1
     every = "accuracy/overflow/every/100000"
     assert entries[f"{every}/saturate/finite"]["value"] == 1 > entries[f"{every}/inf/finite"]["value"]
     assert entries[f"{every}/saturate/counted"]["value"] == entries[f"{every}/inf/counted"]["value"] > 0
