@@ -1,7 +1,8 @@
-"""Draws the README's table, docs/performance.md's tables and the charts, from bench/results/*.json and nothing else.
+"""Draws the tables of the README, docs/performance.md and docs/accuracy.md and the charts, from bench/results/*.json.
 
-What lies between the markers `<!-- results:begin -->` and `<!-- results:end -->` of those two files is replaced. With
---check nothing is written, and the exit status is 1 when a file is not what it would be.
+What lies between the markers `<!-- results:begin -->` and `<!-- results:end -->` of those files is replaced;
+docs/accuracy.md has a pair for each of its tables, `<!-- results:begin storage -->` and so on. With --check nothing is
+written, and the exit status is 1 when a file is not what it would be.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accuracy_tables
 import charts
 from common import RESULTS, ROOT, natural_order, quantity, shown_path
 
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ACCURACY = ROOT / "docs" / "accuracy.md"
 
 # The README's rows: measurements by name, where a device has them.
 README_ROWS = {
@@ -136,7 +138,10 @@ def performance_block(files: list[Path]) -> str:
     lines: list[str] = []
     for path in files:
         data = json.loads(path.read_text())
-        entries = sorted(data["measurements"], key=lambda entry: natural_order(entry["name"]))
+        timed = [entry for entry in data["measurements"] if not entry["name"].startswith("accuracy/")]
+        entries = sorted(timed, key=lambda entry: natural_order(entry["name"]))
+        if not entries:
+            continue
         lines += [f"## {data['device']}", "", f"`{shown_path(path)}`: {origin(data, entries)}.", ""]
         for kind in dict.fromkeys(entry["name"].split("/")[0] for entry in entries):
             image = charts.IMAGES / f"{kind}-{path.stem}.svg"
@@ -147,18 +152,28 @@ def performance_block(files: list[Path]) -> str:
     return "\n".join(lines).strip()
 
 
-def with_block(path: Path, block: str) -> str | None:
-    """The file's text with the block in its place; None, said in words, where there is no file or no place."""
-    if not path.is_file():
-        print(f"{shown_path(path)}: there is no such file")
-        return None
-    text = path.read_text()
-    if len(re.findall(f"{re.escape(BEGIN)}.*?{re.escape(END)}", text, re.DOTALL)) != 1:
-        print(f"{shown_path(path)}: {BEGIN} and {END} must stand in it once each; nothing is drawn there")
-        return None
-    before, _, rest = text.partition(BEGIN)
+def accuracy_block(files: list[Path], part: str) -> str:
+    """One table of docs/accuracy.md, for every device that has its figures."""
+    lines: list[str] = []
+    for path in files:
+        data = json.loads(path.read_text())
+        entries = {e["name"]: e for e in data["measurements"] if e["name"].startswith(f"accuracy/{part}/")}
+        if entries:
+            head, rows = accuracy_tables.PARTS[part](entries)
+            lines += [f"**{data['device']}** ({origin(data, list(entries.values()))})", ""]
+            lines += [*markdown_table(head, rows), ""]
+    return "\n".join(lines).strip()
+
+
+def with_block(text: str, path: Path, block: str, name: str = "") -> str:
+    """The text of a file with the block in its place; where there is no place, said in words, the text as it is."""
+    begin, end = (f"<!-- results:{which}{' ' * bool(name)}{name} -->" for which in ("begin", "end"))
+    if len(re.findall(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)) != 1:
+        print(f"{shown_path(path)}: {begin} and {end} must stand in it once each; nothing is drawn there")
+        return text
+    before, _, rest = text.partition(begin)
     inside = f"\n{block}\n" if block else "\n"
-    return before + BEGIN + inside + END + rest.partition(END)[2]
+    return before + begin + inside + end + rest.partition(end)[2]
 
 
 def main() -> int:
@@ -175,10 +190,21 @@ def main() -> int:
                 image = draw(path)
                 if image is not None:
                     print(f"drawn: {shown_path(image)}")
+    blocks = {
+        README: {"": readme_block(files)},
+        PERFORMANCE: {"": performance_block(files)},
+        ACCURACY: {part: accuracy_block(files, part) for part in accuracy_tables.PARTS},
+    }
     stale = []
-    for path, block in ((README, readme_block(files)), (PERFORMANCE, performance_block(files))):
-        wanted = with_block(path, block)
-        if wanted is None or wanted == path.read_text():
+    for path, its_blocks in blocks.items():
+        if not path.is_file():
+            print(f"{shown_path(path)}: there is no such file")
+            continue
+        text = path.read_text()
+        wanted = text
+        for name, block in its_blocks.items():
+            wanted = with_block(wanted, path, block, name)
+        if wanted == text:
             continue
         stale.append(shown_path(path))
         if not args.check:

@@ -63,6 +63,7 @@ BENCHMARKS = (
     "bench/bench_attention.py",
     "bench/bench_reorder.py",
     "bench/bench_generate.py",
+    "bench/accuracy.py",
 )
 REPORT = ("python", "bench/report.py")
 
