@@ -345,8 +345,8 @@ def prefill(
     Memory beside the answer: some 256 MB for one block of keys against one block of queries, whatever T is (more only
     where a single query of the whole batch takes more). It does not synchronise: where lengths are not known on the
     host (after `new_lengths` or a captured graph) it goes through all slots. The error against FP64 is that of
-    the kernels (tests/test_attention.py holds it to 1e-6 for N(0, 1) data), whatever precision is set for matmul or
-    autocast.
+    the kernels, whatever precision is set for matmul or autocast: tests/test_attention.py holds it to 1e-6 for N(0, 1)
+    data at small sizes; of thousands of queries the worst head comes to 2e-6 (docs/accuracy.md).
 
     `precision="fp16"`: queries rounded to FP16, torch's scaled_dot_product_attention on views of the storage; its
     error is that of FP16 attention (the tests hold it to 2e-3, whatever the query's dtype), and a query beyond the
