@@ -31,6 +31,14 @@ class Backend:
         return self.name == "emulated"
 
 
+@pytest.fixture(autouse=True)
+def gradient_mode() -> Iterator[None]:
+    """As it was: a benchmark's main() turns gradients off for the whole process."""
+    before = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(before)
+
+
 @pytest.fixture(scope="session")
 def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GPU kernels' own source, compiled to run on a CPU (tests/emulator)."""
