@@ -87,7 +87,7 @@ def test_lengths(backend: Backend, length: int, sinks: int) -> None:
 
 
 def test_many_splits_of_wide_heads(backend: Backend) -> None:
-    """What the splits of a head leave does not fit into shared memory at once."""
+    """What the splits of a head leave does not fit into shared memory: it is merged from where it lies."""
     check_both(
         attention_twin(backend, 900, max_positions=1000, num_heads=1, head_dim=512, batch_size=1), backend, group=4
     )

@@ -653,6 +653,37 @@ def test_no_gradient_goes_missing(models: Any, device: torch.device, attention: 
         out.logits.sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"is_causal": False}, "attention that is not causal"),
+        ({"position_bias": torch.zeros(1)}, "a position bias"),
+        ({"cu_seq_lens_q": torch.tensor([0, 5])}, "packed sequences"),
+        ({"output_attentions": True}, "attention weights"),
+        ({"dropout": 0.5}, "dropout"),
+    ],
+)
+def test_what_the_attention_has_not_is_refused(models: Any, options: dict[str, Any], what: str) -> None:
+    """Before anything is stored, in the sentence that says what to use instead."""
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64)
+    module = model.model.layers[0].self_attn
+    rows = torch.randn(1, cache.layers[0].cache.num_heads, 5, cache.layers[0].cache.head_dim)
+    key, value = cache.update(rows, rows, 0)
+    query = torch.randn(1, model.config.num_attention_heads, 5, rows.shape[-1])
+    with pytest.raises(NotImplementedError, match=rf"has no {what}.*attention=None"):
+        transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS[NAME](module, query, key, value, None, **options)
+    assert cache.caches[0].position == 0
+
+
+def test_what_layers_are_not_asked_for(models: Any) -> None:
+    cache = Fp16Cache.for_model(models("llama"), 64)
+    with pytest.raises(NotImplementedError, match="call this on the cache"):
+        cache.layers[0].crop(-1)
+    with pytest.raises(NotImplementedError, match="stay where they are allocated, on cpu: there is no offloading"):
+        cache.offload(0)
+
+
 def test_a_forward_pass_that_was_broken_off(models: Any, device: torch.device) -> None:
     model = models("llama")
     cache = Fp16Cache.for_model(model, 64)

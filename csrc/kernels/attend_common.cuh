@@ -179,21 +179,15 @@ constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
 
 // Ends a unit. What the block's own parts come to is the answer, or else it goes to the workspace, and the last block
 // of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by
-// now. The others' parts are copied to `room` there (`room_floats`, for three splits at least), as many at a time as
-// fit beside what those before came to.
+// now; the others' parts are copied to `room`, shared memory for `room_floats`, as far as they fit there.
 template <int kWidth, int kQueries>
 __device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
                                             uint32_t first_query, uint32_t queries, const Parts& own, bool& shared_last,
                                             float* room, uint32_t room_floats) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
-  const uint32_t last_place = room_floats / kFloats - 1;
   float* of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
-  float* result = of_unit + block.split * kFloats;
   Parts parts = own;
   bool whole = division.splits == 1;
-  uint32_t merged = 0;   // splits
-  bool in_front = true;  // what they came to lies in the first place, else in the last
-  // (A loop, so that the code of merging is there once: see attend_kernel.)
 #pragma unroll 1
   for (;;) {
     merge_parts<kWidth>(parts, queries, static_cast<uint32_t>(p.cache.head_dim),
@@ -202,36 +196,31 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
                             write_answer(p, division, block, first_query + m, d, state, sums);
                             return;
                           }
-                          store<float, 4>(result + m * kWidth + d, sums);
-                          if (d == 0) store<float, 2>(result + kQueries * kWidth + 2 * m, {state.max, state.sum});
+                          float* mine = of_unit + block.split * kFloats;
+                          store<float, 4>(mine + m * kWidth + d, sums);
+                          if (d == 0) store<float, 2>(mine + kQueries * kWidth + 2 * m, {state.max, state.sum});
                         });
     if (whole) break;
     __syncthreads();
-    if (merged == 0) {
-      if (threadIdx.x == 0) {
-        shared_last = sign_in(p.tickets + block.unit) + 1 == division.splits;
-        if (shared_last) see_what_others_wrote();
-      }
-      __syncthreads();
-      if (!shared_last) return;
+    if (threadIdx.x == 0) {
+      shared_last = sign_in(p.tickets + block.unit) + 1 == division.splits;
+      if (shared_last) see_what_others_wrote();
     }
-    const uint32_t left = division.splits - merged;
-    const uint32_t count = left < last_place - 1 ? left : last_place - 1;
-    float* copies = room + (in_front ? 1 : last_place - count) * kFloats;
-#pragma unroll 1
-    for (uint32_t i = threadIdx.x * 4; i < count * kFloats; i += blockDim.x * 4) {
-      copy_async(copies + i, of_unit + merged * kFloats + i, true);
-    }
-    end_copy_group();
-    wait_for_copies<0>();
     __syncthreads();
-    const uint32_t before = merged > 0 ? 1 : 0;
-    const float* from = in_front ? copies - before * kFloats : copies;
-    parts = {from + kQueries * kWidth, from, kFloats, kFloats, kWidth, count + before};
-    in_front = !in_front;
-    result = in_front ? room : room + last_place * kFloats;
-    merged += count;
-    whole = merged == division.splits;
+    if (!shared_last) return;
+    whole = true;
+    const float* from = of_unit;
+    if (division.splits * kFloats <= room_floats) {
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x * 4; i < division.splits * kFloats; i += blockDim.x * 4) {
+        copy_async(room + i, of_unit + i, true);
+      }
+      end_copy_group();
+      wait_for_copies<0>();
+      __syncthreads();
+      from = room;
+    }
+    parts = {from + kQueries * kWidth, from, kFloats, kFloats, kWidth, division.splits};
   }
   if (division.splits > 1 && threadIdx.x == 0) p.tickets[block.unit] = 0;
 }

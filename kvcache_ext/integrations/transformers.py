@@ -532,7 +532,14 @@ class Fp16Layer(CacheLayerMixin):
     def _by_the_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("Fp16Cache: layers share their storage; call this on the cache")
 
-    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = _by_the_cache
+    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _by_the_cache
+
+    def _stays(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"Fp16Cache: keys and values stay where they are allocated, on {self.device}: there is no offloading"
+        )
+
+    offload = prefetch = _stays
 
 
 # Attention
