@@ -18,8 +18,8 @@ def cache_bytes(num_layers: int, batch_size: int, max_positions: int, num_heads:
 def workspace_floats(device: torch.device, head_dim: int) -> int:
     """FP32 elements of attention's workspace: 1,024 tickets, and what each block of the largest launch leaves.
 
-    A launch has at most one block a multiprocessor that leaves anything: the weighted sums, maxima and sums of weights
-    of up to 16 queries, for head sizes padded to a power of two.
+    A launch has at most one block a multiprocessor that leaves anything, the weighted sums, maxima and sums of weights
+    of up to 16 queries, for head sizes padded to a power of two; or two blocks that leave those of one query.
     """
     multiprocessors = 0
     if device.type == "cuda":
