@@ -102,7 +102,7 @@ void run(const Shape& s, kvc::DType dtype) {
     check(kvc::launch_append(append_params(layer, layers, count, htd, ragged), nullptr), "append");
   };
   Buffer<float> workspace(1024 + 132 * 16 * 514);
-  check(cudaMemset(workspace.data, 0, 4096), "cudaMemset");
+  workspace.zero();
   bool settled = false;
   const auto attend = [&](int64_t layer, int64_t count, bool appends, bool ragged, int64_t window) {
     kvc::AttendParams p{};
