@@ -70,7 +70,8 @@ class StreamingKVCacheFp16:
             `"inf"` stores +-inf, as `.half()` does. Either way it is counted: see `overflow_counts()`.
 
     Raises:
-        MemoryError: it does not fit on the device. Nothing has been allocated by then.
+        MemoryError: it does not fit on the device (see `plan`), and nothing has been allocated; or it seemed to fit
+            and could not be allocated all the same, and nothing of it is kept.
         TypeError, ValueError: an argument is wrong.
 
     Shapes. `key` and `value` are `[B, T, H, D]` for `T` new positions; with `batch_size` 1 also `[T, H, D]`, `[H, D]`
@@ -131,18 +132,44 @@ class StreamingKVCacheFp16:
         self.overflow = overflow
         self.device = _checked_device(device)
 
-        shape = (self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
-        memory.check_fits(*shape, device=self.device)
-        with torch.inference_mode(False):  # or a cache made under it could never be cleared outside it
-            self._k_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
-            self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
-            self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
-            self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
-            self._workspace = torch.zeros(
-                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
-            )
+        planned = memory.plan(
+            self.num_layers,
+            self._max_positions,
+            self.num_heads,
+            self.head_dim,
+            self.batch_size,
+            device=self.device,
+        )
+        memory.check_fits(planned)
+        self._allocate(planned)
         self._connect()
         self.clear()
+
+    def _allocate(self, planned: memory.Plan) -> None:
+        """Allocates all of the cache, or nothing."""
+        shape = (self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
+        names = ("_k_cache", "_v_cache", "_state", "_overflow_counts", "_workspace")
+        try:
+            with torch.inference_mode(False):  # or a cache made under it could never be cleared outside it
+                self._k_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
+                self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
+                self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
+                self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
+                self._workspace = torch.zeros(planned.workspace_bytes // 4, dtype=torch.float32, device=self.device)
+        except (MemoryError, RuntimeError) as error:
+            for name in names:  # the exception's traceback holds on to self
+                self.__dict__.pop(name, None)
+            # On a CPU torch's allocator raises a plain RuntimeError. On a GPU that would be something else.
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and self.device.type != "cpu":
+                raise
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            free = memory.free_bytes(self.device)
+            raise MemoryError(
+                f"StreamingKVCacheFp16: {planned.total_bytes / memory.GB:.2f} GB could not be allocated on {self.device}"
+                f"{'' if free is None else f', although {free / memory.GB:.2f} GB are free'} (in pieces that are too "
+                "small, perhaps, or another process was faster); nothing of it is kept"
+            ) from error
 
     def _connect(self) -> None:
         """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
@@ -163,6 +190,48 @@ class StreamingKVCacheFp16:
         for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts, self._workspace):
             # What torch._dynamo.mark_static_address(tensor) does; importing torch._dynamo for it takes seconds.
             tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+    @staticmethod
+    def plan(
+        num_layers: int,
+        max_positions: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        batch_size: int = 1,
+        device: torch.device | str | int | None = None,
+        free_bytes: int | None = None,
+        weights_bytes: int = 0,
+    ) -> memory.Plan:
+        """What a cache of this shape takes, and whether it fits, without allocating anything.
+
+        Construction makes the same plan for its device and raises MemoryError when `fits` is false.
+
+        Args:
+            num_layers, max_positions, num_heads, head_dim, batch_size: as for the constructor.
+            device: what the plan is for: its free memory counts, unless `free_bytes` says otherwise. None: any GPU.
+            free_bytes: bytes to fit into.
+            weights_bytes: bytes of the model's weights that have yet to be loaded beside the cache. (What is loaded
+                already is no longer free.)
+
+        Returns:
+            A `kvcache_ext.memory.Plan`: bytes of keys and values and of what is beside them, the total, what FP32 would
+            take; with a device or `free_bytes` also the largest `max_positions`, the largest `batch_size`, and whether
+            it fits.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        return memory.plan(
+            _checked_int("num_layers", num_layers, 1),
+            _checked_int("max_positions", max_positions, 1),
+            _checked_int("num_heads", num_heads, 1),
+            _checked_int("head_dim", head_dim, 1),
+            _checked_int("batch_size", batch_size, 1),
+            device=None if device is None else _checked_device(device),
+            free=None if free_bytes is None else _checked_int("free_bytes", free_bytes, 0),
+            weights_bytes=_checked_int("weights_bytes", weights_bytes, 0),
+        )
 
     @property
     def k_cache(self) -> Tensor:
