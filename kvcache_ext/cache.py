@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import attention, memory, ops
+from . import attention, memory, ops, storage
 from ._extension import build_info, extension
 
 _OVERFLOW_POLICIES = ("saturate", "inf")
@@ -165,10 +166,11 @@ class StreamingKVCacheFp16:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             free = memory.free_bytes(self.device)
+            although = "" if free is None else f", although {free / memory.GB:.2f} GB are free"
             raise MemoryError(
-                f"StreamingKVCacheFp16: {planned.total_bytes / memory.GB:.2f} GB could not be allocated on {self.device}"
-                f"{'' if free is None else f', although {free / memory.GB:.2f} GB are free'} (in pieces that are too "
-                "small, perhaps, or another process was faster); nothing of it is kept"
+                f"StreamingKVCacheFp16: {planned.total_bytes / memory.GB:.2f} GB could not be allocated on "
+                f"{self.device}{although} (in pieces that are too small, perhaps, or another process was faster); "
+                "nothing of it is kept"
             ) from error
 
     def _connect(self) -> None:
@@ -679,6 +681,60 @@ class StreamingKVCacheFp16:
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, batch_size={self.batch_size}, "
             f"device='{self.device}', sink_positions={self.sink_positions}, overflow='{self.overflow}')"
         )
+
+    # Files
+
+    def save(self, path: str | PathLike[str], *, progress: bool | Callable[[int, int], object] | None = None) -> None:
+        """Writes what is held to a file in the safetensors format, and the state with it: `load` goes on from there.
+
+        The file holds the positions held and no others, oldest first, as the FP16 that is stored, bit for bit; with
+        them the positions seen (so that `position` and `cache_seqlens` come back), the overflow counters, and
+        checksums. `kvcache_ext/storage.py` says what is where, for other readers.
+
+        It is written under another name in the same folder, synced, and renamed: `path` names the old file or the whole
+        new one, never half of it, whatever happens. An error removes what was written so far; a process that is
+        killed leaves it (`.<name>.<8 digits>.tmp`), and `load` refuses that. Waits for the current stream of the
+        cache's device. Takes up to 80 MB of pinned host memory for a GPU's cache, for a CPU's next to none.
+
+        Args:
+            path: the file. One that is there is replaced, keeping its mode; a link is followed.
+            progress: True shows a bar (tqdm's, where that is installed) or lines on stderr; a function is called now
+                and then with the bytes of keys and values done and all that there are. What it raises ends the save.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+            OSError: the file cannot be written, such as for lack of space, of which what is free is looked at first.
+            RuntimeError: the current stream is being captured into a graph.
+        """
+        storage.save(self, path, progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        *,
+        device: torch.device | str | int = "cuda",
+        max_positions: int | None = None,
+        progress: bool | Callable[[int, int], object] | None = None,
+    ) -> StreamingKVCacheFp16:
+        """A cache with what `save` wrote to a file, from any device onto any device.
+
+        Args:
+            path: the file.
+            device: where to, as for the constructor.
+            max_positions: slots of the new cache; None: as many as the saved one had. With more, positions that had
+                been evicted stay so. With fewer, what is held is what a ring of that size would hold: the sinks and the
+                newest. Either way positions keep their numbers. It must be more than the saved `sink_positions`.
+            progress: as for `save`.
+
+        Raises:
+            ValueError: the file is none of `save`'s, has a newer format, is truncated or damaged: its structure, length
+                and state are checked before anything is allocated, keys and values against checksums as they are read.
+            MemoryError: the cache does not fit on the device.
+            TypeError, ValueError, OSError, RuntimeError: an argument is wrong, the file cannot be read, the current
+                stream is being captured into a graph.
+        """
+        return storage.load(cls, path, device, max_positions, progress)
 
     # Copies (copy.copy, copy.deepcopy, pickle) have tensors and lengths of their own.
 

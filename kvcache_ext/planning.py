@@ -60,7 +60,7 @@ def _remarks(config: dict[str, Any], layers: int) -> list[str]:
     window = config.get("sliding_window") or config.get("attention_chunk_size")
     if isinstance(kinds, list):
         local = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
-        other = sum(isinstance(kind, str) and "attention" not in kind or kind == "linear_attention" for kind in kinds)
+        other = sum("attention" not in str(kind) or kind == "linear_attention" for kind in kinds)
     else:
         used = window is not None and config.get("use_sliding_window", True)
         local, other = (layers if used else 0), 0
@@ -112,7 +112,8 @@ def read_config(folder: Path) -> Shape:
         hidden, queries = _needed(path, config, HIDDEN), _needed(path, config, QUERY_HEADS)
         if hidden % queries:
             raise ValueError(
-                f"plan: {path} has no head_dim, and {HIDDEN[0]} {hidden} is not a multiple of {QUERY_HEADS[0]} {queries}"
+                f"plan: {path} has no head_dim, and {HIDDEN[0]}, {hidden}, is not a multiple of {QUERY_HEADS[0]}, "
+                f"{queries}"
             )
         head_dim = hidden // queries
     return Shape(layers, heads, head_dim, _number(path, config, POSITIONS), _remarks(config, layers))
