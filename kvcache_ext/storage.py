@@ -50,7 +50,9 @@ FORMAT = "kvcache_ext"
 VERSION = 1
 BLOCK_BYTES = 8 * 2**20
 SYNC_BLOCKS = 8  # a sync begins after so many
-LARGEST_BLOCK_BYTES = 2**30
+THREADS = max(2, min(8, len(os.sched_getaffinity(0))))  # that write or read, and compute checksums
+BUFFERS = THREADS + 2  # blocks under way
+LARGEST_BLOCK_BYTES = 64 * 2**20  # BUFFERS of them stay below 1 GB
 LARGEST_HEADER = 100_000_000  # what safetensors itself reads
 LARGEST_POSITION = 2**62
 PARTS_A_CALL = 512  # of pwritev and preadv; Linux takes 1,024
@@ -188,6 +190,10 @@ def _pieces(
                     yield which, (base + slot) * row, count * row
 
 
+def _size(block: Block) -> int:
+    return sum(size for _, _, size in block)
+
+
 def _cut(pieces: Iterable[Piece], block_bytes: int) -> Iterator[Block]:
     block: Block = []
     room = block_bytes
@@ -248,51 +254,98 @@ def _saying(words: str, path: Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, f"{words}: {reason}", str(path)) from error
 
 
-def _threads() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(8, usable))
-
-
-def _in_turn(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """What tasks return, in order. At most `ahead` are under way; the next one is made after a result was taken."""
+def _in_turn(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What tasks return, in order. At most BUFFERS are under way; the next one is made after a result was taken."""
     pending: deque[Future[T]] = deque()
     for task in tasks:
         pending.append(pool.submit(task))
-        if len(pending) == ahead:
+        if len(pending) == BUFFERS:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-class _Buffers:
-    """Pinned buffers of one block each, used in turn, each with an event for the copies to or from it."""
+class _InPlace:
+    """Blocks on their way between a CPU's cache and a file: as they lie."""
 
-    def __init__(self, count: int, size: int) -> None:
-        self.tensors = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
+    def __init__(self, cache: StreamingKVCacheFp16) -> None:
+        self.storage = (_flat_bytes(cache.k_cache), _flat_bytes(cache.v_cache))
+        self.views = [_memory(tensor) for tensor in self.storage]
+
+    def parts(self, i: int, block: Block) -> list[memoryview]:
+        """The memory that block number `i` is written from or read into."""
+        return [
+            memoryview(bytearray(size)) if which == NOWHERE else self.views[which][start : start + size]
+            for which, start, size in block
+        ]
+
+    def fetch(self, i: int, block: Block) -> None:
+        """Begins to bring it from the cache to that memory."""
+
+    def store(self, i: int, block: Block) -> None:
+        """Begins to bring it from that memory to the cache."""
+
+    def wait(self, i: int) -> None:
+        """Until what was begun for the block, or for an earlier one in the same memory, is done. From any thread."""
+
+    def finish(self) -> None:
+        """Waits for all."""
+
+
+class _Buffers(_InPlace):
+    """Between a GPU's cache and a file: through pinned buffers in turn, each with an event for the copies it is in."""
+
+    def __init__(self, cache: StreamingKVCacheFp16, contents: _Contents) -> None:
+        self.storage = (_flat_bytes(cache.k_cache), _flat_bytes(cache.v_cache))
+        count, size = min(BUFFERS, contents.blocks), min(contents.block_bytes, contents.data_bytes)
+        pinned = cache.device.type == "cuda"  # always, but in tests
+        self.tensors = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
         self.views = [_memory(tensor) for tensor in self.tensors]
-        self.events = [torch.cuda.Event(blocking=True) for _ in range(count)]
+        self.events = self.make_events(count)
 
-    def copy(self, i: int, block: Block, storage: tuple[Tensor, Tensor], *, to_device: bool) -> None:
-        """On the current stream. Does not wait."""
-        at = 0
+    def make_events(self, count: int) -> list[Any]:
+        return [torch.cuda.Event(blocking=True) for _ in range(count)]
+
+    def parts(self, i: int, block: Block) -> list[memoryview]:
+        return [self.views[i % len(self.views)][: _size(block)]]
+
+    def pairs(self, i: int, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+        """What belongs together in the cache and in the buffer."""
+        buffer, at = self.tensors[i % len(self.tensors)], 0
         for which, start, size in block:
             if which != NOWHERE:
-                there, here = storage[which][start : start + size], self.tensors[i][at : at + size]
-                (there if to_device else here).copy_(here if to_device else there, non_blocking=True)
+                yield self.storage[which][start : start + size], buffer[at : at + size]
             at += size
-        self.events[i].record()
+
+    def fetch(self, i: int, block: Block) -> None:
+        for there, here in self.pairs(i, block):
+            here.copy_(there, non_blocking=True)
+        self.events[i % len(self.events)].record()
+
+    def store(self, i: int, block: Block) -> None:
+        for there, here in self.pairs(i, block):
+            there.copy_(here, non_blocking=True)
+        self.events[i % len(self.events)].record()
+
+    def wait(self, i: int) -> None:
+        self.events[i % len(self.events)].synchronize()
+
+    def finish(self) -> None:
+        for event in self.events:
+            event.synchronize()
+
+
+def _way(cache: StreamingKVCacheFp16, contents: _Contents) -> _InPlace:
+    return _Buffers(cache, contents) if cache.device.type == "cuda" else _InPlace(cache)
 
 
 def _on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _refuse_capture(op: str, device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{op}: a file cannot be part of a CUDA graph, and the current stream is being captured")
+def _refuse_capture(op: str) -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: a file cannot be part of a CUDA graph, and the current stream is being captured")
 
 
 def _checked_path(op: str, path: Any) -> Path:
@@ -348,7 +401,8 @@ def save(cache: StreamingKVCacheFp16, path: Any, progress: bool | Progress | Non
     """See `StreamingKVCacheFp16.save`."""
     target = _checked_path("save", path)
     _check_progress("save", progress)
-    _refuse_capture("save", cache.device)
+    with _on_device(cache.device):
+        _refuse_capture("save")
     with suppress(FileNotFoundError), _saying("save: path cannot be looked at", target):
         mode = target.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -381,23 +435,25 @@ def save(cache: StreamingKVCacheFp16, path: Any, progress: bool | Progress | Non
     with _replacing(target, len(head) + contents.data_bytes + contents.checksum_bytes) as fd:
         with _saying("save: path cannot be written", target):
             _transfer(os.pwritev, fd, [memoryview(head)], 0)
-        blocks = _cut(_pieces(cache, seen, first), BLOCK_BYTES)
         checksums = [zlib.crc32(head)]
         with (
             _on_device(cache.device),
-            ThreadPoolExecutor(_threads() + 1) as pool,
+            ThreadPoolExecutor(THREADS + 1) as pool,
             _reporting("save", target, progress, contents.data_bytes) as report,
         ):
             report(0)
-            syncing = pool.submit(_sync, fd, target)
-            for crc in _in_turn(pool, _writers(cache, blocks, fd, len(head), target), _threads() + 2):
+            syncing: Future[None] | None = None
+            blocks = _cut(_pieces(cache, seen, first), BLOCK_BYTES)
+            for crc in _in_turn(pool, _writers(cache, contents, blocks, fd, len(head), target)):
                 checksums.append(crc)
                 # The disk is to begin now: left to itself, the system lets some gigabytes pile up first.
-                if len(checksums) % SYNC_BLOCKS == 0 and syncing.done():
-                    syncing.result()  # an error is told once, and to whoever asks first
+                if len(checksums) % SYNC_BLOCKS == 0 and (syncing is None or syncing.done()):
+                    if syncing is not None:
+                        syncing.result()  # an error is told once, and to whoever asks first
                     syncing = pool.submit(_sync, fd, target)
                 report(min((len(checksums) - 1) * BLOCK_BYTES, contents.data_bytes))
-            syncing.result()
+            if syncing is not None:
+                syncing.result()
         # The end of the file comes last: one that was left unfinished is too short.
         tail = struct.pack(f"<{len(checksums)}I", *checksums)
         with _saying("save: path cannot be written", target):
@@ -410,32 +466,21 @@ def _sync(fd: int, path: Path) -> None:
 
 
 def _writers(
-    cache: StreamingKVCacheFp16, blocks: Iterable[Block], fd: int, offset: int, path: Path
+    cache: StreamingKVCacheFp16, contents: _Contents, blocks: Iterable[Block], fd: int, offset: int, path: Path
 ) -> Iterator[Callable[[], int]]:
     """For each block a function that writes it and returns its checksum."""
-    storage = (_flat_bytes(cache.k_cache), _flat_bytes(cache.v_cache))
-    on_gpu = cache.device.type == "cuda"
-    buffers = _Buffers(_threads() + 2, BLOCK_BYTES) if on_gpu else None
-    views = None if on_gpu else [_memory(tensor) for tensor in storage]
+    way = _way(cache, contents)
 
-    def write(parts: list[memoryview], at: int, copied: Any) -> int:
-        if copied is not None:
-            copied.synchronize()
+    def write(i: int, parts: list[memoryview], at: int) -> int:
+        way.wait(i)
         with _saying("save: path cannot be written", path):
             _transfer(os.pwritev, fd, parts, at)
         return _crc(parts)
 
     for i, block in enumerate(blocks):
-        size = sum(size for _, _, size in block)
-        if buffers is not None:
-            j = i % len(buffers.tensors)
-            buffers.copy(j, block, storage, to_device=False)
-            yield functools.partial(write, [buffers.views[j][:size]], offset, buffers.events[j])
-        else:
-            assert views is not None
-            parts = [views[which][start : start + n] for which, start, n in block]
-            yield functools.partial(write, parts, offset, None)
-        offset += size
+        way.fetch(i, block)
+        yield functools.partial(write, i, way.parts(i, block), offset)
+        offset += _size(block)
 
 
 @contextmanager
@@ -489,6 +534,7 @@ def load(
     """See `StreamingKVCacheFp16.load`."""
     source = _checked_path("load", path)
     _check_progress("load", progress)
+    _refuse_capture("load")
     if max_positions is not None and (isinstance(max_positions, bool) or not hasattr(max_positions, "__index__")):
         raise TypeError(f"load: max_positions must be an int or None, got {type(max_positions).__name__}")
     with _saying("load: path cannot be read", source):
@@ -537,64 +583,39 @@ def _load(
         torch.inference_mode(False),
         torch.no_grad(),
         _on_device(cache.device),
-        ThreadPoolExecutor(_threads()) as pool,
+        ThreadPoolExecutor(THREADS) as pool,
         _reporting("load", source, progress, contents.data_bytes) as report,
     ):
         report(0)
         blocks = list(_cut(_pieces(cache, found.seen, first, lost), contents.block_bytes))
-        storage = (_flat_bytes(cache.k_cache), _flat_bytes(cache.v_cache))
-        on_gpu = cache.device.type == "cuda"
-        ahead = _threads() + 2
-        largest = max((sum(size for _, _, size in block) for block in blocks), default=0)
-        buffers = _Buffers(min(ahead, len(blocks)), largest) if on_gpu else None
-        tasks = _readers(storage, buffers, blocks, fd, found.data_start, source)
-        for i, crc in enumerate(_in_turn(pool, tasks, ahead)):
+        way = _way(cache, contents)
+        for i, crc in enumerate(_in_turn(pool, _readers(way, blocks, fd, found.data_start, source))):
             if crc != found.checksums[1 + i]:
                 start = found.data_start + i * contents.block_bytes
-                end = min(start + contents.block_bytes, found.data_start + contents.data_bytes)
+                end = start + _size(blocks[i]) - 1
                 raise ValueError(
-                    f"load: {source} is damaged: its bytes {start:,} to {end - 1:,} are not those that were saved"
+                    f"load: {source} is damaged: its bytes {start:,} to {end:,} are not those that were saved"
                 )
-            if buffers is not None:
-                buffers.copy(i % len(buffers.tensors), blocks[i], storage, to_device=True)
+            way.store(i, blocks[i])
             report(min((i + 1) * contents.block_bytes, contents.data_bytes))
         cache._state[:2].copy_(torch.tensor([found.seen, first], dtype=torch.int64))
         cache._overflow_counts.copy_(torch.tensor(found.overflow_counts, dtype=torch.int64))
-        if buffers is not None:
-            torch.cuda.current_stream().synchronize()  # before the buffers go
+        way.finish()
     cache._connect()  # lengths on the host begin anew
     return cache
 
 
-def _readers(
-    storage: tuple[Tensor, Tensor],
-    buffers: _Buffers | None,
-    blocks: Iterable[Block],
-    fd: int,
-    offset: int,
-    source: Path,
-) -> Iterator[Callable[[], int]]:
-    """For each block a function that reads it, into its buffer or where it belongs, and returns its checksum."""
-    views = [_memory(tensor) for tensor in storage] if buffers is None else []
+def _readers(way: _InPlace, blocks: Iterable[Block], fd: int, offset: int, source: Path) -> Iterator[Callable[[], int]]:
+    """For each block a function that reads it and returns its checksum."""
 
-    def read(parts: list[memoryview], at: int, copied: Any) -> int:
-        if copied is not None:
-            copied.synchronize()  # what was in the buffer before
+    def read(i: int, parts: list[memoryview], at: int) -> int:
+        way.wait(i)  # for what was in the same memory before
         _read(fd, parts, at, source)
         return _crc(parts)
 
     for i, block in enumerate(blocks):
-        size = sum(size for _, _, size in block)
-        if buffers is not None:
-            j = i % len(buffers.tensors)
-            yield functools.partial(read, [buffers.views[j][:size]], offset, buffers.events[j])
-        else:
-            parts = [
-                memoryview(bytearray(n)) if which == NOWHERE else views[which][start : start + n]
-                for which, start, n in block
-            ]
-            yield functools.partial(read, parts, offset, None)
-        offset += size
+        yield functools.partial(read, i, way.parts(i, block), offset)
+        offset += _size(block)
 
 
 def _read(fd: int, parts: list[memoryview], offset: int, source: Path) -> None:
