@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,10 +61,30 @@ def drop_from_page_cache(path: Path) -> None:
     os.close(fd)
 
 
-def status_of_process(name: str) -> int:
-    """Bytes: VmRSS, what is in memory now, or VmHWM, the most there was since `peak_of` began."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next((int(line[1]) * 1024 for line in lines if line[0] == f"{name}:"), 0)
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak:
+    """The most that is resident while a block runs, beyond what there was before; looked at every 10 ms."""
+
+    def __enter__(self) -> Peak:
+        self._before = resident()
+        self.bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.bytes = max(self.bytes, resident() - self._before)
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, resident() - self._before)
 
 
 class Bench:
@@ -79,14 +100,12 @@ class Bench:
 
     def timed(self, name: str, work: Work) -> object:
         synchronize(self.device)
-        before = status_of_process("VmRSS")
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        start = time.perf_counter()
-        answer = work()
-        synchronize(self.device)
-        self.times.setdefault(name, []).append(time.perf_counter() - start)
-        self.peaks[name] = max(self.peaks.get(name, 0), status_of_process("VmHWM") - before)
+        with Peak() as peak:
+            start = time.perf_counter()
+            answer = work()
+            synchronize(self.device)
+            self.times.setdefault(name, []).append(time.perf_counter() - start)
+        self.peaks[name] = max(self.peaks.get(name, 0), peak.bytes)
         return answer
 
     @contextlib.contextmanager

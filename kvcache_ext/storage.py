@@ -50,7 +50,8 @@ FORMAT = "kvcache_ext"
 VERSION = 1
 BLOCK_BYTES = 8 * 2**20
 SYNC_BLOCKS = 8  # a sync begins after so many
-THREADS = max(2, min(8, len(os.sched_getaffinity(0))))  # that write or read, and compute checksums
+_USABLE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = max(2, min(8, _USABLE))  # that write or read, and compute checksums
 BUFFERS = THREADS + 2  # blocks under way
 LARGEST_BLOCK_BYTES = 64 * 2**20  # BUFFERS of them stay below 1 GB
 LARGEST_HEADER = 100_000_000  # what safetensors itself reads
@@ -403,12 +404,13 @@ def save(cache: StreamingKVCacheFp16, path: Any, progress: bool | Progress | Non
     _check_progress("save", progress)
     with _on_device(cache.device):
         _refuse_capture("save")
+    mode = stat.S_IFREG
     with suppress(FileNotFoundError), _saying("save: path cannot be looked at", target):
         mode = target.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "save: path must name a file, not a folder", str(target))
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"save: path must name a regular file or a new one, {target} is neither")
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "save: path must name a file, not a folder", str(target))
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"save: path must name a regular file or a new one, {target} is neither")
 
     state = cache._state[:2].cpu()  # waits for all that the current stream has to do
     counts = cache._overflow_counts.cpu()
@@ -513,10 +515,13 @@ def _replacing(target: Path, size: int) -> Iterator[int]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    with _saying("save: path is written, but its folder cannot be synced", target):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(PermissionError), _saying("save: path is written, but its folder cannot be synced", target):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # may be for writing only
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # on file systems that have no such thing
+                raise
         finally:
             os.close(descriptor)
 

@@ -651,7 +651,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(IsADirectoryError, match="save: path must name a file, not a folder"):
+    with pytest.raises(IsADirectoryError, match=r"\] save: path must name a file, not a folder"):
         cache.save(tmp_path)
     with pytest.raises(FileNotFoundError, match="save: path cannot be written: No such file or directory"):
         cache.save(tmp_path / "no" / "file")
@@ -662,7 +662,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
             cache.save(name)
         with pytest.raises(ValueError, match="load: path must name a regular file"):
             StreamingKVCacheFp16.load(name, device="cpu")
-    with pytest.raises(IsADirectoryError, match="load: path must name a file, not a folder"):
+    with pytest.raises(IsADirectoryError, match=r"\] load: path must name a file, not a folder"):
         StreamingKVCacheFp16.load(tmp_path, device="cpu")
     with pytest.raises(FileNotFoundError, match="load: path cannot be read: No such file or directory"):
         StreamingKVCacheFp16.load(tmp_path / "no", device="cpu")
@@ -947,9 +947,11 @@ def test_a_save_takes_next_to_no_memory(device: torch.device, path: Path) -> Non
 
     def peak() -> int:
         lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-        return next(int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:")
+        return next((int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:"), 0)
 
     before = peak()
+    if before == 0:
+        pytest.skip("the peak of memory is not told here")
     cache.save(path)
     buffers = 10 * storage.BLOCK_BYTES if device.type == "cuda" else 0
     assert peak() - before < 16 * 2**20 + buffers < cache.memory_bytes()
