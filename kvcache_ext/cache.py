@@ -694,7 +694,7 @@ class StreamingKVCacheFp16:
         It is written under another name in the same folder, synced, and renamed: `path` names the old file or the whole
         new one, never half of it, whatever happens. An error removes what was written so far; a process that is
         killed leaves it (`.<name>.<8 digits>.tmp`), and `load` refuses that. Waits for the current stream of the
-        cache's device. Takes up to 80 MB of pinned host memory for a GPU's cache, for a CPU's next to none.
+        cache's device. Takes up to 84 MB of pinned host memory for a GPU's cache, for a CPU's next to none.
 
         Args:
             path: the file. One that is there is replaced, keeping its mode; a link is followed.
@@ -718,6 +718,8 @@ class StreamingKVCacheFp16:
         progress: bool | Callable[[int, int], object] | None = None,
     ) -> StreamingKVCacheFp16:
         """A cache with what `save` wrote to a file, from any device onto any device.
+
+        Takes no more host memory beside the cache than `save` does.
 
         Args:
             path: the file.
