@@ -40,6 +40,8 @@ README_ROWS = {
     "attention/mha32/4096": "the same, 4,096 positions",
     "attention/gqa32x8/65536": "65,536 positions, 32 query heads on 8",
     "attention/error/fp32": "largest error of attention against FP64, FP32 query",
+    "storage/save": "`save` a cache to a file, synced to the disk",
+    "storage/load": "`load` it from the disk",
     "generate/7b/fp32/65536": "a 7B FP32 model decoding at 65,536 positions",
     "generate/peak_gb/7b/fp32/65536": "the same: peak memory",
     "generate/7b/fp16/65536": "FP16 weights",
