@@ -20,7 +20,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 try:
     from kvcache_ext.integrations import transformers as integration
-    from kvcache_ext.integrations.transformers import CROP_MARGIN, NAME, Fp16Cache
+    from kvcache_ext.integrations.transformers import CROP_MARGIN, NAME, Fp16Cache, shared
 except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -415,7 +415,7 @@ def test_masks_looked_at_a_step_later(
     models: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, counted: dict[str, int]
 ) -> None:
     """What a GPU does so as not to wait, here on any device: the same tokens, and errors at the next step."""
-    monkeypatch.setattr(integration._Shared, "looks_late", staticmethod(lambda mask: True))
+    monkeypatch.setattr(shared.Shared, "looks_late", staticmethod(lambda mask: True))
     for family in ("llama", "gemma3"):
         model = models(family)
         inputs = prompts(3, 14, device, padded=True)
@@ -680,7 +680,7 @@ def test_what_layers_are_not_asked_for(models: Any) -> None:
     cache = Fp16Cache.for_model(models("llama"), 64)
     with pytest.raises(NotImplementedError, match="call this on the cache"):
         cache.layers[0].crop(-1)
-    with pytest.raises(NotImplementedError, match="stay where they are allocated, on .*: there is no offloading"):
+    with pytest.raises(NotImplementedError, match=r"stay where they are allocated, on .*: there is no offloading"):
         cache.offload(0)
 
 
@@ -761,13 +761,13 @@ def test_wrong_arguments(models: Any) -> None:
 def test_other_versions_of_transformers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     with pytest.raises(ImportError, match=rf"needs transformers 5\.17 to 5\.23, and this is transformers {version}"):
-        integration._check_version()
+        integration.check_version()
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install 'transformers>="):
-        integration._check_version()
+        integration.check_version()
 
 
 def test_the_supported_range_is_the_extras() -> None:

@@ -569,8 +569,8 @@ cudaError_t launch_either(const AttendParams& p, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  // Many units: small blocks, so that those of a multiprocessor are at different stages. (More queries and longer caches
-  // do better with long rings.)
+  // Many units: small blocks, so that those of a multiprocessor are at different stages. (More queries and longer
+  // caches do better with long rings.)
   const bool many = p.sequences.entries(p.cache.batch) * p.cache.heads >= 2 * multiprocessors &&
                     (kTiles == 1 || p.cache.positions < kLongCache);
   return many ? launch<kDepth, kTiles, 2>(p, multiprocessors, shared, stream)

@@ -1,0 +1,278 @@
+"""`Fp16Cache`: the cache that `generate` and a model are given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ...cache import StreamingKVCacheFp16
+from .graphs import DecodeGraph
+from .layers import Fp16Layer
+from .model import check_attention, plan_layers
+from .shared import Shared
+from .version import CROP_MARGIN, NAME
+
+
+class Fp16Cache(Cache):
+    """A transformers `Cache` whose keys and values are FP16 in preallocated memory, for models of any float dtype.
+
+    Make one with `for_model`, and pass it as `past_key_values` to `generate` or to the model.
+    """
+
+    def __init__(self, layers: list[Fp16Layer], caches: list[StreamingKVCacheFp16], shared: Shared) -> None:
+        super().__init__(layers=layers)
+        self.caches = caches
+        self._shared = shared
+        shared.refresh = Refresh(caches)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        max_positions: int,
+        batch_size: int = 1,
+        *,
+        attention: str | None = NAME,
+        overflow: str = "saturate",
+        precision: str = "auto",
+        compileable: bool = False,
+    ) -> Fp16Cache:
+        """A cache for this model: shapes, windows and devices are the model's.
+
+        Args:
+            model: a decoder-only model of transformers, on its device or devices.
+            max_positions: the longest text, in tokens. Sliding window layers take window + 128 positions at most.
+            batch_size: the most sequences at a time. Beams count: batch times `num_beams`.
+            attention: "kvcache_ext" sets the model to this package's attention, which reads the FP16 data where it lies
+                (`model.set_attn_implementation("sdpa")` undoes that, also between two calls with the same cache). None
+                leaves the model's attention alone: it then gets gathered keys and values of its own dtype, copied out
+                at every step.
+            overflow: what becomes of finite values beyond FP16's range: see `StreamingKVCacheFp16`.
+            precision: of attention over many new tokens: "fp32"; "fp16" through torch's FP16 attention where that can
+                serve; "auto" takes "fp16" for models in FP16.
+            compileable: let `generate` compile the model by itself, as it does with `StaticCache`.
+
+        Raises:
+            NotImplementedError: the model has layers that such a cache cannot hold (see docs/transformers.md).
+            MemoryError: it does not fit.
+            TypeError, ValueError: an argument is wrong.
+        """
+        if attention not in (None, NAME):
+            raise ValueError(f"Fp16Cache: attention must be {NAME!r} or None, got {attention!r}")
+        if precision not in ("auto", "fp32", "fp16"):
+            raise ValueError(f"Fp16Cache: precision must be 'auto', 'fp32' or 'fp16', got {precision!r}")
+        plans, config = plan_layers(model, max_positions)
+        if attention is not None:
+            check_attention(model, plans)
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for i, plan in enumerate(plans):
+            members.setdefault(plan.group, []).append(i)
+        shared = Shared(batch_size, max_positions, config, precision, compileable)
+        layers: list[Fp16Layer | None] = [None] * len(plans)
+        caches = []
+        for indices in members.values():
+            first = plans[indices[0]]
+            cache = StreamingKVCacheFp16(
+                len(indices),
+                first.capacity,
+                first.heads,
+                first.head_dim,
+                batch_size=batch_size,
+                device=first.device,
+                overflow=overflow,
+            )
+            caches.append(cache)
+            for position, i in enumerate(indices):
+                layers[i] = Fp16Layer(shared, cache, position, plans[i].window)
+        if attention is not None:
+            model.set_attn_implementation(NAME)
+            if config._attn_implementation != NAME:
+                raise NotImplementedError(
+                    f"Fp16Cache: the attention of {type(model).__name__} cannot be set; make the cache with "
+                    "attention=None, which gives the model gathered keys and values"
+                )
+        return cls([layer for layer in layers if layer is not None], caches, shared)
+
+    # Figures
+
+    @property
+    def batch_size(self) -> int:
+        return self._shared.batch_size
+
+    def memory_bytes(self) -> int:
+        """Bytes of keys and values, all layers together."""
+        return sum(cache.memory_bytes() for cache in self.caches)
+
+    def overflow_counts(self) -> Tensor:
+        """Finite values that FP16 could not hold, by layer: int64 on the CPU (so this waits for the device)."""
+        counts = {id(cache): cache.overflow_counts().cpu() for cache in self.caches}
+        return torch.stack([counts[id(layer.cache)][layer.index] for layer in self.layers])
+
+    def __repr__(self) -> str:
+        windows = sorted({layer.window for layer in self.layers if layer.window is not None})
+        return (
+            f"Fp16Cache({len(self.layers)} layers, max_positions={self._shared.max_positions}, "
+            f"batch_size={self.batch_size}, windows={windows}, {self.memory_bytes() / 1e6:.1f} MB, "
+            f"{self.get_seq_length()} tokens)"
+        )
+
+    # What generation does to a cache
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The number of columns that a mask of this layer has, and the first of them. Asked at each forward pass."""
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        if not is_compiling():
+            counts = {layer.columns for layer in self.layers}
+            if len(counts) != 1:
+                raise RuntimeError(
+                    f"Fp16Cache: its layers hold from {min(counts)} to {max(counts)} tokens, as after a forward pass "
+                    "that was broken off; reset() it"
+                )
+        return sizes
+
+    def reset(self) -> None:
+        """Forgets everything; the memory stays."""
+        for cache in self.caches:
+            cache.clear()
+        for layer in self.layers:
+            layer.columns = layer.first = 0
+        self._shared.records.clear()
+        self._shared.set_active(None)
+        self._shared.late.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the newest `-tokens_to_remove` tokens back: assisted decoding's rejected ones.
+
+        Raises:
+            ValueError: the number is positive, more than there are tokens, or more than the ring of a sliding window
+                layer can take back (128, once it is full). The cache is unchanged.
+        """
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise ValueError(
+                f"Fp16Cache: crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}"
+            )
+        if count == 0:
+            return
+        for layer in self.layers:
+            left = layer.columns - count
+            if left < 0:
+                raise ValueError(f"Fp16Cache: crop({tokens_to_remove}) of {layer.columns} tokens")
+            if layer.window is not None and layer.first > max(left - layer.window + 1, 0):
+                raise ValueError(
+                    f"Fp16Cache: crop({tokens_to_remove}): a full ring of a sliding window layer can take back "
+                    f"{CROP_MARGIN} tokens; reset() the cache and prefill the text anew"
+                )
+        shared = self._shared
+        left = self.layers[0].columns - count
+        for cache in self.caches:
+            layer = next(layer for layer in self.layers if layer.cache is cache)
+            record = shared.records.get(layer.window)
+            if record is None:
+                cache.truncate(left - layer.first, **shared.slots(cache.device))
+            else:
+                removed = record[:, left:].sum(1) + count - max(record.shape[1] - left, 0)
+                held = (cache._state[0] - cache._state[1])[0, : shared.active]
+                cache.truncate(held - removed.to(cache.device), **shared.slots(cache.device))
+        for layer in self.layers:
+            layer.columns = left
+            shared.all_held_from(left, layer.window)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence `beam_idx[i]` was."""
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times, beside each other. `batch_size` must have room for them."""
+        active = self._shared.active
+        if active is None:
+            return
+        if active * repeats > self.batch_size:
+            raise ValueError(
+                f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
+                f"got {self.batch_size}"
+            )
+        self._take(torch.arange(active).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these sequences, in this order."""
+        if self._shared.active is not None:
+            self._take(torch.arange(self._shared.active)[torch.as_tensor(indices).cpu()])
+
+    def _take(self, indices: Tensor) -> None:
+        shared = self._shared
+        if shared.active is None:
+            return
+        indices = torch.as_tensor(indices)
+        rest = torch.arange(len(indices), self.batch_size, device=indices.device)
+        whole = torch.cat([indices.long(), rest])
+        for cache in self.caches:
+            cache.reorder(whole.to(cache.device))
+        for window, record in shared.records.items():
+            if record is not None:
+                shared.records[window] = record[indices.to(record.device)]
+        shared.set_active(len(indices))
+
+    # CUDA graphs
+
+    def decode_graph(self, model: Any, *, compile: bool = False) -> DecodeGraph:
+        """One decode step of `model` with this cache as a CUDA graph: see `DecodeGraph`."""
+        return DecodeGraph(model, self, compile=compile)
+
+    @contextmanager
+    def cuda_graphs(self, model: Any, *, compile: bool = False) -> Iterator[None]:
+        """Within this block `model` (and so `model.generate`) runs its one-token steps as a replayed CUDA graph.
+
+            with cache.cuda_graphs(model):
+                model.generate(**inputs, past_key_values=cache)
+
+        Prefill and everything else runs as it always does. `compile`: see `DecodeGraph`. On a CPU there is no graph.
+        """
+        graph: DecodeGraph | None = None
+        original, own = model.forward, model.__dict__.get("forward")
+
+        @functools.wraps(original)  # generate() reads the signature to know what to pass
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal graph
+            ids: Any = kwargs.get("input_ids")
+            mask: Any = kwargs.get("attention_mask")
+            one_token = not args and ids is not None and ids.dim() == 2 and ids.shape[1] == 1
+            plain = not any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "labels"))
+            known = kwargs.get("past_key_values") is self and self._shared.active == (ids.shape[0] if one_token else 0)
+            known = known and kwargs.get("inputs_embeds") is None and self._shared.own_attention
+            if not (one_token and plain and known and (mask is None or mask.dim() == 2)):
+                return original(*args, **kwargs)
+            if graph is None:
+                graph = DecodeGraph(model, self, compile=compile, forward=original)
+            if mask is not None:
+                for window in {layer.window for layer in self.layers}:
+                    self._shared.plan(mask.to(ids.device), self.get_seq_length(), 1, window, no_padding=True)
+            logits = graph(ids, kwargs.get("position_ids"))
+            return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=self)
+
+        model.forward = forward
+        try:
+            yield
+        finally:
+            del model.forward
+            if own is not None:
+                model.forward = own
+
+
+class Refresh:
+    """Reads lengths that only the device knows, so that a long prompt goes through what is held and not all slots."""
+
+    def __init__(self, caches: list[StreamingKVCacheFp16]) -> None:
+        self.caches = caches
+
+    def __call__(self) -> None:
+        for cache in self.caches:
+            len(cache)

@@ -1,0 +1,121 @@
+"""A decode step as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .version import NAME
+
+if TYPE_CHECKING:
+    from .cache import Fp16Cache
+
+
+class DecodeGraph:
+    """One decode step of a model with its `Fp16Cache`, captured once in a CUDA graph and replayed for each token.
+
+        step = cache.decode_graph(model)          # after the prefill
+        logits = step(token)                      # token: int64 [B, 1]; logits: [B, 1, vocabulary]
+
+    The logits are overwritten by the next step. A token's position is the number of tokens held, padding not counted,
+    as `generate` has it, unless `position_ids` says otherwise. Lengths move on the device; `get_seq_length()` is kept
+    right by counting replays. The cache must outlive this object.
+
+    Capturing runs the step a few times and takes those back, for which the cache must have room. With `compile` the
+    step goes through torch.compile first, which fuses what lies between the matrix products. On a CPU there is no
+    graph: each call is the step itself.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Fp16Cache,
+        *,
+        compile: bool = False,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        shared = cache._shared
+        if not shared.own_attention:
+            used = shared.config._attn_implementation
+            raise ValueError(f"DecodeGraph: the model's attention must be {NAME!r}, got {used!r}")
+        if shared.active is None:
+            raise ValueError("DecodeGraph: run the prompt through the model first")
+        devices = {layer.device for layer in cache.layers}
+        if len(devices) != 1:
+            raise NotImplementedError("DecodeGraph: one CUDA graph cannot hold a model on several devices")
+        self._forward = model if forward is None else forward
+        if compile:
+            self._forward = torch.compile(self._forward)
+        self._cache = cache
+        self._batch = shared.active
+        device = devices.pop()
+        self._ids = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
+        self._graph: Any = None
+        self._logits: Tensor | None = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._capture(device)
+
+    @torch.no_grad()
+    def _step(self) -> Tensor:
+        out = self._forward(
+            input_ids=self._ids,
+            position_ids=self._positions,
+            attention_mask=None,
+            past_key_values=self._cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return out.logits
+
+    def _capture(self, device: torch.device) -> None:
+        warmups = 3  # compiled code is there at the third: lengths are constants to the first, and not to the second
+        layers = self._cache.layers
+        for layer in layers:
+            layer._check(self._batch, warmups)
+        counts = [cache.overflow_counts() for cache in self._cache.caches]
+        self._positions.copy_(self._held())
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(warmups):
+                self._step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._cache.crop(-warmups)
+        for cache, count in zip(self._cache.caches, counts, strict=True):
+            cache._overflow_counts.copy_(count)
+        before = [(layer.columns, layer.first) for layer in layers]
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self._graph):
+                self._logits = self._step()
+        finally:  # a capture runs nothing on the device
+            for layer, (columns, first) in zip(layers, before, strict=True):
+                layer.columns, layer.first = columns, first
+
+    def _held(self) -> Tensor:
+        """How many tokens each sequence has: the next one's position, `[B, 1]`."""
+        return self._cache.caches[0].cache_seqlens[self._cache.layers[0].index, : self._batch, None]
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        shared = self._cache._shared
+        if shared.active != self._batch or input_ids.shape != self._ids.shape:
+            raise ValueError(
+                f"DecodeGraph: it steps {self._batch} sequences by one token each, got input_ids of shape "
+                f"{list(input_ids.shape)} and a cache that holds {shared.active}"
+            )
+        for layer in self._cache.layers:
+            layer._check(self._batch, 1)
+        self._ids.copy_(input_ids)
+        self._positions.copy_(self._held() if position_ids is None else position_ids)
+        if self._graph is None:
+            return self._step()
+        self._graph.replay()
+        for layer in self._cache.layers:
+            layer._advance(1)
+        assert self._logits is not None
+        return self._logits

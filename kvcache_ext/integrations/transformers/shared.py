@@ -1,0 +1,162 @@
+"""What all layers of a cache share: the sequences in use, and which tokens were padding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .version import NAME
+
+
+class LateCheck:
+    """Looks at a flag on the device without waiting for it: a raised one is noticed a step later."""
+
+    def __init__(self) -> None:
+        self._flag: Tensor | None = None
+        self._done: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy begins without a flag: events cannot be copied
+        return LateCheck, ()
+
+    def raise_if_bad(self) -> None:
+        if self._flag is None:
+            return
+        if self._done is not None:
+            self._done.synchronize()  # of the step before; the device has the latest step still to do
+        flag, self._flag = self._flag, None
+        if flag.item():
+            _mask_changed()
+
+    def post(self, bad: Tensor) -> None:
+        if not bad.is_cuda:
+            self._flag = bad
+            return
+        self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._flag.copy_(bad, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+
+def _mask_changed() -> NoReturn:
+    raise ValueError(
+        "Fp16Cache: attention_mask says something else of the tokens in the cache than it did when they were appended "
+        "(padding is not stored, so it cannot come back, and what is stored cannot be hidden by a 2D mask); pass the "
+        "mask of the whole text, old and new, or reset() the cache"
+    )
+
+
+@dataclass
+class Shared:
+    """What the layers of one cache have in common. (Not the cache itself: a cycle would keep its memory alive.)"""
+
+    batch_size: int
+    max_positions: int
+    config: Any  # of the model's attention modules: says which attention is in use
+    precision: str
+    compileable: bool
+    active: int | None = None  # sequences in use; None before the first tokens
+    # Which columns the layers with each window hold: bool [active, n]. None: all of them. Columns beyond n are held.
+    records: dict[int | None, Tensor | None] = field(default_factory=dict)
+    sequences: dict[torch.device, Tensor] = field(default_factory=dict)
+    late: dict[int | None, LateCheck] = field(default_factory=dict)
+    refresh: Callable[[], None] = lambda: None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        memo[id(self.config)] = self.config  # it is the model's, whose attention may be changed later
+        new = Shared.__new__(Shared)
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+    @property
+    def own_attention(self) -> bool:
+        return self.config._attn_implementation == NAME
+
+    def use_batch(self, batch: int) -> None:
+        if self.active == batch:
+            return
+        if self.active is not None:
+            raise ValueError(
+                f"Fp16Cache: it holds {self.active} sequences, and these are {batch}; reset() it to begin anew"
+            )
+        if batch > self.batch_size:
+            raise ValueError(
+                f"Fp16Cache: {batch} sequences need batch_size={batch} or more at construction, got {self.batch_size} "
+                "(beam search and num_return_sequences multiply the batch)"
+            )
+        self.set_active(batch)
+
+    def slots(self, device: torch.device) -> dict[str, Any]:
+        """The batch slots in use, as the cache's methods take them; nothing where all of them are."""
+        if self.active == self.batch_size:
+            return {}
+        if device not in self.sequences:
+            self.sequences[device] = torch.arange(self.active or 0, device=device)
+        return {"sequences": self.sequences[device]}
+
+    def set_active(self, active: int | None) -> None:
+        self.active = active
+        self.sequences.clear()
+
+    def plan(self, mask: Tensor, seen: int, new: int, window: int | None, *, no_padding: bool = False) -> Tensor | None:
+        """What a 2D mask `[B, seen + new]` means for the layers with this window.
+
+        None: all new tokens exist. int32 `[B, 1, 1, 1]`: the last so many of each sequence do. int8 `[B, 1, 1, new]`:
+        these do. (Four dimensions, because transformers takes those for a finished mask and passes them on.)
+
+        On a GPU several tokens cost one synchronisation; one token costs none, and a mask that does not fit is then
+        noticed at the next step. With `no_padding` a new token that does not exist is an error too.
+        """
+        late = self.late.setdefault(window, LateCheck())
+        late.raise_if_bad()
+        if mask.shape[1] != seen + new:
+            raise ValueError(
+                f"Fp16Cache: attention_mask has {mask.shape[1]} columns, and the cache holds {seen} tokens and gets "
+                f"{new} more: pass the mask of the whole text, old and new, or None if nothing is padding"
+            )
+        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Fp16Cache: an attention_mask cannot be captured into a CUDA graph, as it grows with the text; pass "
+                "attention_mask=None (new tokens of a decode step are never padding)"
+            )
+        mask = mask.bool()
+        keep = mask[:, seen:]
+        record = self.records.get(window)
+        recorded = 0 if record is None else min(record.shape[1], seen)
+        same = mask[:, recorded:seen].all()
+        if record is not None:
+            same = same & (mask[:, :recorded] == record[:, :recorded].to(mask.device)).all()
+        if self.looks_late(mask) and new == 1:
+            late.post(~(same & keep.all()) if no_padding else ~same)
+            self.records[window] = mask.clone()
+            return keep.to(torch.int32)[:, None, None]
+        padded_left = (keep[:, 1:] >= keep[:, :-1]).all()
+        same_, all_old, all_new, left = torch.stack([same, mask[:, :seen].all(), keep.all(), padded_left]).tolist()
+        if not same_ or (no_padding and not all_new):
+            _mask_changed()
+        self.refresh()
+        self.records[window] = None if all_old and all_new else mask.clone()
+        if all_new:
+            return None
+        if left:
+            return keep.sum(1, dtype=torch.int32)[:, None, None, None]
+        return keep.to(torch.int8)[:, None, None]
+
+    @staticmethod
+    def looks_late(mask: Tensor) -> bool:
+        """Whether looking at a mask on the host costs a synchronisation."""
+        return mask.is_cuda
+
+    def all_held_from(self, column: int, window: int | None) -> None:
+        """That from this column on, the layers with this window hold all that came."""
+        if is_compiling():  # no mask has been planned for it; and a record that grows would mean compiling anew
+            return
+        record = self.records.get(window)
+        if record is not None:
+            self.records[window] = record[:, :column]
