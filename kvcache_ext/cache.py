@@ -138,18 +138,21 @@ class StreamingKVCacheFp16:
             self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
             self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
             self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
-            self._workspace = torch.zeros(
-                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
-            )
         self._connect()
         self.clear()
 
     def _connect(self) -> None:
         """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
-        for name in ("_state", "_overflow_counts", "_workspace"):
-            if getattr(self, name).is_inference():  # copied or unpickled under inference mode: could not be cleared
-                with torch.inference_mode(False):
-                    setattr(self, name, getattr(self, name).clone())
+        with torch.inference_mode(False):
+            for name in ("_k_cache", "_v_cache", "_state", "_overflow_counts"):
+                tensor = getattr(self, name)
+                if tensor.is_inference():  # copied or unpickled under inference mode: torch could not change it outside
+                    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+                    setattr(self, name, plain)
+            self._workspace = torch.zeros(
+                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
+            )
         self._saturate = self.overflow == "saturate"
         self._compiled = extension.Cache(
             self.k_cache,
@@ -614,10 +617,11 @@ class StreamingKVCacheFp16:
     # Copies (copy.copy, copy.deepcopy, pickle) have tensors and lengths of their own.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_workspace")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.device = self._k_cache.device  # not what was pickled, where torch.load has a map_location
         self._connect()
 
     def __copy__(self) -> StreamingKVCacheFp16:

@@ -1,4 +1,4 @@
-"""Streams, threads, processes, devices, deletion, forks, copies and pickles: what docs/reliability.md promises of them."""
+"""Streams, threads, processes, devices, deletion, forks, copies and pickles: as docs/reliability.md has them."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def run_in_threads(*calls: Callable[[], None]) -> None:
 
 def test_two_threads_each_with_its_own_cache(device: torch.device) -> None:
     """On a GPU each on a stream of its own."""
-    want = [walk(make_cache(device, **SHAPE), seed, 60) for seed in (1, 2)]
+    want = [walk(make_cache(device, **SHAPE), seed, 30) for seed in (1, 2)]
     got: list[list[torch.Tensor]] = [[], []]
 
     def work(number: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext():
-            got[number] = walk(make_cache(device, **SHAPE), number + 1, 60)
+            got[number] = walk(make_cache(device, **SHAPE), number + 1, 30)
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
 
@@ -98,7 +98,7 @@ def test_two_threads_each_with_its_own_cache(device: torch.device) -> None:
 def test_two_threads_on_one_cache_under_a_lock(device: torch.device) -> None:
     """Each works on a layer of its own, so that their order is of no consequence, on the stream that both have."""
     want_cache, cache = (make_cache(device, **SHAPE) for _ in range(2))
-    want = [walk(want_cache, layer + 5, 40, (layer,)) for layer in range(2)]
+    want = [walk(want_cache, layer + 5, 24, (layer,)) for layer in range(2)]
     got: list[list[torch.Tensor]] = [[], []]
     lock = threading.Lock()
 
@@ -117,7 +117,7 @@ def test_two_threads_on_one_cache_under_a_lock(device: torch.device) -> None:
             return call
 
     def work(layer: int) -> None:
-        got[layer] = walk(Locked(), layer + 5, 40, (layer,))  # type: ignore[arg-type]
+        got[layer] = walk(Locked(), layer + 5, 24, (layer,))  # type: ignore[arg-type]
 
     run_in_threads(lambda: work(0), lambda: work(1))
     for g, w in zip(got, want, strict=True):
@@ -154,7 +154,7 @@ def test_the_precision_of_matmul_is_put_back_by_the_last_thread() -> None:
 
 
 def walk_in_process(device: str, seed: int, connection: object) -> None:
-    answers = walk(make_cache(torch.device(device), **SHAPE), seed, 30)
+    answers = walk(make_cache(torch.device(device), **SHAPE), seed, 18)
     connection.send([answer.cpu().numpy() for answer in answers])  # type: ignore[attr-defined]
 
 
@@ -171,7 +171,7 @@ def test_two_processes_on_one_device(device: torch.device) -> None:
         got = [torch.from_numpy(answer) for answer in pipe.recv()]
         process.join(60)
         assert process.exitcode == 0
-        assert_same_answers(got, [answer.cpu() for answer in walk(make_cache(device, **SHAPE), seed, 30)])
+        assert_same_answers(got, [answer.cpu() for answer in walk(make_cache(device, **SHAPE), seed, 18)])
 
 
 def test_a_forked_process_has_a_copy() -> None:
@@ -265,14 +265,15 @@ def test_a_deep_copy_of_a_structure_keeps_its_shape(device: torch.device) -> Non
 
 
 def test_unpickled_where_torch_put_it() -> None:
-    """A pickle of another device's cache: torch.load's map_location says where the tensors go, and the cache goes too."""
+    """A pickle of another device's cache: where torch.load's map_location puts the tensors is where the cache is."""
     cache = make_cache(torch.device("cpu"), **SHAPE)
     walk(cache, 1, 6)
     state = cache.__getstate__() | {"device": torch.device("cuda", 7)}
     other = StreamingKVCacheFp16.__new__(StreamingKVCacheFp16)
     other.__setstate__(copy.deepcopy(state))
     assert other.device == torch.device("cpu")
-    other.append(0, torch.ones(2, 64), torch.ones(2, 64), sequences=[0])
+    other.append_all(torch.ones(2, 2, 64), torch.ones(2, 2, 64))
+    other.reorder([0])  # a list, which goes to the cache's device
     assert other.position == cache.position + 1
 
 
@@ -305,7 +306,6 @@ def test_the_memory_of_a_deleted_cache_can_be_used_again(device: torch.device) -
         walk(cache, i, 1 + i % 3)
         assert cache.position > 0
         del cache
-        gc.collect()
     assert len(addresses) < 20  # or this shows nothing
 
 
@@ -323,7 +323,7 @@ def test_two_streams_in_turn() -> None:
     got, last = [], torch.cuda.Event()
     last.record()
     for step, row in enumerate(x):
-        with torch.cuda.stream(streams[step % 2]) as _:
+        with torch.cuda.stream(streams[step % 2]):
             torch.cuda.current_stream().wait_event(last)
             if step % 7 == 0:
                 torch.cuda._sleep(5_000_000)  # without the wait the other stream would be ahead
