@@ -138,6 +138,9 @@ class StreamingKVCacheFp16:
             self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
             self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
             self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
+            self._workspace = torch.zeros(
+                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
+            )
         self._connect()
         self.clear()
 
@@ -150,9 +153,6 @@ class StreamingKVCacheFp16:
                     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                     plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
                     setattr(self, name, plain)
-            self._workspace = torch.zeros(
-                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
-            )
         self._saturate = self.overflow == "saturate"
         self._compiled = extension.Cache(
             self.k_cache,
@@ -622,6 +622,10 @@ class StreamingKVCacheFp16:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.device = self._k_cache.device  # not what was pickled, where torch.load has a map_location
+        with torch.inference_mode(False):
+            self._workspace = torch.zeros(
+                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
+            )
         self._connect()
 
     def __copy__(self) -> StreamingKVCacheFp16:
