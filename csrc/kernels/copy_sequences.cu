@@ -18,10 +18,10 @@
 namespace kvc {
 namespace {
 
-constexpr int kThreads = 256;       // few, so that a multiprocessor has several blocks: one loads while another stores
-constexpr int kMostThreads = 1024;  // for many pairs, so that a tile has some columns then too
-constexpr int kManyPairs = 64;
-constexpr int kUnroll = 4;         // vectors a thread has under way
+constexpr int kThreads = 512;       // few, so that a multiprocessor has several blocks: one loads while another stores
+constexpr int kMostThreads = 1024;  // for many pairs, so that a tile has columns enough then too
+constexpr int kManyPairs = 9;
+constexpr int kUnroll = 8;         // vectors a thread has under way
 constexpr int kBlocksOfEach = 16;  // blocks for each multiprocessor
 static_assert(kMostThreads * kUnroll >= kMostCopies, "a tile has at least one column");
 
@@ -53,6 +53,18 @@ __device__ __forceinline__ Packet* packet_at(uint16_t* address) {
   return reinterpret_cast<Packet*>(address);
 }
 
+// What is stored is not read again: the first to leave the caches.
+__device__ __forceinline__ void store_packet(uint16_t* address, uint16_t x) { *address = x; }
+__device__ __forceinline__ void store_packet(unsigned __int128* address, unsigned __int128 x) {
+#if defined(KVC_EMULATED)
+  *address = x;
+#else
+  const auto high = static_cast<uint64_t>(x >> 64);
+  const auto low = static_cast<uint64_t>(x);
+  asm volatile("st.global.cs.v2.b64 [%0], {%1, %2};" ::"l"(address), "l"(low), "l"(high) : "memory");
+#endif
+}
+
 template <int kVector>
 __global__ void __launch_bounds__(kMostThreads)
     copy_sequences_kernel(const CopySequencesParams p, const Division division) {
@@ -67,8 +79,9 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t layer = half >> 1;
   uint16_t* cache = half & 1 ? c.v_cache : c.k_cache;
   const int64_t* seen = c.state + layer * c.batch;
-  const int64_t* first = seen + c.layers * c.batch;
-  const auto plan_of = [&](uint32_t sequence) { return ReadPlan::make({seen[sequence], first[sequence]}, c); };
+  const auto plan_of = [&](uint32_t sequence) {
+    return ReadPlan::make({seen[sequence], seen[c.layers * c.batch + sequence]}, c);
+  };
 
   if (threadIdx.x == 0) {
     shared_pairs = 0;
@@ -90,53 +103,44 @@ __global__ void __launch_bounds__(kMostThreads)
   // Side by side as many columns as leave each thread at most kUnroll pairs, then as many more of those as it has room.
   uint32_t log2_width = division.log2_threads;
   while (count > (static_cast<uint32_t>(kUnroll) << (division.log2_threads - log2_width))) --log2_width;
-  const uint32_t width = 1u << log2_width;
-  const uint32_t stride = 1u << (division.log2_threads - log2_width);  // threads below each other
-  const uint32_t own_pairs = (count + stride - 1) >> (division.log2_threads - log2_width);
-  const uint32_t tile_vectors = kUnroll / own_pairs * width;
-  const uint32_t column = threadIdx.x & (width - 1);
+  const uint32_t log2_stride = division.log2_threads - log2_width;  // of threads below each other
+  uint32_t log2_own = 0;                                            // of the pairs of a thread
+  while (count > (1u << (log2_stride + log2_own))) ++log2_own;
+  const uint32_t tile_vectors = static_cast<uint32_t>(kUnroll) >> log2_own << log2_width;
+  const uint32_t column = threadIdx.x & ((1u << log2_width) - 1);
   const uint32_t first_pair = threadIdx.x >> log2_width;
+  // The thread's places in a tile.
+  const auto pair_of = [&](uint32_t u) { return first_pair + ((u & ((1u << log2_own) - 1)) << log2_stride); };
+  const auto offset_of = [&](uint32_t u) { return column + (u >> log2_own << log2_width); };
 
   const int64_t end = static_cast<int64_t>(shared_end) * division.row_vectors.divisor;
   const int64_t sequence_elements = c.positions * c.heads * c.head_dim;
   cache += layer * c.batch * sequence_elements;
   for (int64_t tile = int64_t{part} * tile_vectors; tile < end;
        tile += int64_t{division.parts.divisor} * tile_vectors) {
-    const int64_t tile_end = imin(tile + tile_vectors, end);
-    // From one of the thread's places in the tile to the next.
-    const auto step = [&](uint32_t& pair, uint32_t& offset) {
-      pair += stride;
-      if (pair >= first_pair + own_pairs * stride) {
-        pair = first_pair;
-        offset += width;
-      }
-    };
+    const auto vectors = static_cast<uint32_t>(imin(tile_vectors, end - tile));
     uint32_t moves = 0;  // bit u: something lies there
-    uint32_t pair = first_pair;
-    uint32_t offset = column;
 #pragma unroll 1
-    for (int u = 0; u < kUnroll; ++u, step(pair, offset)) {
-      if (pair < count && tile + offset < tile_end &&
-          plan_of(pairs[pair].source).holds(division.row_vectors.div(tile + offset))) {
+    for (uint32_t u = 0; u < kUnroll; ++u) {
+      if (pair_of(u) < count && offset_of(u) < vectors &&
+          plan_of(pairs[pair_of(u)].source).holds(division.row_vectors.div(tile + offset_of(u)))) {
         moves |= 1u << u;
       }
     }
     const auto for_each = [&](const auto& act) {
       uint16_t* tile_start = cache + tile * kVector;
-      uint32_t pair = first_pair;
-      uint32_t offset = column;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u, step(pair, offset)) {
-        if (moves >> u & 1) act(u, pairs[pair], tile_start + offset * kVector);
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+        if (moves >> u & 1) act(u, pairs[pair_of(u)], tile_start + offset_of(u) * kVector);
       }
     };
     Packet in[kUnroll];
-    for_each([&](int u, const MovingPair& pair, uint16_t* at) {
+    for_each([&](uint32_t u, const MovingPair& pair, uint16_t* at) {
       in[u] = *packet_at<Packet>(at + pair.source * sequence_elements);
     });
     __syncthreads();  // all of the tile has been read
-    for_each([&](int u, const MovingPair& pair, uint16_t* at) {
-      *packet_at<Packet>(at + pair.destination * sequence_elements) = in[u];
+    for_each([&](uint32_t u, const MovingPair& pair, uint16_t* at) {
+      store_packet(packet_at<Packet>(at + pair.destination * sequence_elements), in[u]);
     });
   }
 }
@@ -172,7 +176,7 @@ cudaError_t launch(const CopySequencesParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const int threads = p.count <= kManyPairs ? kThreads : kMostThreads;
+  const int threads = p.count < kManyPairs ? kThreads : kMostThreads;
   const int64_t row_vectors = c.heads * c.head_dim / kVector;
   const int64_t halves = 2 * c.layers;
   // No more than there can be tiles: those of one pair for each place below each other are the largest.

@@ -528,6 +528,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
 
 // A split of fewer rows than this is not worth its merge.
 constexpr int64_t kRowsPerSplit = 64;
+constexpr int64_t kLongCache = 2048;  // positions
 
 template <int kDepth, int kTiles, int kHalves>
 cudaError_t launch(const AttendParams& p, int multiprocessors, int shared, cudaStream_t stream) {
@@ -568,8 +569,10 @@ cudaError_t launch_either(const AttendParams& p, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  // Many units: small blocks, so that those of a multiprocessor are at different stages.
-  const bool many = p.sequences.entries(p.cache.batch) * p.cache.heads >= 2 * multiprocessors;
+  // Many units: small blocks, so that those of a multiprocessor are at different stages. (More queries and longer caches
+  // do better with long rings.)
+  const bool many = p.sequences.entries(p.cache.batch) * p.cache.heads >= 2 * multiprocessors &&
+                    (kTiles == 1 || p.cache.positions < kLongCache);
   return many ? launch<kDepth, kTiles, 2>(p, multiprocessors, shared, stream)
               : launch<kDepth, kTiles, 4>(p, multiprocessors, shared, stream);
 }
