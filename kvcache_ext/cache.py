@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -632,3 +634,11 @@ class StreamingKVCacheFp16:
         import copy
 
         return copy.deepcopy(self)
+
+
+def _sent_to_a_process(cache: StreamingKVCacheFp16) -> tuple[Callable[[bytes], StreamingKVCacheFp16], tuple[bytes]]:
+    """A copy, as with any pickle. Left to itself torch would move the tensors into memory that both processes share."""
+    return pickle.loads, (pickle.dumps(cache),)
+
+
+ForkingPickler.register(StreamingKVCacheFp16, _sent_to_a_process)

@@ -181,6 +181,66 @@ def test_two_processes_on_one_device(device: torch.device) -> None:
         assert_same_answers(got, [answer.cpu() for answer in walk(make_cache(device, **SHAPE), seed, 18)])
 
 
+def walk_what_was_sent(cache: StreamingKVCacheFp16, queue: object) -> None:
+    queue.put((cache, walk(cache, 9, 6)[-1].cpu().numpy()))  # type: ignore[attr-defined]
+
+
+def test_a_cache_sent_to_another_process_is_a_copy(device: torch.device) -> None:
+    """As an argument and through a queue. The one that was sent stays where it is, and what it is."""
+    cache, want = (make_cache(device, **SHAPE) for _ in range(2))
+    for c in (cache, want):
+        walk(c, 1, 12)
+    addresses = cache.k_cache.data_ptr(), cache._state.data_ptr()
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=walk_what_was_sent, args=(cache, queue))
+    process.start()
+    sent_back, answer = queue.get(timeout=300)
+    process.join(60)
+    assert process.exitcode == 0
+    assert (cache.k_cache.data_ptr(), cache._state.data_ptr()) == addresses
+    assert_same_cache(cache, want)
+    assert_same_answers([torch.from_numpy(answer)], [walk(want, 9, 6)[-1].cpu()])
+    assert_same_cache(sent_back, want)
+
+
+@pytest.mark.parametrize("name", ["_k_cache", "_v_cache", "_state"])
+def test_memory_that_torch_moves_is_noticed(device: torch.device, name: str) -> None:
+    """No call goes on where the memory was. What there is can be copied."""
+    cache, want = (make_cache(device, **SHAPE) for _ in range(2))
+    for c in (cache, want):
+        walk(c, 1, 12)
+    tensor = getattr(cache, name)
+    with torch.no_grad():
+        tensor.set_(tensor.clone()) if device.type == "cuda" else tensor.share_memory_()
+    x = torch.ones(2, 64, device=device)
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    calls: list[Callable[[], object]] = [
+        lambda: cache.append(0, x, x),
+        lambda: cache.append_all(x.expand(2, 2, 64), x.expand(2, 2, 64)),
+        lambda: cache.attend(0, x),
+        lambda: cache.attend(0, x.expand(20, 2, 64)),
+        lambda: cache.append_attend(0, x, x, x),
+        lambda: cache.append_attend(0, *(x.expand(20, 2, 64),) * 3),
+        lambda: cache.gather(0, index),
+        lambda: cache.get_range_f32(0, 0, 1),
+        lambda: cache.get_range_raw(0, 0, 1),
+        lambda: cache.get_valid_f32(0),
+        lambda: cache.truncate(1),
+        lambda: cache.reset(),
+        lambda: cache.reorder([0]),
+        lambda: cache.copy_sequence(0, 0),
+        lambda: cache.clear(),
+        lambda: len(cache),
+        lambda: cache.position,
+        lambda: cache.is_empty(),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="the cache's memory has been moved"):
+            call()
+    assert_same_cache(copy.deepcopy(cache), want)
+
+
 def test_a_forked_process_has_a_copy() -> None:
     """Of a CPU cache. With one thread: torch's own threads do not survive a fork, and waiting for them has no end."""
     cache, want = (make_cache(torch.device("cpu"), **SHAPE) for _ in range(2))

@@ -680,7 +680,7 @@ def test_what_layers_are_not_asked_for(models: Any) -> None:
     cache = Fp16Cache.for_model(models("llama"), 64)
     with pytest.raises(NotImplementedError, match="call this on the cache"):
         cache.layers[0].crop(-1)
-    with pytest.raises(NotImplementedError, match="stay where they are allocated, on .*: there is no offloading"):
+    with pytest.raises(NotImplementedError, match=r"stay where they are allocated, on .*: there is no offloading"):
         cache.offload(0)
 
 
