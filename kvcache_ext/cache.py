@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import attention, memory, ops
+from . import attention, memory, ops, storage
 from ._extension import build_info, extension
 
 _OVERFLOW_POLICIES = ("saturate", "inf")
@@ -72,7 +73,8 @@ class StreamingKVCacheFp16:
             `"inf"` stores +-inf, as `.half()` does. Either way it is counted: see `overflow_counts()`.
 
     Raises:
-        MemoryError: it does not fit on the device. Nothing has been allocated by then.
+        MemoryError: it does not fit on the device (see `plan`), and nothing has been allocated; or it seemed to fit
+            and could not be allocated all the same, and nothing of it is kept.
         TypeError, ValueError: an argument is wrong.
 
     Shapes. `key` and `value` are `[B, T, H, D]` for `T` new positions; with `batch_size` 1 also `[T, H, D]`, `[H, D]`
@@ -133,18 +135,45 @@ class StreamingKVCacheFp16:
         self.overflow = overflow
         self.device = _checked_device(device)
 
-        shape = (self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
-        memory.check_fits(*shape, device=self.device)
-        with torch.inference_mode(False):  # or a cache made under it could never be cleared outside it
-            self._k_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
-            self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
-            self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
-            self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
-            self._workspace = torch.zeros(
-                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
-            )
+        planned = memory.plan(
+            self.num_layers,
+            self._max_positions,
+            self.num_heads,
+            self.head_dim,
+            self.batch_size,
+            device=self.device,
+        )
+        memory.check_fits(planned)
+        self._allocate(planned)
         self._connect()
         self.clear()
+
+    def _allocate(self, planned: memory.Plan) -> None:
+        """Allocates all of the cache, or nothing."""
+        shape = (self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
+        names = ("_k_cache", "_v_cache", "_state", "_overflow_counts", "_workspace")
+        try:
+            with torch.inference_mode(False):  # or a cache made under it could never be cleared outside it
+                self._k_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
+                self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
+                self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
+                self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
+                self._workspace = torch.zeros(planned.workspace_bytes // 4, dtype=torch.float32, device=self.device)
+        except (MemoryError, RuntimeError) as error:
+            for name in names:  # the exception's traceback holds on to self
+                self.__dict__.pop(name, None)
+            # On a CPU torch's allocator raises a plain RuntimeError. On a GPU that would be something else.
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and self.device.type != "cpu":
+                raise
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            free = memory.free_bytes(self.device)
+            although = "" if free is None else f", although {free / memory.GB:.2f} GB are free"
+            raise MemoryError(
+                f"StreamingKVCacheFp16: {planned.total_bytes / memory.GB:.2f} GB could not be allocated on "
+                f"{self.device}{although} (in pieces that are too small, perhaps, or another process was faster); "
+                "nothing of it is kept"
+            ) from error
 
     def _connect(self) -> None:
         """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
@@ -168,6 +197,48 @@ class StreamingKVCacheFp16:
         for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts, self._workspace):
             # What torch._dynamo.mark_static_address(tensor) does; importing torch._dynamo for it takes seconds.
             tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+    @staticmethod
+    def plan(
+        num_layers: int,
+        max_positions: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        batch_size: int = 1,
+        device: torch.device | str | int | None = None,
+        free_bytes: int | None = None,
+        weights_bytes: int = 0,
+    ) -> memory.Plan:
+        """What a cache of this shape takes, and whether it fits, without allocating anything.
+
+        Construction makes the same plan for its device and raises MemoryError when `fits` is false.
+
+        Args:
+            num_layers, max_positions, num_heads, head_dim, batch_size: as for the constructor.
+            device: what the plan is for: its free memory counts, unless `free_bytes` says otherwise. None: any GPU.
+            free_bytes: bytes to fit into.
+            weights_bytes: bytes of the model's weights that have yet to be loaded beside the cache. (What is loaded
+                already is no longer free.)
+
+        Returns:
+            A `kvcache_ext.memory.Plan`: bytes of keys and values and of what is beside them, the total, what FP32 would
+            take; with a device or `free_bytes` also the largest `max_positions`, the largest `batch_size`, and whether
+            it fits.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        return memory.plan(
+            _checked_int("num_layers", num_layers, 1),
+            _checked_int("max_positions", max_positions, 1),
+            _checked_int("num_heads", num_heads, 1),
+            _checked_int("head_dim", head_dim, 1),
+            _checked_int("batch_size", batch_size, 1),
+            device=None if device is None else _checked_device(device),
+            free=None if free_bytes is None else _checked_int("free_bytes", free_bytes, 0),
+            weights_bytes=_checked_int("weights_bytes", weights_bytes, 0),
+        )
 
     @property
     def k_cache(self) -> Tensor:
@@ -615,6 +686,62 @@ class StreamingKVCacheFp16:
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, batch_size={self.batch_size}, "
             f"device='{self.device}', sink_positions={self.sink_positions}, overflow='{self.overflow}')"
         )
+
+    # Files
+
+    def save(self, path: str | PathLike[str], *, progress: bool | Callable[[int, int], object] | None = None) -> None:
+        """Writes what is held to a file in the safetensors format, and the state with it: `load` goes on from there.
+
+        The file holds the positions held and no others, oldest first, as the FP16 that is stored, bit for bit; with
+        them the positions seen (so that `position` and `cache_seqlens` come back), the overflow counters, and
+        checksums. `kvcache_ext/storage.py` says what is where, for other readers.
+
+        It is written under another name in the same folder, synced, and renamed: `path` names the old file or the whole
+        new one, never half of it, whatever happens. An error removes what was written so far; a process that is
+        killed leaves it (`.<name>.<8 digits>.tmp`), and `load` refuses that. Waits for the current stream of the
+        cache's device. Takes up to 84 MB of pinned host memory for a GPU's cache, for a CPU's next to none.
+
+        Args:
+            path: the file. One that is there is replaced, keeping its mode; a link is followed.
+            progress: True shows a bar (tqdm's, where that is installed) or lines on stderr; a function is called now
+                and then with the bytes of keys and values done and all that there are. What it raises ends the save.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+            OSError: the file cannot be written, such as for lack of space, of which what is free is looked at first.
+            RuntimeError: the current stream is being captured into a graph.
+        """
+        storage.save(self, path, progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        *,
+        device: torch.device | str | int = "cuda",
+        max_positions: int | None = None,
+        progress: bool | Callable[[int, int], object] | None = None,
+    ) -> StreamingKVCacheFp16:
+        """A cache with what `save` wrote to a file, from any device onto any device.
+
+        Takes no more host memory beside the cache than `save` does.
+
+        Args:
+            path: the file.
+            device: where to, as for the constructor.
+            max_positions: slots of the new cache; None: as many as the saved one had. With more, positions that had
+                been evicted stay so. With fewer, what is held is what a ring of that size would hold: the sinks and the
+                newest. Either way positions keep their numbers. It must be more than the saved `sink_positions`.
+            progress: as for `save`.
+
+        Raises:
+            ValueError: the file is none of `save`'s, has a newer format, is truncated or damaged: its structure, length
+                and state are checked before anything is allocated, keys and values against checksums as they are read.
+            MemoryError: the cache does not fit on the device.
+            TypeError, ValueError, OSError, RuntimeError: an argument is wrong, the file cannot be read, the current
+                stream is being captured into a graph.
+        """
+        return storage.load(cls, path, device, max_positions, progress)
 
     # Copies (copy.copy, copy.deepcopy, pickle) have tensors and lengths of their own.
 

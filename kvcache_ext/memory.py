@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,20 +10,30 @@ import torch
 BYTES_PER_ELEMENT = 2  # FP16
 GB = 10**9
 
+MOST_MULTIPROCESSORS = 160  # of any GPU so far; for a plan that names no device
+# What PyTorch's CUDA allocator may take beyond what it is asked for: keys and values are rounded up to 2 MiB each, and
+# what is below 10 MiB comes out of a block of 20 MiB.
+CUDA_ROUNDING = 24 * 2**20
+
 
 def cache_bytes(num_layers: int, batch_size: int, max_positions: int, num_heads: int, head_dim: int) -> int:
     """The bytes of keys and values: `layers * batch * positions * heads * head_dim`, two tensors, two bytes each."""
     return num_layers * batch_size * max_positions * num_heads * head_dim * 2 * BYTES_PER_ELEMENT
 
 
-def workspace_floats(device: torch.device, head_dim: int) -> int:
+def state_bytes(num_layers: int, batch_size: int) -> int:
+    """The bytes of lengths (three int64 for each sequence of each layer) and overflow counters (one for each layer)."""
+    return (3 * num_layers * batch_size + num_layers) * 8
+
+
+def workspace_floats(device: torch.device | None, head_dim: int) -> int:
     """FP32 elements of attention's workspace: 1,024 tickets, and what each block of the largest launch leaves.
 
     A launch has at most one block a multiprocessor that leaves anything, the weighted sums, maxima and sums of weights
     of up to 16 queries, for head sizes padded to a power of two; or two blocks that leave those of one query.
     """
-    multiprocessors = 0
-    if device.type == "cuda":
+    multiprocessors = MOST_MULTIPROCESSORS if device is None else 0
+    if device is not None and device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     width = max(64, 1 << (head_dim - 1).bit_length())
     return 1024 + max(multiprocessors, 8) * 16 * (width + 2)
@@ -91,18 +102,108 @@ def free_bytes(device: torch.device) -> int | None:
     return min(numbers) if numbers else None
 
 
-def check_fits(
-    num_layers: int, batch_size: int, max_positions: int, num_heads: int, head_dim: int, device: torch.device
-) -> None:
-    """Raises MemoryError, before anything is allocated, when the cache does not fit on `device`."""
-    # Beside keys and values: the state, the counters and attention's workspace.
-    beside = (3 * num_layers * batch_size + num_layers) * 8 + workspace_floats(device, head_dim) * 4
-    needed = cache_bytes(num_layers, batch_size, max_positions, num_heads, head_dim) + beside
-    free = free_bytes(device)
-    if free is None or needed <= free:
-        return
-    per_position = cache_bytes(num_layers, batch_size, 1, num_heads, head_dim)
-    raise MemoryError(
-        f"StreamingKVCacheFp16: a cache of {max_positions} positions needs {needed / GB:.2f} GB on {device}, which has "
-        f"{free / GB:.2f} GB free; the largest max_positions that fits is {max(free - beside, 0) // per_position}"
+@dataclass(frozen=True)
+class Plan:
+    """What a cache takes, in bytes, and whether that fits: what `StreamingKVCacheFp16.plan` returns.
+
+    Attributes:
+        num_layers, max_positions, num_heads, head_dim, batch_size: the cache's shape, as its constructor takes it.
+        cache_bytes: keys and values, `memory_bytes()` of the cache.
+        state_bytes: lengths and overflow counters.
+        workspace_bytes: attention's workspace.
+        rounding_bytes: what PyTorch's CUDA allocator takes beyond that, at most; 0 on a CPU.
+        weights_bytes: the model's weights that have yet to go beside the cache.
+        device: what was planned for, such as "cuda:0" or "cpu"; None: any GPU.
+        free_bytes: what can be allocated before weights and cache; None: not known, and then the last three properties
+            are None as well.
+    """
+
+    num_layers: int
+    max_positions: int
+    num_heads: int
+    head_dim: int
+    batch_size: int
+    cache_bytes: int
+    state_bytes: int
+    workspace_bytes: int
+    rounding_bytes: int
+    weights_bytes: int
+    device: str | None
+    free_bytes: int | None
+
+    @property
+    def beside_bytes(self) -> int:
+        """All that the cache takes beside keys and values."""
+        return self.state_bytes + self.workspace_bytes + self.rounding_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the cache takes. Weights are not in it."""
+        return self.cache_bytes + self.beside_bytes
+
+    @property
+    def fp32_bytes(self) -> int:
+        """What keys and values would take in FP32."""
+        return 2 * self.cache_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the cache and the weights fit into what is free."""
+        return None if self.free_bytes is None else self.total_bytes + self.weights_bytes <= self.free_bytes
+
+    @property
+    def largest_max_positions(self) -> int | None:
+        """The largest `max_positions` that fits, all else equal; 0 where not even one position does."""
+        if self.free_bytes is None:
+            return None
+        room = self.free_bytes - self.weights_bytes - self.beside_bytes
+        return max(room, 0) // (self.cache_bytes // self.max_positions)
+
+    @property
+    def largest_batch_size(self) -> int | None:
+        """The largest `batch_size` that fits, all else equal; 0 where not even one sequence does."""
+        if self.free_bytes is None:
+            return None
+        of_a_sequence = self.cache_bytes // self.batch_size + 3 * self.num_layers * 8
+        fixed = self.total_bytes - self.batch_size * of_a_sequence
+        return max(self.free_bytes - self.weights_bytes - fixed, 0) // of_a_sequence
+
+
+def plan(
+    num_layers: int,
+    max_positions: int,
+    num_heads: int,
+    head_dim: int,
+    batch_size: int = 1,
+    *,
+    device: torch.device | None = None,
+    free: int | None = None,
+    weights_bytes: int = 0,
+) -> Plan:
+    """The plan of a cache, arguments unchecked. `free` None: what `device` has free, where that is named and known."""
+    if free is None and device is not None:
+        free = free_bytes(device)
+    return Plan(
+        num_layers=num_layers,
+        max_positions=max_positions,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        batch_size=batch_size,
+        cache_bytes=cache_bytes(num_layers, batch_size, max_positions, num_heads, head_dim),
+        state_bytes=state_bytes(num_layers, batch_size),
+        workspace_bytes=workspace_floats(device, head_dim) * 4,
+        rounding_bytes=0 if device is not None and device.type == "cpu" else CUDA_ROUNDING,
+        weights_bytes=weights_bytes,
+        device=None if device is None else str(device),
+        free_bytes=free,
     )
+
+
+def check_fits(planned: Plan) -> None:
+    """Raises MemoryError, before anything is allocated, when a planned cache does not fit on its device."""
+    if planned.fits is False and planned.free_bytes is not None:
+        raise MemoryError(
+            f"StreamingKVCacheFp16: a cache of {planned.max_positions} positions needs "
+            f"{planned.total_bytes / GB:.2f} GB on {planned.device}, which has {planned.free_bytes / GB:.2f} GB free; "
+            f"the largest max_positions that fits is {planned.largest_max_positions}"
+        )

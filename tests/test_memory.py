@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import re
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_GPU
+from conftest import needs_gpu
 
 from kvcache_ext import StreamingKVCacheFp16, memory
 
@@ -52,6 +56,145 @@ def test_the_7b_cache_on_a_small_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert "fits is 45776" in str(raised.value)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("no")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_allocation_that_fails_all_the_same(
+    error: Exception, which: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left, also while the exception is: its traceback holds on to frames and to what they hold."""
+    if device.type == "cuda" and type(error) is RuntimeError:
+        pytest.skip("on a GPU that is no lack of memory")
+    real, made = torch.empty, []
+
+    def failing(*arguments: Any, **named: Any) -> torch.Tensor:
+        if len(made) == which:
+            raise error
+        tensor = real(*arguments, **named)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", failing)
+    with pytest.raises(MemoryError) as raised:
+        StreamingKVCacheFp16(max_positions=100, device=device, **SHAPE)
+    assert len(made) == which and all(tensor() is None for tensor in made)
+    sentence = str(raised.value)
+    assert re.fullmatch(
+        r"StreamingKVCacheFp16: 0\.\d\d GB could not be allocated on \S+, although \S+ GB are free "
+        r"\(in pieces .*\); nothing of it is kept",
+        sentence,
+    ), sentence
+    monkeypatch.setattr(torch, "empty", real)
+    StreamingKVCacheFp16(max_positions=100, device=device, **SHAPE)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_another_error_of_a_gpu_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **named: Any) -> torch.Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "empty", failing)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        StreamingKVCacheFp16(max_positions=100, device="cuda", **SHAPE)
+
+
+def test_the_plan_of_the_7b_cache() -> None:
+    plan = StreamingKVCacheFp16.plan(32, 65_536, 32, 128, free_bytes=48 * 10**9, weights_bytes=4 * 10**9)
+    assert plan.cache_bytes == 34_359_738_368
+    assert plan.fp32_bytes == 68_719_476_736
+    assert 0 < plan.beside_bytes < 30 * 10**6
+    assert plan.total_bytes == plan.cache_bytes + plan.state_bytes + plan.workspace_bytes + plan.rounding_bytes
+    assert plan.fits is True and plan.largest_batch_size == 1
+    assert plan.largest_max_positions == (44 * 10**9 - plan.beside_bytes) // 524_288
+    assert plan == memory.plan(32, 65_536, 32, 128, free=48 * 10**9, weights_bytes=4 * 10**9)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.batch_size = 2  # type: ignore[misc]
+
+
+def test_a_plan_without_free_memory() -> None:
+    plan = StreamingKVCacheFp16.plan(2, 10, 2, 8)
+    assert plan.free_bytes is plan.fits is plan.largest_max_positions is plan.largest_batch_size is None
+
+
+@pytest.mark.parametrize("weights", [0, 12_345, 10**7])
+def test_a_plan_is_what_construction_goes_by(weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest that it names fit, and one more does not, in the plan and in construction."""
+    free = 10_000_000
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free - weights)
+    shape = {"num_layers": 2, "max_positions": 50, "num_heads": 2, "head_dim": 8, "batch_size": 3}
+    plan = StreamingKVCacheFp16.plan(**shape, device="cpu", free_bytes=free, weights_bytes=weights)
+    for name, largest in (("max_positions", plan.largest_max_positions), ("batch_size", plan.largest_batch_size)):
+        assert largest is not None
+        for number in (largest, largest + 1):
+            fits = number == largest
+            if number == 0:
+                continue
+            other = shape | {name: number}
+            again = StreamingKVCacheFp16.plan(**other, device="cpu", free_bytes=free, weights_bytes=weights)
+            assert again.fits is fits
+            if fits:
+                StreamingKVCacheFp16(**other, device="cpu")
+            else:
+                with pytest.raises(MemoryError):
+                    StreamingKVCacheFp16(**other, device="cpu")
+    assert (plan.largest_max_positions == 0) == (weights == 10**7)
+
+
+def test_a_plan_allocates_nothing_and_looks_at_the_device(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: pytest.fail("something was allocated"))
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: pytest.fail("something was allocated"))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 123_456_789)
+    plan = StreamingKVCacheFp16.plan(1000, 10**9, 32, 128, device=device)
+    assert plan.free_bytes == 123_456_789 and plan.fits is False and plan.largest_batch_size == 0
+    assert plan.device == str(device)
+    assert plan.workspace_bytes == 4 * memory.workspace_floats(device, 128)
+    assert (plan.rounding_bytes == 0) == (device.type == "cpu")
+
+
+def test_a_plan_counts_what_a_cache_allocates(device: torch.device) -> None:
+    plan = StreamingKVCacheFp16.plan(2, 100, 2, 8, batch_size=3, device=device)
+    cache = StreamingKVCacheFp16(2, 100, 2, 8, batch_size=3, device=device)
+    assert plan.cache_bytes == cache.memory_bytes() == cache.k_cache.nbytes + cache.v_cache.nbytes
+    assert plan.state_bytes == cache._state.nbytes + cache._overflow_counts.nbytes
+    assert plan.workspace_bytes == cache._workspace.nbytes
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_the_largest_that_fits_a_gpu_can_be_had() -> None:
+    """To the last position, what the allocator rounds up included."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    largest = StreamingKVCacheFp16.plan(3, 1000, 7, 128, device="cuda").largest_max_positions
+    assert largest is not None
+    cache = StreamingKVCacheFp16(3, largest - 200_000, 7, 128, device="cuda")
+    rest = StreamingKVCacheFp16.plan(3, 1000, 7, 128, device="cuda").largest_max_positions
+    assert rest is not None and 0 < rest <= 200_000
+    StreamingKVCacheFp16(3, rest, 7, 128, device="cuda")
+    del cache
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"num_layers": 0}, ValueError, "num_layers must be at least 1"),
+        ({"max_positions": 1.5}, TypeError, "max_positions must be an int"),
+        ({"num_heads": True}, TypeError, "num_heads must be an int"),
+        ({"head_dim": -1}, ValueError, "head_dim must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"free_bytes": -1}, ValueError, "free_bytes must be at least 0"),
+        ({"free_bytes": 1e9}, TypeError, "free_bytes must be an int"),
+        ({"weights_bytes": None}, TypeError, "weights_bytes must be an int"),
+        ({"device": "meta"}, ValueError, "device must be a CUDA device or the CPU"),
+    ],
+)
+def test_wrong_arguments_of_a_plan(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        StreamingKVCacheFp16.plan(**{"num_layers": 2, "max_positions": 10, "num_heads": 2, "head_dim": 8} | arguments)
+
+
 def test_unknown_free_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     StreamingKVCacheFp16(max_positions=10, device="cpu", **SHAPE)
@@ -92,7 +235,7 @@ def test_cgroup_limits_count(version: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert memory.free_bytes(torch.device("cpu")) == 8_888_888 * 1024
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a CPU build")
+@needs_gpu
 @pytest.mark.gpu
 def test_memory_that_the_allocator_holds_unused_counts_as_free() -> None:
     device = torch.device("cuda")
@@ -108,7 +251,7 @@ def test_memory_that_the_allocator_holds_unused_counts_as_free() -> None:
     assert abs(after - before) < 2**25
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a CPU build")
+@needs_gpu
 @pytest.mark.gpu
 def test_a_cache_larger_than_the_gpu() -> None:
     free = memory.free_bytes(torch.device("cuda"))

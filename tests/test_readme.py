@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ def readme_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_readme_code_runs() -> None:
+def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves a file
     blocks = readme_blocks()
     assert len(blocks) >= 2
     names: dict[str, object] = {}
     for block in blocks:
         if "transformers" not in block:
             exec(compile(block, "README.md", "exec"), names)
+    plan = names["plan"]
+    assert (plan.cache_bytes, plan.fits, plan.largest_max_positions) == (34359738368, True, 83872)  # type: ignore[attr-defined]
     cache = names["cache"]
     assert (len(cache), cache.position) == ((515, 592) if HAS_GPU else (512, 589))  # type: ignore[arg-type, attr-defined]
     assert names["keys"].shape == (3, 32, 128) and names["k16"].shape == (500, 32, 128)  # type: ignore[attr-defined]

@@ -62,6 +62,7 @@ BENCHMARKS = (
     "bench/bench_gather.py",
     "bench/bench_attention.py",
     "bench/bench_reorder.py",
+    "bench/bench_storage.py",
     "bench/bench_generate.py",
     "bench/accuracy.py",
 )

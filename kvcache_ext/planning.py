@@ -1,0 +1,241 @@
+"""`python -m kvcache_ext plan`: what a cache and a model's weights take together, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import memory
+
+GB = memory.GB
+USUAL_GPUS = (16, 24, 48, 80, 141)  # GB
+
+# transformers' names for the same thing, the usual one first.
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+@dataclass
+class Shape:
+    """What a config.json says of a model's cache."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    positions: int | None
+    remarks: list[str] = field(default_factory=list)  # why a plan from it is an upper bound
+
+
+def _number(path: Path, config: dict[str, Any], names: tuple[str, ...], least: int = 1) -> int | None:
+    """The first of these entries that is there and not null."""
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"plan: {name} in {path} must be an int of at least {least}, got {value!r}")
+        return value
+    return None
+
+
+def _needed(path: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
+    value = _number(path, config, names)
+    if value is None:
+        raise ValueError(f"plan: {path} has no {names[0]}; give the shape as --layers, --heads and --head-dim instead")
+    return value
+
+
+def _remarks(config: dict[str, Any], layers: int) -> list[str]:
+    """What makes the plan an upper bound: layers that keep less than every position, or nothing."""
+    found = []
+    kinds = config.get("layer_types")
+    window = config.get("sliding_window") or config.get("attention_chunk_size")
+    if isinstance(kinds, list):
+        local = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
+        other = sum("attention" not in str(kind) or kind == "linear_attention" for kind in kinds)
+    else:
+        used = window is not None and config.get("use_sliding_window", True)
+        local, other = (layers if used else 0), 0
+        pattern = config.get("sliding_window_pattern")
+        if local and isinstance(pattern, int) and pattern > 0:  # every so many layers one without a window
+            local = layers - layers // pattern
+    if local:
+        of = f" of {window:,} positions" if isinstance(window, int) else ""
+        found.append(
+            f"{local} of {layers} layers have a sliding window{of}: Fp16Cache gives those no more slots than their "
+            "window and 128 positions, so this plan is an upper bound"
+        )
+    if other:
+        found.append(f"{other} of {layers} layers keep no keys and values, so this plan is an upper bound")
+    shared = config.get("num_kv_shared_layers")
+    if isinstance(shared, int) and shared > 0:
+        found.append(f"{shared} of {layers} layers use the keys and values of others, so this plan is an upper bound")
+    return found
+
+
+def read_config(folder: Path) -> Shape:
+    """The shape in a transformers config.json; `folder` may be the file itself.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it lacks what a cache's shape needs.
+    """
+    path = folder / "config.json" if folder.is_dir() else folder
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"plan: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"plan: {path} is not JSON: {error}") from error
+    nested = config.get("text_config") if isinstance(config, dict) else config
+    config = nested if isinstance(nested, dict) else config  # models of text and images
+    if not isinstance(config, dict):
+        raise ValueError(f"plan: {path} must hold a JSON object, got a {type(config).__name__}")
+    if config.get("kv_lora_rank") is not None:
+        raise ValueError(
+            f"plan: {path} describes latent attention (kv_lora_rank), whose keys and values differ in size; "
+            "StreamingKVCacheFp16 holds keys and values of one head_dim"
+        )
+    layers = _needed(path, config, LAYERS)
+    head_dim = _number(path, config, ("head_dim",))
+    heads = _number(path, config, KV_HEADS)
+    if heads is None:
+        heads = 1 if config.get("multi_query") is True else _needed(path, config, QUERY_HEADS)
+    if head_dim is None:
+        hidden, queries = _needed(path, config, HIDDEN), _needed(path, config, QUERY_HEADS)
+        if hidden % queries:
+            raise ValueError(
+                f"plan: {path} has no head_dim, and {HIDDEN[0]}, {hidden}, is not a multiple of {QUERY_HEADS[0]}, "
+                f"{queries}"
+            )
+        head_dim = hidden // queries
+    return Shape(layers, heads, head_dim, _number(path, config, POSITIONS), _remarks(config, layers))
+
+
+def _positive(text: str) -> int:
+    value = int(text.replace("_", "").replace(",", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _gigabytes(text: str) -> int:
+    value = float(text)
+    if not 0 <= value < 1e9:  # no NaN either
+        raise argparse.ArgumentTypeError(f"must be a number of GB (10^9 bytes) that is not negative, got {text}")
+    return round(value * GB)
+
+
+_positive.__name__ = "int"  # argparse names it: invalid int value: 'x'
+_gigabytes.__name__ = "number"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="DIR", help="a model's folder, or its config.json")
+    parser.add_argument("--layers", type=_positive, help="layers of the model")
+    parser.add_argument("--heads", type=_positive, help="key/value heads (fewer than a grouped-query model's heads)")
+    parser.add_argument("--head-dim", type=_positive, help="elements of a head")
+    parser.add_argument("--positions", type=_positive, help="positions to hold (default: what the config is made for)")
+    parser.add_argument("--batch", type=_positive, default=1, help="sequences (default: 1)")
+    parser.add_argument(
+        "--weights-gb", type=_gigabytes, default=0, metavar="GB", help="the model's weights, 10^9 bytes"
+    )
+    into = parser.add_mutually_exclusive_group()
+    into.add_argument("--free-gb", type=_gigabytes, metavar="GB", help="memory to fit into, 10^9 bytes")
+    into.add_argument("--device", help="the device whose free memory to fit into (default: a GPU, else the CPU)")
+
+
+def _shape(chosen: argparse.Namespace) -> Shape:
+    """From the config, where there is one; options go before what it says."""
+    read = None if chosen.config is None else read_config(chosen.config)
+    numbers: dict[str, int] = {}
+    for name in ("layers", "heads", "head_dim", "positions"):
+        value = getattr(chosen, name)
+        if value is None and read is not None:
+            value = getattr(read, name)
+        if value is None:
+            hint = "" if name == "positions" and read is not None else ", or --config"
+            raise ValueError(f"plan: --{name.replace('_', '-')} is missing{hint}")
+        numbers[name] = value
+    return Shape(**numbers, remarks=[] if read is None else read.remarks)
+
+
+def _budget(planned: memory.Plan, where: str) -> list[tuple[str, str, str]]:
+    """Rows of the table: what, GB, a remark."""
+
+    def gb(size: int) -> str:
+        return f"{size / GB:,.2f} GB" if size == 0 or size >= GB // 100 else f"{size / 1e6:,.2f} MB"
+
+    both = planned.weights_bytes + planned.total_bytes
+    rows = [
+        ("weights", gb(planned.weights_bytes), ""),
+        ("cache, keys and values (FP16)", gb(planned.cache_bytes), f"in FP32: {gb(planned.fp32_bytes)}"),
+        ("beside it: state, workspace", gb(planned.beside_bytes), ""),
+        ("total", gb(both), f"with a cache in FP32: {gb(both + planned.cache_bytes)}"),
+    ]
+    if planned.free_bytes is not None:
+        verdict = "fits" if planned.fits else f"does not fit: {gb(both - planned.free_bytes)} too much"
+        rows += [
+            ("free" + where, gb(planned.free_bytes), verdict),
+            ("most positions that fit", f"{planned.largest_max_positions:,}", f"for a batch of {planned.batch_size:,}"),
+            ("largest batch that fits", f"{planned.largest_batch_size:,}", f"of {planned.max_positions:,} positions"),
+        ]
+    return rows
+
+
+def _device(name: str) -> torch.device:
+    """A CUDA device that is there, or the CPU. No CUDA build of this package is needed to plan for a GPU."""
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"plan: --device {name} cannot be used, --free-gb needs none: {reason}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"plan: --device must be a CUDA device or cpu, got {name}")
+    return device
+
+
+def print_plan(chosen: argparse.Namespace) -> None:
+    """Prints the budget table.
+
+    Raises:
+        ValueError: an option or the config is wrong.
+    """
+    shape = _shape(chosen)
+    device, where = None, ""
+    if chosen.free_gb is None:
+        device = _device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where = f" on {device}"
+    planned = memory.plan(
+        shape.layers,
+        shape.positions or 1,
+        shape.heads,
+        shape.head_dim,
+        chosen.batch,
+        device=device,
+        free=chosen.free_gb,
+        weights_bytes=chosen.weights_gb,
+    )
+    batch = "" if planned.batch_size == 1 else f"{planned.batch_size:,} sequences of "
+    print(
+        f"{planned.num_layers} layers, {batch}{planned.max_positions:,} positions, "
+        f"{planned.num_heads} key/value heads of {planned.head_dim}"
+    )
+    rows = _budget(planned, where)
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for name, figure, remark in rows:
+        print(f"  {name:<{widths[0]}}  {figure:>{widths[1]}}  {remark}".rstrip())
+    total = planned.weights_bytes + planned.total_bytes
+    sizes = ", ".join(f"{size} GB {'yes' if total <= size * GB else 'no'}" for size in USUAL_GPUS)
+    print(f"  fits on an empty GPU of: {sizes}")
+    for remark in shape.remarks:
+        print(f"  note: {remark}")

@@ -1,0 +1,186 @@
+"""`python -m kvcache_ext plan`: options, config.json files of many kinds, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvcache_ext import memory, planning
+from kvcache_ext.__main__ import main
+
+SHAPE = ["--layers", "32", "--heads", "32", "--head-dim", "128", "--positions", "65536"]
+LLAMA = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096, "max_position_embeddings": 4096}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
+    """The table by the names of its rows; the headline is under ""."""
+    assert main(["plan", *options]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    rows = {"": head}
+    for line in lines:
+        name, _, rest = line.strip().partition("  " if "  " in line.strip() else ": ")
+        rows[name] = " ".join(rest.split())
+    return rows
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The sentence that it ends with."""
+    assert main(["plan", *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    return shown.err
+
+
+def config(folder: Path, **entries: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(entries))
+    return str(folder)
+
+
+def test_the_budget_of_the_7b_model(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, *SHAPE, "--weights-gb", "4", "--free-gb", "48")
+    assert rows[""] == "32 layers, 65,536 positions, 32 key/value heads of 128"
+    assert rows["weights"] == "4.00 GB"
+    assert rows["cache, keys and values (FP16)"] == "34.36 GB in FP32: 68.72 GB"
+    assert rows["total"] == "38.39 GB with a cache in FP32: 72.75 GB"
+    assert rows["free"] == "48.00 GB fits"
+    assert rows["most positions that fit"] == "83,872 for a batch of 1"
+    assert rows["largest batch that fits"] == "1 of 65,536 positions"
+    assert rows["fits on an empty GPU of"] == "16 GB no, 24 GB no, 48 GB yes, 80 GB yes, 141 GB yes"
+
+
+def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, *SHAPE, "--weights-gb", "4", "--free-gb", "48", "--batch", "2")
+    assert rows[""] == "32 layers, 2 sequences of 65,536 positions, 32 key/value heads of 128"
+    assert rows["free"] == "48.00 GB does not fit: 24.75 GB too much"
+    assert rows["largest batch that fits"] == "1 of 65,536 positions"
+
+
+def test_free_memory_is_looked_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device) or 50 * 10**9)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert printed(capsys, *SHAPE)[f"free on {best}"] == "50.00 GB fits"
+    assert printed(capsys, *SHAPE, "--device", "cpu")["free on cpu"] == "50.00 GB fits"
+    assert [device.type for device in asked] == [best, "cpu"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert "free on cpu" not in printed(capsys, *SHAPE, "--device", "cpu")
+
+
+def test_small_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(
+        capsys, "--layers", "1", "--heads", "1", "--head-dim", "8", "--positions", "1_000", "--device", "cpu"
+    )
+    assert rows["cache, keys and values (FP16)"].startswith("0.03 MB")
+
+
+@pytest.mark.parametrize(
+    "entries, shape",
+    [
+        (LLAMA, (32, 32, 128, 4096)),
+        (LLAMA | {"num_key_value_heads": 8}, (32, 8, 128, 4096)),
+        (LLAMA | {"num_key_value_heads": 8, "head_dim": 256}, (32, 8, 256, 4096)),
+        (LLAMA | {"head_dim": None, "num_key_value_heads": None}, (32, 32, 128, 4096)),
+        ({"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}, (12, 12, 64, 1024)),
+        (LLAMA | {"multi_query": True}, (32, 1, 128, 4096)),
+        ({"text_config": LLAMA, "vision_config": {"num_hidden_layers": 5}}, (32, 32, 128, 4096)),
+        ({"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 64}, (2, 4, 64, None)),
+    ],
+)
+def test_configs(tmp_path: Path, entries: dict[str, Any], shape: tuple[int | None, ...]) -> None:
+    folder = Path(config(tmp_path, **entries))
+    for path in (folder, folder / "config.json"):
+        found = planning.read_config(path)
+        assert (found.layers, found.heads, found.head_dim, found.positions) == shape
+        assert found.remarks == []
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"sliding_window": 4096}, ["32 of 32 layers have a sliding window of 4,096 positions"]),
+        ({"sliding_window": None}, []),
+        ({"sliding_window": 4096, "use_sliding_window": False}, []),
+        ({"sliding_window": 512, "sliding_window_pattern": 6}, ["27 of 32 layers have a sliding window of 512"]),
+        (
+            {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 16},
+            ["16 of 32 layers have a sliding window of 512 positions"],
+        ),
+        ({"layer_types": ["full_attention"] * 32, "sliding_window": 512}, []),
+        ({"layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}, ["24 of 32 layers keep no keys"]),
+        ({"layer_types": ["mamba"] * 31 + ["attention"]}, ["31 of 32 layers keep no keys and values"]),
+        ({"attention_chunk_size": 8192, "layer_types": ["chunked_attention"] * 32}, ["a sliding window of 8,192"]),
+        ({"num_kv_shared_layers": 15}, ["15 of 32 layers use the keys and values of others"]),
+    ],
+)
+def test_configs_of_layers_that_keep_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], entries: dict[str, Any], words: list[str]
+) -> None:
+    folder = config(tmp_path, **LLAMA | entries)
+    found = planning.read_config(Path(folder))
+    assert len(found.remarks) == len(words)
+    for remark, part in zip(found.remarks, words, strict=True):
+        assert part in remark and remark.endswith("so this plan is an upper bound")
+        assert printed(capsys, "--config", folder, "--free-gb", "1")["note"] == remark
+
+
+def test_options_go_before_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config(tmp_path, **LLAMA)
+    rows = printed(capsys, "--config", folder, "--free-gb", "48")
+    assert rows[""] == "32 layers, 4,096 positions, 32 key/value heads of 128"
+    rows = printed(capsys, "--config", folder, "--free-gb", "48", "--positions", "100", "--heads", "4")
+    assert rows[""] == "32 layers, 100 positions, 4 key/value heads of 128"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is not JSON"),
+        ("[1]", "must hold a JSON object, got a list"),
+        ("{}", "has no num_hidden_layers; give the shape as --layers, --heads and --head-dim instead"),
+        ('{"num_hidden_layers": 0}', "num_hidden_layers in"),
+        ('{"num_hidden_layers": "12"}', "must be an int of at least 1, got '12'"),
+        ('{"num_hidden_layers": 2, "num_kv_heads": [2, 4]}', "must be an int of at least 1, got [2, 4]"),
+        ('{"num_hidden_layers": 2, "num_key_value_heads": 2}', "has no hidden_size"),
+        ('{"num_hidden_layers": 2, "num_attention_heads": 3, "hidden_size": 64}', "is not a multiple of"),
+        ('{"num_hidden_layers": 2, "kv_lora_rank": 512}', "describes latent attention (kv_lora_rank)"),
+        ('{"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64}', "--positions is missing"),
+    ],
+)
+def test_wrong_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert words in refused(capsys, "--config", str(tmp_path), "--free-gb", "48")
+
+
+def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be read: No such file" in refused(capsys, "--config", str(tmp_path / "none"))
+    assert "cannot be read: No such file" in refused(capsys, "--config", str(tmp_path))
+    assert "--heads is missing, or --config" in refused(capsys, "--layers", "2")
+    assert "--device nope cannot be used" in refused(capsys, *SHAPE, "--device", "nope")
+    assert "--device cuda:99 cannot be used" in refused(capsys, *SHAPE, "--device", "cuda:99")
+    assert "must be a CUDA device or cpu, got meta" in refused(capsys, *SHAPE, "--device", "meta")
+    for options, words in (
+        (["--layers", "0"], "must be at least 1"),
+        (["--layers", "x"], "invalid int value: 'x'"),
+        (["--weights-gb", "nan"], "that is not negative"),
+        (["--free-gb", "-1"], "that is not negative"),
+        (["--free-gb", "1", "--device", "cpu"], "not allowed with"),
+        (["--nonsense"], "unrecognized arguments"),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(["plan", *SHAPE, *options])
+        assert raised.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert "plan" in shown and "env" in shown
+    with pytest.raises(SystemExit):
+        main(["env", "--nonsense"])
+    with pytest.raises(SystemExit) as raised:
+        main(["plan", "--help"])
+    assert raised.value.code == 0 and "--weights-gb" in capsys.readouterr().out
