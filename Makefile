@@ -6,7 +6,7 @@
 ##
 ## make check-kernels    every kernel by plain nvcc for every architecture: warnings, spills, registers, wide loads
 ## make check-cuda-build build the whole CUDA extension, with or without a GPU, and import it
-## make sanitize         every kernel under compute-sanitizer (on a GPU)
+## make sanitize         every kernel under sanitizers: the CPU's, and on a GPU machine the GPU's under compute-sanitizer
 ## make lint             ruff and clang-format, changing nothing
 ## make format           ruff and clang-format, changing files
 ## make typecheck        mypy

@@ -9,6 +9,7 @@ will do (`precision="fp16"`), through scaled_dot_product_attention on the FP16 d
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -96,19 +97,35 @@ def merge_states(
     return merged.to(outs[0].dtype), largest + total.log()
 
 
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before: list[str] = []
+
+
 @contextlib.contextmanager
 def _ieee_fp32(device: torch.device) -> Iterator[None]:
-    """FP32 matmul in FP32, whatever autocast and TF32 or BF16 settings the caller has for the model's own."""
+    """FP32 matmul in FP32, whatever autocast and TF32 or BF16 settings the caller has for the model's own.
+
+    Those settings are the process's, not a thread's: the first thread to come changes them, the last to go puts them
+    back.
+    """
+    global _precision_users, _precision_before
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
     with torch.autocast(device.type, enabled=False):
+        with _precision_lock:
+            if _precision_users == 0:
+                _precision_before = [setting.fp32_precision for setting in settings]
+                for setting in settings:
+                    setting.fp32_precision = "ieee"
+            _precision_users += 1
         try:
-            for setting in settings:
-                setting.fp32_precision = "ieee"
             yield
         finally:
-            for setting, value in zip(settings, before, strict=True):
-                setting.fp32_precision = value
+            with _precision_lock:
+                _precision_users -= 1
+                if _precision_users == 0:
+                    for setting, value in zip(settings, _precision_before, strict=True):
+                        setting.fp32_precision = value
 
 
 class _Softmax:

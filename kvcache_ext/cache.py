@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from os import PathLike
 from typing import Any
 
@@ -175,10 +177,13 @@ class StreamingKVCacheFp16:
 
     def _connect(self) -> None:
         """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
-        for name in ("_state", "_overflow_counts", "_workspace"):
-            if getattr(self, name).is_inference():  # copied or unpickled under inference mode: could not be cleared
-                with torch.inference_mode(False):
-                    setattr(self, name, getattr(self, name).clone())
+        with torch.inference_mode(False):
+            for name in ("_k_cache", "_v_cache", "_state", "_overflow_counts"):
+                tensor = getattr(self, name)
+                if tensor.is_inference():  # copied or unpickled under inference mode: torch could not change it outside
+                    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+                    setattr(self, name, plain)
         self._saturate = self.overflow == "saturate"
         self._compiled = extension.Cache(
             self.k_cache,
@@ -741,13 +746,26 @@ class StreamingKVCacheFp16:
     # Copies (copy.copy, copy.deepcopy, pickle) have tensors and lengths of their own.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_workspace")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.device = self._k_cache.device  # not what was pickled, where torch.load has a map_location
+        with torch.inference_mode(False):
+            self._workspace = torch.zeros(
+                memory.workspace_floats(self.device, self.head_dim), dtype=torch.float32, device=self.device
+            )
         self._connect()
 
     def __copy__(self) -> StreamingKVCacheFp16:
         import copy
 
         return copy.deepcopy(self)
+
+
+def _sent_to_a_process(cache: StreamingKVCacheFp16) -> tuple[Callable[[bytes], StreamingKVCacheFp16], tuple[bytes]]:
+    """A copy, as with any pickle. Left to itself torch would move the tensors into memory that both processes share."""
+    return pickle.loads, (pickle.dumps(cache),)
+
+
+ForkingPickler.register(StreamingKVCacheFp16, _sent_to_a_process)

@@ -1,236 +1,467 @@
-// Every kernel over many shapes without torch, for compute-sanitizer (`make sanitize`): buffers come straight from
-// cudaMalloc, so that reading what nobody wrote, or past an end, is seen. Values are the other tests' affair; here it
-// is only asked that launches succeed and that the last answer of each FP32 shape is finite.
-#include <cuda_runtime.h>
-
+// Every kernel over many shapes without torch, for sanitizers (`make sanitize`): on a GPU under compute-sanitizer, on a
+// CPU under AddressSanitizer and UndefinedBehaviorSanitizer (see sanitize_device.h). What a call reads or writes lies
+// at an end of a buffer, so that a step too far is one out of it. Values are the other tests' affair; here it is only
+// asked that launches succeed, and that answers are finite: on a CPU all of them, on a GPU, where looking would end the
+// overlap of launches, the last of each FP32 shape.
+#include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
+#include <initializer_list>
+#include <iterator>
 
-#include "../csrc/kernels/launch.h"
-#include "../csrc/kernels/layout.h"
+#include "sanitize_device.h"
 
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::printf("sanitize: %s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-
-template <typename T>
-struct Buffer {
-  T* data = nullptr;
-  size_t size;
-  explicit Buffer(size_t n) : size(n) { check(cudaMalloc(&data, n * sizeof(T)), "cudaMalloc"); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { cudaFree(data); }
-  void set(const std::vector<T>& from) {
-    check(cudaMemcpy(data, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  void zero() { check(cudaMemset(data, 0, size * sizeof(T)), "cudaMemset"); }
-  void get(std::vector<T>& to) const {
-    check(cudaMemcpy(to.data(), data, to.size() * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
-  }
-};
-
-uint32_t random_state = 1;
-float random_float() {
-  random_state = random_state * 1664525u + 1013904223u;
-  return static_cast<float>(random_state >> 8) / (1 << 23) - 1.0f;
-}
 
 struct Shape {
   int64_t layers, batch, positions, sinks, heads, head_dim, group;
 };
 
-void run(const Shape& s, kvc::DType dtype) {
-  const int64_t entries = s.layers * s.batch;
-  const size_t cache_elements = static_cast<size_t>(entries * s.positions * s.heads * s.head_dim);
-  Buffer<uint16_t> keys(cache_elements), values(cache_elements);  // never initialised as a whole
-  Buffer<int64_t> state(3 * entries), overflows(s.layers), lengths(s.batch);
-  std::vector<int64_t> start(3 * entries, 0);
-  for (int64_t i = 0; i < entries; ++i) start[entries + i] = s.sinks;
-  state.set(start);
-  overflows.zero();
-  const kvc::CacheView cache{keys.data,   values.data, state.data, s.layers, s.batch,
-                             s.positions, s.heads,     s.head_dim, s.sinks,  kvc::Divider::by(s.positions - s.sinks)};
+// How the rows of a call's tensors lie.
+enum class Form {
+  plain,   // [.., T, H, D]
+  htd,     // [.., H, T, D], as model code has them
+  spaced,  // with gaps of odd sizes: nothing is aligned to more than its elements
+  one_row  // one position for all of them, with a stride of 0
+};
 
-  const int64_t most = s.positions + 5;
-  const size_t input_elements = static_cast<size_t>(s.layers * s.batch * most * s.heads * s.group * s.head_dim);
-  Buffer<float> input(input_elements), output(2 * input_elements),
-      lse(static_cast<size_t>(s.batch * 16 * s.heads * s.group));
-  std::vector<float> numbers(input_elements);
-  for (float& x : numbers) {
-    x = random_float();
-    if (dtype != kvc::DType::f32) {  // two 16-bit numbers of about that size
-      const uint32_t half = dtype == kvc::DType::f16 ? 0x3800u : 0x3f00u;
-      const uint32_t bits = half | half << 16 | (random_state >> 9 & 0x007f007fu);
-      static_assert(sizeof bits == sizeof x, "");
-      __builtin_memcpy(&x, &bits, sizeof x);
+struct Layout {
+  int64_t layer, batch, row, head;  // strides
+  int64_t extent;                   // elements from the first to the last
+
+  static Layout of(Form form, int64_t layers, int64_t batch, int64_t rows, int64_t heads, int64_t head_dim) {
+    Layout l{};
+    const int64_t gap = form == Form::spaced ? 1 : 0;
+    l.head = form == Form::htd ? rows * head_dim : head_dim + 2 * gap;
+    l.row = form == Form::htd ? head_dim : form == Form::one_row ? 0 : heads * l.head + gap;
+    l.batch = form == Form::one_row ? heads * head_dim : rows * heads * (head_dim + 2 * gap) + rows * gap + 2 * gap;
+    l.layer = l.batch * batch + gap;
+    l.extent = (layers - 1) * l.layer + (batch - 1) * l.batch + (rows - 1) * l.row + (heads - 1) * l.head + head_dim;
+    return l;
+  }
+  template <typename Pointer>
+  kvc::Rows<Pointer> rows(Pointer data) const {
+    return {data, layer, batch, row, head};
+  }
+};
+
+bool is_finite(const char* data, int64_t i, kvc::DType dtype) {
+  if (dtype == kvc::DType::f32) {
+    float x;
+    std::memcpy(&x, data + 4 * i, 4);
+    return std::isfinite(x);
+  }
+  uint16_t x;
+  std::memcpy(&x, data + 2 * i, 2);
+  const uint16_t exponent = dtype == kvc::DType::f16 ? 0x7c00 : 0x7f80;
+  return (x & exponent) != exponent;
+}
+
+// `size` places of a buffer: the last ones and the first ones in turn.
+class Places {
+ public:
+  explicit Places(int64_t bytes) : buffer_(bytes) {}
+  char* take(int64_t bytes) {
+    if (bytes > static_cast<int64_t>(buffer_.size)) fail("Places", "too many bytes");
+    at_end_ = !at_end_;
+    return at_end_ ? buffer_.data + (buffer_.size - static_cast<size_t>(bytes)) : buffer_.data;
+  }
+  Buffer<char>& buffer() { return buffer_; }
+
+ private:
+  Buffer<char> buffer_;
+  bool at_end_ = false;
+};
+
+class Case {
+ public:
+  Case(const Shape& shape, kvc::DType type)
+      : s(shape),
+        dtype(type),
+        entries(s.layers * s.batch),
+        keys(entries * s.positions * s.heads * s.head_dim),
+        values(entries * s.positions * s.heads * s.head_dim),
+        state(3 * entries),
+        overflows(s.layers),
+        workspace(kvc::kAttendTickets + 132 * 16 * 514),
+        numbers(most_elements() * kvc::dtype_size(dtype)),
+        more_numbers(most_elements() * kvc::dtype_size(dtype)),
+        key_out(most_elements() * kvc::dtype_size(dtype)),
+        value_out(most_elements() * kvc::dtype_size(dtype)),
+        lse(s.batch * 16 * s.heads * s.group * 4),
+        lengths(s.batch),
+        short_lengths(s.batch),
+        sources(s.batch),
+        short_sources(s.batch),
+        destinations(s.batch),
+        indices(s.batch * 64) {
+    std::vector<int64_t> start(static_cast<size_t>(3 * entries), 0);
+    for (int64_t i = 0; i < entries; ++i) start[static_cast<size_t>(entries + i)] = s.sinks;
+    state.set(start);
+    set_bytes(overflows.data, 0, overflows.size * sizeof(int64_t));
+    // A cache's workspace starts as zeros, and whole vectors of it are copied of which parts mean nothing. On a CPU
+    // all but the tickets stays NaN, which must not reach an answer.
+    set_bytes(workspace.data, 0, (kOnHost ? static_cast<size_t>(kvc::kAttendTickets) : workspace.size) * 4);
+    cache = {keys.data,   values.data, state.data, s.layers, s.batch,
+             s.positions, s.heads,     s.head_dim, s.sinks,  kvc::Divider::by(s.positions - s.sinks)};
+    fill(numbers.buffer(), false);
+    fill(more_numbers.buffer(), false);
+  }
+
+  void run() {
+    appends_and_gathers();
+    if (s.head_dim % 8 == 0) {
+      attention();
+      of_some_sequences();
+      attention_of_what_is_not_finite();
+    }
+    moves_of_sequences();
+    truncations();
+    if (s.head_dim % 8 == 0) attend({.count = 1, .appends = true});
+    gather(s.positions + 4, Form::plain, false);
+    finish();
+    if (!kOnHost && dtype == kvc::DType::f32) look(last_answer, last_elements, "the last gather");
+  }
+
+ private:
+  struct Attend {
+    int64_t count;
+    bool appends = false;
+    int64_t layer = 0;
+    bool ragged = false;
+    int64_t window = 0;
+    float softcap = 0;
+    bool lse = true;
+    bool settled = false;
+    bool finite = true;
+    Form form = Form::plain;
+  };
+
+  int64_t batch() const { return chosen.entries(s.batch); }
+
+  // Of the largest tensor of any call.
+  int64_t most_elements() const {
+    const auto extent = [&](int64_t layers, int64_t rows, int64_t heads) {
+      return Layout::of(Form::spaced, layers, s.batch, rows, heads, s.head_dim).extent;
+    };
+    return std::max(
+        {extent(s.layers, 3, s.heads), extent(1, s.positions + 5, s.heads), extent(1, 16, s.heads * s.group)});
+  }
+
+  // Numbers from -1 to 1, or of that size; with `outliers` some are beyond FP16, infinite or none.
+  void fill(Buffer<char>& buffer, bool outliers) {
+    const int size = kvc::dtype_size(dtype);
+    std::vector<char> bytes(buffer.size);
+    for (size_t i = 0; i < buffer.size / static_cast<size_t>(size); ++i) {
+      float x = static_cast<float>(random_below(1 << 24)) / (1 << 23) - 1.0f;
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      if (dtype == kvc::DType::f16) bits = 0x3800u | (bits & 0x807fu);
+      if (dtype == kvc::DType::bf16) bits >>= 16;
+      if (outliers && random_below(20) == 0) {
+        const uint32_t inf = dtype == kvc::DType::f32 ? 0x7f800000u : dtype == kvc::DType::f16 ? 0x7c00u : 0x7f80u;
+        const uint32_t large = dtype == kvc::DType::f32 ? 0x4f000000u : dtype == kvc::DType::f16 ? 0x7bffu : 0x4f00u;
+        bits = random_below(3) == 0 ? large : random_below(2) == 0 ? inf : inf + 1;
+      }
+      std::memcpy(bytes.data() + i * static_cast<size_t>(size), &bits, static_cast<size_t>(size));
+    }
+    copy_in(buffer.data, bytes.data(), bytes.size());
+  }
+
+  void look(const char* data, int64_t elements, const char* what) {
+    std::vector<char> copy(static_cast<size_t>(elements * kvc::dtype_size(dtype)));
+    copy_out(copy.data(), data, copy.size());
+    for (int64_t i = 0; i < elements; ++i) {
+      if (!is_finite(copy.data(), i, dtype)) fail(what, "an answer is not finite");
     }
   }
-  input.set(numbers);
 
-  kvc::ChosenSequences chosen;
-  const auto rows = [&](int64_t count, int64_t heads, bool htd) {
-    const int64_t row = htd ? s.head_dim : heads * s.head_dim;
-    const int64_t head = htd ? count * s.head_dim : s.head_dim;
-    const int64_t sequence = count * heads * s.head_dim;
-    return kvc::Rows<const void*>{input.data, s.batch * sequence, sequence, row, head};
-  };
-  const auto append_params = [&](int64_t layer, int64_t layers, int64_t count, bool htd, bool ragged) {
-    return kvc::AppendParams{cache,
-                             overflows.data,
-                             layer,
-                             layers,
-                             count,
-                             rows(count, s.heads, htd),
-                             rows(count, s.heads, htd),
-                             dtype,
-                             ragged ? lengths.data : nullptr,
-                             false,
-                             true,
-                             chosen};
-  };
-  const auto append = [&](int64_t layer, int64_t layers, int64_t count, bool htd, bool ragged) {
-    std::vector<int64_t> of_each(static_cast<size_t>(s.batch));
-    for (size_t i = 0; i < of_each.size(); ++i) of_each[i] = static_cast<int64_t>(i) % (count + 1);
-    lengths.set(of_each);
-    check(kvc::launch_append(append_params(layer, layers, count, htd, ragged), nullptr), "append");
-  };
-  Buffer<float> workspace(1024 + 132 * 16 * 514);
-  workspace.zero();
-  bool settled = false;
-  const auto attend = [&](int64_t layer, int64_t count, bool appends, bool ragged, int64_t window) {
-    kvc::AttendParams p{};
-    p.settled = settled;
-    p.cache = cache;
-    p.layer = layer;
-    p.rows = count;
-    p.query_heads = s.heads * s.group;
-    p.query = rows(count, p.query_heads, false);
-    p.out = {output.data, 0, p.query.batch_stride, p.query.row_stride, p.query.head_stride};
-    p.lse = lse.data;
-    p.dtype = dtype;
-    p.scale = 0.1f;
-    p.window = window;
-    p.appends = appends;
-    p.append = append_params(layer, 1, count, false, ragged);
-    p.sequences = chosen;
-    p.partials = workspace.data + 1024;
-    p.tickets = reinterpret_cast<uint32_t*>(workspace.data);
-    p.partial_floats = static_cast<int64_t>(workspace.size) - 1024;
-    check(kvc::launch_attend(p, nullptr), "attend");
-    if (appends && count > 1) check(kvc::launch_append(p.append, nullptr), "append");
-  };
-  const auto gather = [&](int64_t count, const int64_t* indices) {
-    kvc::GatherParams p{};
-    p.cache = cache;
-    p.rows = count;
-    p.start = -2;
-    p.indices = indices;
-    p.indices_stride = 1;
-    const int64_t row = s.heads * s.head_dim;
-    p.key = {output.data, 0, count * row, row, s.head_dim};
-    p.value = {output.data + input_elements, 0, count * row, row, s.head_dim};
-    p.dtype = dtype;
-    p.sequences = chosen;
-    check(kvc::launch_gather(p, nullptr), "gather");
-  };
+  // On a CPU: what a call is to write is NaN before it, and finite after it.
+  void poison(char* data, const Layout& layout) {
+    if (kOnHost) set_bytes(data, 0xff, static_cast<size_t>(layout.extent * kvc::dtype_size(dtype)));
+  }
+  void look(const char* data, const Layout& l, int64_t rows, int64_t heads, const char* what) {
+    const int64_t count = kOnHost ? batch() * rows * heads : 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = i / (rows * heads) * l.batch + i / heads % rows * l.row + i % heads * l.head;
+      look(data + offset * kvc::dtype_size(dtype), s.head_dim, what);
+    }
+  }
 
-  attend(0, 1, false, false, 0);  // nothing is held
-  append(0, s.layers, 1, false, false);
-  append(0, 1, 7, true, false);
-  append(0, s.layers, 3, false, true);
-  for (const int64_t count : {1, 2, 5, 16}) {
-    attend(0, count, false, false, 0);
-    attend(0, count, true, count == 5, count == 2 ? 3 : 0);
-  }
-  append(0, 1, s.positions / 2 + 3, false, false);
-  append(0, 1, s.positions + 5, true, false);
-  for (int i = 0; i < 20; ++i) attend(0, 1, true, false, 0);
-  // Layers in turn, as in a model: each is left alone by the launch before.
-  settled = s.layers > 1;
-  for (int i = 0; i < 10; ++i) attend((i + 1) % s.layers, 1, i % 3 != 0, false, 0);
-  settled = false;
-  attend(0, 16, true, true, 9);
-  Buffer<int64_t> indices(64);
-  std::vector<int64_t> some(64);
-  for (size_t i = 0; i < some.size(); ++i) some[i] = static_cast<int64_t>(i * 7 % 40) - 3;
-  indices.set(some);
-  gather(kvc::imin(s.positions, 64), indices.data);
-  gather(s.positions + 4, nullptr);
-  // Each sequence becomes the next one, then all become the first; an index that is out of range; a cycle of two.
-  Buffer<int64_t> sources(s.batch), destinations(s.batch);
-  std::vector<int64_t> of_each(static_cast<size_t>(s.batch));
-  const auto copy = [&](int64_t count, bool reorders) {
-    sources.set(of_each);
-    check(kvc::launch_copy_sequences({cache, {sources.data}, {reorders ? nullptr : destinations.data}, count}, nullptr),
-          "copy_sequences");
-  };
-  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = b;
-  destinations.set(of_each);
-  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = (b + 1) % s.batch;
-  copy(s.batch, true);
-  if (s.batch > 1) copy(1, false);
-  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = b == 1 ? s.batch : 0;
-  copy(s.batch, true);
-  attend(0, 1, true, false, 0);
-  // About the last sequence alone, and one that is none.
-  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = b == 0 ? s.batch - 1 : -1;
-  sources.set(of_each);
-  chosen = {{sources.data}, s.batch > 1 ? 2 : 1};
-  append(0, s.layers, 1, false, false);
-  append(0, 1, s.positions / 2 + 3, true, true);
-  for (const int64_t count : {1, 5}) {
-    attend(0, count, false, false, 0);
-    attend(0, count, true, false, 0);
-  }
-  gather(s.positions + 4, nullptr);
-  chosen = {};
-  for (int64_t b = 0; b < s.batch; ++b) of_each[b] = s.positions / 3 + b;
-  sources.set(of_each);
-  const auto truncate = [&](bool resets, int64_t length, kvc::Integers of, int64_t count) {
-    kvc::TruncateParams p{state.data, s.layers, s.batch, s.sinks, resets, length, of, {}};
-    if (count < s.batch) p.sequences = {{destinations.data}, count};
-    check(kvc::launch_truncate(p, nullptr), "truncate");
-  };
-  truncate(false, 0, {sources.data}, s.batch);
-  truncate(false, s.positions / 3, {}, s.batch);
-  if (s.batch > 1) truncate(true, 0, {}, 1);
-  attend(0, 1, true, false, 0);
-  check(cudaDeviceSynchronize(), "the kernels");
-  if (dtype == kvc::DType::f32) {
-    std::vector<float> answer(static_cast<size_t>(s.batch * s.heads * s.group * s.head_dim));
-    output.get(answer);
-    for (const float x : answer) {
-      if (!std::isfinite(x)) {
-        std::printf("sanitize: an answer is not finite\n");
-        std::exit(1);
+  const void* input(Places& from, const Layout& layout) { return from.take(layout.extent * kvc::dtype_size(dtype)); }
+
+  kvc::AppendParams append_params(int64_t layer, int64_t layers, int64_t count, Form form, bool ragged) {
+    const Layout layout = Layout::of(form, layers, batch(), count, s.heads, s.head_dim);
+    kvc::AppendParams p{};
+    p.cache = cache;
+    p.overflow_counts = overflows.data;
+    p.first_layer = layer;
+    p.layer_count = layers;
+    p.rows = count;
+    p.key = layout.rows(input(numbers, layout));
+    p.value = layout.rows(input(more_numbers, layout));
+    p.dtype = dtype;
+    p.saturate = saturate;
+    p.sequences = chosen;
+    if (ragged) {
+      std::vector<int64_t> of_each(static_cast<size_t>(batch()));
+      for (size_t i = 0; i < of_each.size(); ++i) of_each[i] = static_cast<int64_t>(i % (count + 3)) - 1;
+      p.new_lengths_are_32_bit = random_below(2) == 0;
+      if (p.new_lengths_are_32_bit) {
+        p.new_lengths = short_lengths.set({of_each.begin(), of_each.end()});
+      } else {
+        p.new_lengths = lengths.set(of_each);
       }
     }
+    return p;
   }
-}
+
+  void append(int64_t layer, int64_t layers, int64_t count, Form form = Form::plain, bool ragged = false) {
+    run_op(append_params(layer, layers, count, form, ragged));
+  }
+
+  void attend(const Attend& a) {
+    const int64_t query_heads = s.heads * s.group;
+    const Layout layout = Layout::of(a.form, 1, batch(), a.count, query_heads, s.head_dim);
+    kvc::AttendParams p{};
+    p.cache = cache;
+    p.layer = a.layer;
+    p.rows = a.count;
+    p.query_heads = query_heads;
+    p.query = layout.rows(input(numbers, layout));
+    char* out = key_out.take(layout.extent * kvc::dtype_size(dtype));
+    poison(out, layout);
+    p.out = layout.rows(static_cast<void*>(out));
+    if (a.lse) p.lse = reinterpret_cast<float*>(lse.take(batch() * a.count * query_heads * 4));
+    p.dtype = dtype;
+    p.scale = 0.1f;
+    p.softcap = a.softcap;
+    p.window = a.window;
+    p.settled = a.settled;
+    p.appends = a.appends;
+    if (a.appends) p.append = append_params(a.layer, 1, a.count, a.form, a.ragged);
+    p.sequences = chosen;
+    p.tickets = reinterpret_cast<uint32_t*>(workspace.data);
+    p.partials = workspace.data + kvc::kAttendTickets;
+    p.partial_floats = static_cast<int64_t>(workspace.size) - kvc::kAttendTickets;
+    run_op(p);
+    if (a.finite) look(out, layout, a.count, query_heads, "attend");
+  }
+
+  void gather(int64_t count, Form form, bool by_index) {
+    const Layout layout = Layout::of(form, 1, batch(), count, s.heads, s.head_dim);
+    kvc::GatherParams p{};
+    p.cache = cache;
+    p.layer = s.layers - 1;
+    p.rows = count;
+    p.start = -2;
+    if (by_index) {  // for each sequence its own, some of them out of range
+      const int64_t stride = 1 + random_below(2);
+      std::vector<int64_t> some(static_cast<size_t>((batch() - 1) * 64 + (count - 1) * stride + 1));
+      for (int64_t& index : some)
+        index = static_cast<int64_t>(random_below(static_cast<uint32_t>(s.positions + 6))) - 3;
+      p.indices = indices.set(some);
+      p.indices_stride = stride;
+      p.indices_batch_stride = 64;
+    }
+    last_elements = layout.extent;
+    char* outs[2] = {key_out.take(layout.extent * kvc::dtype_size(dtype)),
+                     value_out.take(layout.extent * kvc::dtype_size(dtype))};
+    last_answer = outs[0];
+    for (char* out : outs) poison(out, layout);
+    p.key = layout.rows(static_cast<void*>(outs[0]));
+    p.value = layout.rows(static_cast<void*>(outs[1]));
+    p.dtype = dtype;
+    p.sequences = chosen;
+    run_op(p);
+    for (char* out : outs) look(out, layout, count, s.heads, "gather");
+  }
+
+  void appends_and_gathers() {
+    if (s.head_dim % 8 == 0) attend({.count = 1});  // nothing is held
+    append(0, s.layers, 1);
+    append(0, 1, 7, Form::htd);
+    append(s.layers - 1, 1, 5, Form::spaced);
+    append(0, s.layers, 3, Form::plain, true);
+    append(0, s.layers, 2, Form::spaced, true);
+    for (const Form form : {Form::plain, Form::htd, Form::spaced}) {
+      gather(kvc::imin(s.positions, 32), form, true);
+      gather(s.positions + 4, form, false);
+    }
+    append(0, s.layers, 3, Form::one_row);
+  }
+
+  void attention() {
+    for (const int64_t count : {1, 2, 5, 16}) {
+      attend({.count = count});
+      attend({.count = count, .appends = true, .ragged = count != 2, .window = count == 2 ? 3 : 0});
+      attend({.count = count, .appends = true, .softcap = 2, .lse = false, .form = Form::spaced});
+    }
+    append(0, 1, s.positions / 2 + 3);
+    append(0, 1, s.positions + 5, Form::htd);
+    append(0, 1, s.positions + 1, Form::spaced, true);
+    for (int i = 0; i < (kEmulated ? 4 : 20); ++i) attend({.count = 1, .appends = true});
+    // Layers in turn, as in a model: each is left alone by the launch before.
+    if (s.layers > 1) attend({.count = 1, .appends = true});
+    for (int i = 0; i < 10 && s.layers > 1; ++i) {
+      attend({.count = i % 4 == 3 ? 2 : 1,
+              .appends = i % 4 != 3 && i % 3 != 0,
+              .layer = (i + 1) % s.layers,
+              .settled = true});
+    }
+    attend({.count = 16, .appends = true, .ragged = true, .window = 9});
+    attend({.count = 3, .window = 5, .softcap = 1, .form = Form::htd});
+  }
+
+  // About the last sequence alone, and one that is none.
+  void of_some_sequences() {
+    std::vector<int64_t> some{s.batch - 1};
+    if (s.batch > 1) some.push_back(-1);
+    for (const bool are_32_bit : {false, true}) {
+      const void* numbers_of = are_32_bit ? static_cast<const void*>(short_sources.set({some.begin(), some.end()}))
+                                          : static_cast<const void*>(sources.set(some));
+      chosen = {{numbers_of, are_32_bit}, static_cast<int64_t>(some.size())};
+      append(0, s.layers, 1);
+      append(0, 1, s.positions / 2 + 3, Form::htd, true);
+      for (const int64_t count : {1, 5}) {
+        attend({.count = count});
+        attend({.count = count, .appends = true});
+      }
+      gather(s.positions + 4, Form::plain, false);
+      gather(kvc::imin(s.positions, 32), Form::plain, true);
+    }
+    chosen = {};
+  }
+
+  // Values that are not finite have a path of their own; overflows are counted.
+  void attention_of_what_is_not_finite() {
+    fill(numbers.buffer(), true);
+    fill(more_numbers.buffer(), true);
+    for (const bool policy : {false, true}) {
+      saturate = policy;
+      append(0, 1, 9);
+      append(0, 1, s.positions + 3, Form::htd);
+      for (const int64_t count : {1, 5}) attend({.count = count, .appends = true, .finite = false});
+      attend({.count = 7, .window = 4, .finite = false});
+    }
+    fill(numbers.buffer(), false);
+    fill(more_numbers.buffer(), false);
+    append(0, 1, s.positions + 5);  // again all of the ring, and with it...
+    reset_all();                    // ...the sinks, which are not in it
+    append(0, s.layers, 3);
+    append(0, 1, s.positions);
+  }
+
+  void copy(const std::vector<int64_t>& from, const std::vector<int64_t>* to, bool are_32_bit) {
+    kvc::CopySequencesParams p{};
+    p.cache = cache;
+    p.sources = are_32_bit ? kvc::Integers{short_sources.set({from.begin(), from.end()}), true}
+                           : kvc::Integers{sources.set(from), false};
+    if (to != nullptr) p.destinations = {destinations.set(*to), false};
+    p.count = static_cast<int64_t>(from.size());
+    run_op(p);
+  }
+
+  void moves_of_sequences() {
+    std::vector<int64_t> from(static_cast<size_t>(s.batch)), to(static_cast<size_t>(s.batch));
+    // Each becomes the next one: a cycle of all.
+    for (int64_t b = 0; b < s.batch; ++b) from[static_cast<size_t>(b)] = (b + 1) % s.batch;
+    copy(from, nullptr, false);
+    // Pairs change places: cycles of two.
+    for (int64_t b = 0; b < s.batch; ++b) from[static_cast<size_t>(b)] = (b ^ 1) < s.batch ? b ^ 1 : b;
+    copy(from, nullptr, true);
+    // Into places named from the last to the first, some out of range.
+    for (int64_t b = 0; b < s.batch; ++b) to[static_cast<size_t>(b)] = b % 5 == 4 ? s.batch + b : s.batch - 1 - b;
+    copy(from, &to, false);
+    copy({s.batch - 1}, &to, true);
+    // All become the first, but for one that is out of range.
+    for (int64_t b = 0; b < s.batch; ++b) from[static_cast<size_t>(b)] = b == 1 ? s.batch : 0;
+    copy(from, nullptr, false);
+    if (s.head_dim % 8 == 0) attend({.count = 1, .appends = true});
+  }
+
+  void truncate(bool resets, int64_t length, kvc::Integers lengths_of, kvc::ChosenSequences of) {
+    run_op(kvc::TruncateParams{state.data, s.layers, s.batch, s.sinks, resets, length, lengths_of, of});
+  }
+  void reset_all() { truncate(true, 0, {}, {}); }
+
+  void truncations() {
+    std::vector<int64_t> of_each(static_cast<size_t>(s.batch));
+    for (int64_t b = 0; b < s.batch; ++b) of_each[static_cast<size_t>(b)] = b % 7 == 6 ? -b : s.positions / 3 + b;
+    truncate(false, 0, {sources.set(of_each)}, {});
+    truncate(false, 0, {short_sources.set({of_each.begin(), of_each.end()}), true}, {});
+    gather(kvc::imin(s.positions, 32), Form::plain, true);
+    truncate(false, s.positions / 4, {}, {});
+    const std::vector<int64_t> one{s.batch - 1};
+    truncate(false, 0, {sources.set({1})}, {{destinations.set(one)}, 1});
+    if (s.batch > 1) truncate(true, 0, {}, {{destinations.set(one)}, 1});
+  }
+
+  Shape s;
+  kvc::DType dtype;
+  int64_t entries;
+  Buffer<uint16_t> keys, values;  // never initialised as a whole
+  Buffer<int64_t> state, overflows;
+  Buffer<float> workspace;
+  Places numbers, more_numbers, key_out, value_out, lse;
+  Buffer<int64_t> lengths;
+  Buffer<int32_t> short_lengths;
+  Buffer<int64_t> sources;
+  Buffer<int32_t> short_sources;
+  Buffer<int64_t> destinations, indices;
+  kvc::CacheView cache;
+  kvc::ChosenSequences chosen;
+  bool saturate = true;
+  const char* last_answer = nullptr;
+  int64_t last_elements = 0;
+};
 
 }  // namespace
 
-// With an argument: that many of the shapes, in FP32 alone (racecheck takes minutes for all).
+// Arguments: "fp32" leaves out the other dtypes; the name of an instruction set chooses it (on a CPU).
 int main(int argc, char** argv) {
-  const Shape shapes[] = {
-      {2, 1, 64, 0, 2, 64, 1},   {1, 3, 100, 4, 1, 128, 4}, {1, 2, 33, 1, 3, 80, 2},
-      {1, 1, 700, 2, 4, 128, 1}, {1, 1, 50, 0, 1, 256, 8},  {1, 1, 40, 3, 2, 512, 3},
-      {1, 2, 300, 0, 1, 96, 16}, {3, 1, 20, 19, 2, 8, 1},   {1, 150, 40, 0, 1, 16, 1},
+  // layers, batch, positions, sinks, heads, head_dim, group. One query to a KV head has a kernel of its own; group and
+  // count choose among the others' sizes.
+  std::vector<Shape> shapes = {
+      {2, 1, 64, 0, 2, 64, 1},  {2, 3, 60, 4, 1, 128, 4}, {2, 2, 33, 1, 3, 80, 2},  {2, 1, 90, 2, 2, 120, 1},
+      {2, 1, 50, 0, 1, 256, 8}, {2, 1, 24, 3, 2, 512, 3}, {1, 2, 40, 0, 1, 96, 16}, {3, 1, 20, 19, 2, 8, 1},
+      {1, 20, 6, 0, 1, 16, 1},   // many sequences for copy_sequences to move at a time
+      {2, 2, 30, 2, 1, 248, 1},  // a single query of a large head
+      {1, 3, 37, 5, 3, 7, 1},    // nothing is aligned, and there is no attention
+      {1, 2, 9, 0, 1, 1, 1},     // a row of one element
   };
-  const int most = argc > 1 ? std::atoi(argv[1]) : 1000;
+  const Shape long_shapes[] = {
+      {2, 1, 700, 2, 4, 128, 1},
+      {1, 2, 300, 0, 1, 96, 16},
+      {1, 150, 40, 0, 1, 16, 1},
+      {1, 1, 2300, 1, 1, 8, 1},  // sums over more than a piece of rows
+  };
+  // What matters to a GPU alone: appends of many vectors; more KV heads than it has room for blocks, so that blocks are
+  // small and nothing is split.
+  const Shape wide_shapes[] = {
+      {1, 1, 300, 0, 32, 128, 1}, {1, 70, 20, 0, 4, 64, 1},  {1, 70, 20, 2, 4, 128, 2},
+      {1, 70, 12, 0, 4, 256, 2},  {1, 70, 12, 0, 4, 512, 2}, {1, 140, 20, 0, 8, 16, 1},
+  };
+  if (!kEmulated) shapes.insert(shapes.end(), std::begin(long_shapes), std::end(long_shapes));
+  if (!kOnHost) shapes.insert(shapes.end(), std::begin(wide_shapes), std::end(wide_shapes));
+  bool fp32 = false;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "fp32") == 0) {
+      fp32 = true;
+      continue;
+    }
+#if !defined(__CUDACC__) && !defined(SANITIZE_EMULATED)
+    if (kvc::cpu::select_instruction_set(argv[i])) continue;
+    std::printf("sanitize: this CPU has no %s\n", argv[i]);
+    return 2;
+#else
+    fail(argv[i], "no such argument");
+#endif
+  }
   int count = 0;
   for (const Shape& shape : shapes) {
     for (const kvc::DType dtype : {kvc::DType::f32, kvc::DType::f16, kvc::DType::bf16}) {
-      if (count == most) break;
-      if (argc > 1 && dtype != kvc::DType::f32) continue;
-      run(shape, dtype);
+      if (fp32 && dtype != kvc::DType::f32) continue;
+      Case(shape, dtype).run();
       ++count;
     }
   }

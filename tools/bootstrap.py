@@ -81,7 +81,7 @@ TARGETS = {
     "report": Target(("bench",), ((*REPORT, "{args}"),), build=True),
     "check-kernels": Target(("sass",), (("python", "tools/check_kernels.py", "{args}"),), torch=False),
     "check-cuda-build": Target((), (("python", "tools/check_cuda_build.py"),)),
-    "sanitize": Target((), (("python", "tools/sanitize.py"),), torch=False),
+    "sanitize": Target((), (("python", "tools/sanitize.py", "{args}"),), torch=False),
     "lint": Target(
         ("lint",),
         (("ruff", "check"), ("ruff", "format", "--check"), ("clang-format", "--dry-run", "-Werror", "{c++}")),

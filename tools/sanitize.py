@@ -1,50 +1,133 @@
-"""Runs every kernel under compute-sanitizer: memcheck, racecheck, initcheck, synccheck. Needs a GPU and a CUDA toolkit.
+"""Runs every kernel under sanitizers: those of the CPU everywhere, and where there is a GPU those of the GPU, too.
 
-tests/sanitize.cu has no torch in it: its buffers come straight from cudaMalloc, where a caching allocator would hide
-reads of what nobody wrote. racecheck, which takes longest, sees the FP32 shapes alone.
+tests/sanitize.cu is one list of calls for all of them, without torch: a caching allocator hides reads of what nobody
+wrote and steps past an end (tests/sanitize_device.h has the buffers).
+
+On a CPU, under AddressSanitizer and UndefinedBehaviorSanitizer: the CPU kernels with each instruction set that this
+machine has, and the GPU kernels' own source as tests/emulator runs it (FP32, as that is slow). On a GPU, under
+compute-sanitizer: memcheck, synccheck, initcheck and racecheck (which takes longest, and sees FP32 alone).
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import setup  # the way to the toolkit is the build's own
 
-TOOLS = {"memcheck": [], "synccheck": [], "initcheck": [], "racecheck": ["9"]}
+CASES = ROOT / "tests" / "sanitize.cu"
+KERNELS = ROOT / "csrc" / "kernels"
+EMULATOR = ROOT / "tests" / "emulator"
+STARTED = time.monotonic()
+
+INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+NOT_ON_THIS_CPU = 2  # the exit code of the cases
+CPU_FLAGS = [
+    *("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wno-unknown-pragmas"),
+    *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"),
+]
+# The emulator's threads are fibers, whose small stacks AddressSanitizer would overflow and does not follow.
+EMULATED_FLAGS = ["--param", "asan-stack=0", "-DSANITIZE_EMULATED", f"-I{EMULATOR}", f"-I{KERNELS}"]
+# Finding leaks needs ptrace, which containers forbid; kernels allocate nothing but vectors.
+CPU_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+GPU_TOOLS: dict[str, list[str]] = {"memcheck": [], "synccheck": [], "initcheck": [], "racecheck": ["fp32"]}
 NOTHING_FOUND = ("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")
 
 
-def main() -> int:
+def say(what: str) -> None:
+    print(f"[{time.monotonic() - STARTED:5.1f} s] {what}", flush=True)
+
+
+def run(name: str, command: Sequence[str], found_nothing: Sequence[str] = ()) -> str | None:
+    """Runs one sanitizer; its name if it found something."""
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **CPU_OPTIONS})
+    if result.returncode == NOT_ON_THIS_CPU and not found_nothing:
+        say(f"left out {name}: this CPU lacks the instructions")
+        return None
+    fine = result.returncode == 0 and (not found_nothing or any(line in result.stdout for line in found_nothing))
+    say(f"{'ok' if fine else 'FAILED':<6} {name}")
+    if not fine:
+        print((result.stdout + result.stderr)[-6000:], flush=True)
+    return None if fine else name
+
+
+def compile_all(folder: Path, program: str, sources: Sequence[Path], flags: Sequence[str], jobs: int) -> Path:
+    compiler = [shlex.split(os.environ.get("CXX", "c++"))[0]]
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{program}-{source.parent.name}-{source.name}.o")
+        subprocess.run([*compiler, *CPU_FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([*compiler, *CPU_FLAGS, *objects, "-o", str(folder / program)], check=True)
+    say(f"built {program}")
+    return folder / program
+
+
+def on_cpu(folder: Path) -> list[str]:
+    """The names of what found something."""
+    jobs = min(os.cpu_count() or 1, 8)
+    cpu = compile_all(folder, "cpu", [CASES, *sorted((KERNELS / "cpu").glob("*.cpp"))], [], jobs)
+    emulated_sources = [CASES, EMULATOR / "emulator.cpp", *sorted(KERNELS.glob("*.cu"))]
+    emulated = compile_all(folder, "emulated", emulated_sources, EMULATED_FLAGS, jobs)
+    runs = [("emulated GPU kernels", [str(emulated), "fp32"])]
+    runs += [(f"CPU kernels, {name}", [str(cpu), name]) for name in INSTRUCTION_SETS]
+    with ThreadPoolExecutor(jobs) as pool:
+        return [name for name in pool.map(lambda each: run(*each), runs) if name is not None]
+
+
+def on_gpu(folder: Path) -> list[str]:
     toolkit = setup.find_toolkit()
     if toolkit is None:
-        raise SystemExit("sanitize: no CUDA toolkit (nvcc) was found: install one, or set CUDA_HOME")
-    started = time.monotonic()
-    failed = []
+        raise SystemExit("sanitize: there is a GPU, but no CUDA toolkit (nvcc): install one, or set CUDA_HOME")
+    program = str(folder / "gpu")
+    command = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O2", "-lineinfo", "--expt-relaxed-constexpr"]
+    sources = [str(CASES), *map(str, sorted(KERNELS.glob("*.cu")))]
+    subprocess.run([*command, "-arch=native", "--threads", "0", "-o", program, *sources], check=True)
+    say("built gpu")
+    sanitizer = str(toolkit / "bin" / "compute-sanitizer")
+    found = [
+        run(f"GPU kernels, {tool}", [sanitizer, "--tool", tool, program, *arguments], NOTHING_FOUND)
+        for tool, arguments in GPU_TOOLS.items()
+    ]
+    return [name for name in found if name is not None]
+
+
+def has_gpu() -> bool:
+    query = shutil.which("nvidia-smi")
+    if query is not None:
+        return subprocess.run([query, "-L"], capture_output=True).stdout.startswith(b"GPU ")
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("cpu", "gpu"), help="one of the two parts; gpu: even if none is seen")
+    only = parser.parse_args().only
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "sanitize")
-        sources = [str(ROOT / "tests" / "sanitize.cu"), *map(str, sorted((ROOT / "csrc" / "kernels").glob("*.cu")))]
-        command = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O2", "-lineinfo", "--expt-relaxed-constexpr"]
-        subprocess.run([*command, "-arch=native", "-o", program, *sources], check=True)
-        print(f"[{time.monotonic() - started:5.1f} s] built", flush=True)
-        for tool, arguments in TOOLS.items():
-            run = subprocess.run(
-                [str(toolkit / "bin" / "compute-sanitizer"), "--tool", tool, program, *arguments],
-                capture_output=True,
-                text=True,
-            )
-            fine = run.returncode == 0 and any(line in run.stdout for line in NOTHING_FOUND)
-            print(f"[{time.monotonic() - started:5.1f} s] {'ok' if fine else 'FAILED':<6} {tool}", flush=True)
-            if not fine:
-                failed.append(tool)
-                print((run.stdout + run.stderr)[-4000:])
-    print(f"sanitize: {'nothing found' if not failed else 'findings of ' + ', '.join(failed)}")
-    return 1 if failed else 0
+        if only != "gpu":
+            found += on_cpu(Path(folder))
+        if only == "gpu" or (only is None and has_gpu()):
+            found += on_gpu(Path(folder))
+        elif only is None:
+            say("left out the GPU's part: there is no GPU here (--only gpu runs it all the same)")
+    print(f"sanitize: {'nothing found' if not found else 'findings of ' + '; '.join(found)}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

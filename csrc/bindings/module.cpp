@@ -112,6 +112,7 @@ class Cache {
         lengths_(HostLengths::make(cache_.tensors.state, sink_positions, cache_.view.positions)) {}
 
   void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths, py::handle sequences) {
+    check_in_place("append");
     const SequencesArgument chosen(*this, "append", sequences);
     kvc::append(cache_, lengths_.get(), integer_argument("append", "layer", layer),
                 tensor_argument("append", "key", key), tensor_argument("append", "value", value),
@@ -119,6 +120,7 @@ class Cache {
   }
 
   void append_all(py::handle keys, py::handle values, py::handle new_lengths, py::handle sequences) {
+    check_in_place("append_all");
     const SequencesArgument chosen(*this, "append_all", sequences);
     kvc::append_all(cache_, lengths_.get(), tensor_argument("append_all", "keys", keys),
                     tensor_argument("append_all", "values", values),
@@ -126,6 +128,7 @@ class Cache {
   }
 
   TensorPair gather(py::handle layer, py::handle indices, py::handle dtype, py::handle out, py::handle sequences) {
+    check_in_place("gather");
     const SequencesArgument chosen(*this, "gather", sequences);
     const int64_t l = integer_argument("gather", "layer", layer);
     const at::Tensor& i = tensor_argument("gather", "indices", indices);
@@ -138,6 +141,7 @@ class Cache {
 
   TensorPair get_range_f32(py::handle layer, py::handle start, py::handle end, py::handle out) {
     const char* op = "get_range_f32";
+    check_in_place(op);
     const int64_t l = checked_layer(op, layer);
     const auto [from, to] = checked_range(op, l, start, end);
     const auto pair = out_argument(op, out);
@@ -146,6 +150,7 @@ class Cache {
 
   TensorPair get_valid_f32(py::handle layer, py::handle out) {
     const char* op = "get_valid_f32";
+    check_in_place(op);
     const int64_t l = checked_layer(op, layer);
     lengths_->refresh(op);
     const auto pair = out_argument(op, out);
@@ -154,6 +159,7 @@ class Cache {
 
   TensorPair get_range_raw(py::handle layer, py::handle start, py::handle end) {
     const char* op = "get_range_raw";
+    check_in_place(op);
     const int64_t l = checked_layer(op, layer);
     const auto [from, to] = checked_range(op, l, start, end);
     const int64_t slot = lengths_->contiguous_slot(l, lengths_->all(), from, to);
@@ -168,6 +174,7 @@ class Cache {
   py::object attend(py::handle layer, py::handle query, py::handle scale, py::handle window, py::handle softcap,
                     py::handle return_lse, py::handle out, py::handle sequences) {
     const char* op = "attend";
+    check_in_place(op);
     const SequencesArgument chosen(*this, op, sequences);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
@@ -182,6 +189,7 @@ class Cache {
                            py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
                            py::handle out, py::handle sequences) {
     const char* op = "append_attend";
+    check_in_place(op);
     const SequencesArgument chosen(*this, op, sequences);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
@@ -201,6 +209,7 @@ class Cache {
                          py::handle scale, py::handle window, py::handle softcap, py::handle return_lse, py::handle out,
                          py::handle sequences) const {
     const char* op = key.is_none() ? "attend" : "append_attend";
+    check_in_place(op);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
     const AttendOptions options = attend_options(op, scale, window, softcap);
@@ -223,17 +232,20 @@ class Cache {
   }
 
   int64_t shortest() {
+    check_in_place("len");
     lengths_->refresh("len");
     return lengths_->shortest();
   }
 
   int64_t position() {
+    check_in_place("position");
     lengths_->refresh("position");
     return lengths_->position();
   }
 
   void truncate(py::handle n, py::handle sequences) {
     const char* op = "truncate";
+    check_in_place(op);
     const SequencesArgument chosen(*this, op, sequences);
     const IntegerArgument* of = chosen.get();
     if (is_tensor(n) && THPVariable_Unpack(n.ptr()).dim() > 0) {
@@ -272,11 +284,13 @@ class Cache {
   }
 
   void reset(py::handle sequences) {
+    check_in_place("reset");
     const SequencesArgument chosen(*this, "reset", sequences);
     kvc::reset(cache_, lengths_.get(), chosen.get());
   }
 
   void reorder(py::handle batch_indices) {
+    check_in_place("reorder");
     const IntegerArgument sources = slots_argument("reorder", "batch_indices", batch_indices, false);
     TORCH_CHECK_VALUE(!sources.known || static_cast<int64_t>(sources.values.size()) == cache_.view.batch,
                       "reorder: batch_indices must have one index for each of the ", cache_.view.batch,
@@ -286,6 +300,7 @@ class Cache {
 
   void copy_sequence(py::handle src, py::handle dst) {
     const char* op = "copy_sequence";
+    check_in_place(op);
     const IntegerArgument from = slots_argument(op, "src", src, true);
     const IntegerArgument to = slots_argument(op, "dst", dst, true);
     check_distinct(op, "dst", to);
@@ -295,9 +310,24 @@ class Cache {
     kvc::copy_sequences(op, cache_, lengths_.get(), from, &to);
   }
 
-  void clear() { kvc::clear(cache_, lengths_.get()); }
+  void clear() {
+    check_in_place("clear");
+    kvc::clear(cache_, lengths_.get());
+  }
 
  private:
+  // Addresses are taken once, and torch can move the memory of a tensor all the same.
+  void check_in_place(const char* op) const {
+    const CacheTensors& t = cache_.tensors;
+    const CacheView& c = cache_.view;
+    TORCH_CHECK(
+        t.k_cache.const_data_ptr() == c.k_cache && t.v_cache.const_data_ptr() == c.v_cache &&
+            t.state.const_data_ptr() == c.state,
+        op,
+        ": the cache's memory has been moved, by share_memory_(), set_() or resize_() of one of its tensors, and "
+        "cannot be used where it was; copy.deepcopy makes a cache of what there is");
+  }
+
   // Numbers of the host's, copied to the cache's device without waiting for it.
   IntegerArgument on_device(const char* op, const char* name, std::vector<int64_t> values) const {
     const c10::Device device = cache_.tensors.k_cache.device();
