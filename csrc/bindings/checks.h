@@ -87,6 +87,9 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
 GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices,
                            const ChosenSequences& sequences);
 
+// A tensor with sizes and strides that can be asked for.
+void check_dense(const char* op, const char* name, const at::Tensor& t);
+
 DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype);
 
 std::string shape_text(at::IntArrayRef sizes);
