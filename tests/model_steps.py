@@ -635,7 +635,7 @@ class Run:
                 raise Difference(f"{what}: entry {i} is not zero where nothing is seen")
             with np.errstate(invalid="ignore", over="ignore"):
                 error = np.linalg.norm(answers[i] - want.out, axis=-1)
-                relative = 4e-3 if fp16 else RELATIVE[dtype]
+                relative = 4e-3 + 2.0**-10 * want.magnitude if fp16 else RELATIVE[dtype]  # FP16 scores and weights
                 # The design's bound is relative to the answer. Of values from 1e-9 to 65,504 large ones may cancel each
                 # other out, and what is left is not known that well: there it is relative to what was added up.
                 size = want.terms if self.wild else np.linalg.norm(want.out, axis=-1)

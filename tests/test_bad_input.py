@@ -387,3 +387,16 @@ def test_one_tensor_on_meta_through_the_dispatcher(device: torch.device) -> None
         ops.truncate(c.k_cache, c._state, 0, sequences=torch.zeros(1, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="gather: indices must be on the cache's device"):
         ops.gather(c.k_cache, c.v_cache, c._state, 0, torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+def test_tensors_of_a_function_transform(device: torch.device) -> None:
+    """vmap's and grad's wrappers have no memory that a kernel could read."""
+    cache = make_cache(device)
+    x = torch.ones(3, 2, 8, device=device)
+    with pytest.raises(ValueError, match="append: key must have memory of its own"):
+        torch.vmap(lambda key: (cache.append(0, key, key), key)[1])(x)
+    with pytest.raises(ValueError, match="attend: query must have memory of its own"):
+        torch.func.grad(lambda query: cache.attend(0, query).sum())(x[0])
+    with pytest.raises(ValueError, match="gather: indices must have memory of its own"):
+        torch.vmap(lambda i: cache.gather(0, i)[0])(torch.zeros(3, 2, dtype=torch.int64, device=device))
+    assert cache.is_empty()

@@ -5,12 +5,15 @@ hypothesis draws the steps here, and shrinks what fails; `make soak` takes many 
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from conftest import HAS_GPU, ROOT, Backend
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -98,3 +101,20 @@ def test_a_difference_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> No
     smaller = shrunk(f"0/{number}", failed.value, cpu)
     assert isinstance(smaller.__cause__, Difference)
     assert len(smaller.log) <= 3 and "truncate" in smaller.log[-1]  # the cache, at most a graph's capture, the call
+
+
+def test_the_soak(tmp_path: Path) -> None:
+    """The program itself: its steps, its verdict, and one run again."""
+
+    def soak(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tools" / "soak.py"), "--seed", "3", "--steps-per-run", "10", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    done = soak("--steps", "95", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED: 95 steps on cpu, 10 caches, 0 differences, seed 3" in done.stdout
+    one = soak("--run", "7")
+    assert one.returncode == 0 and "PASSED: 10 steps" in one.stdout
+    if not HAS_GPU:
+        none = soak("--device", "cuda")
+        assert none.returncode == 1 and "there is no GPU to use" in none.stderr

@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from backends import CPU_BACKENDS, Backend, Unavailable, build_emulator, using
 from model_steps import Failure, seeded_run, shrunk
 
+from kvcache_ext import build_info
+
 _kept = ExitStack()  # what a worker has chosen, for as long as it lives
 _backend: Backend
 
@@ -68,9 +70,17 @@ def main() -> int:
     runs = list(range(-(-options.steps // size))) if options.run is None else [options.run]
     steps = options.steps if options.run is None else size
     jobs = options.jobs or (1 if options.device == "cuda" else len(os.sched_getaffinity(0)))
+    try:
+        if options.device == "cuda" and not (build_info.with_cuda and torch.cuda.is_available()):
+            raise Unavailable(f"there is no GPU to use ({build_info.reason})")
+        if options.device != "emulated":
+            with using(options.device):
+                pass
+    except Unavailable as reason:
+        raise SystemExit(f"soak: {reason}") from None
     again = f"--device {options.device} --seed {seed}" + (f" --steps-per-run {size}" if size != 60 else "")
     print(f"soak: seed {seed}, {steps:,} steps on {options.device}, {size} to a cache, {jobs} processes", flush=True)
-    if options.device == "cuda" and torch.cuda.is_available():
+    if options.device == "cuda":
         print(f"soak: {torch.cuda.get_device_name()}", flush=True)
 
     started = said = time.monotonic()

@@ -45,7 +45,7 @@ void check_own_memory(const char* op, const char* name, const at::Tensor& t) {
   check_dense(op, name, t);
   TORCH_CHECK_VALUE(!t.is_neg(), op, ": ", name,
                     " must be a plain tensor, got a lazily negated view; call .resolve_neg()");
-  TORCH_CHECK_VALUE(t.numel() == 0 || t.const_data_ptr() != nullptr, op, ": ", name,
+  TORCH_CHECK_VALUE(t.numel() == 0 || (t.has_storage() && t.const_data_ptr() != nullptr), op, ": ", name,
                     " must have memory of its own, got a tensor without any");
 }
 
