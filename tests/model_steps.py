@@ -57,12 +57,17 @@ class SeededDraw:
 
 
 class Pool:
-    """Values that inputs are cut from: plain ones, or with all that FP16 finds hard among them."""
+    """Values that inputs are cut from: plain ones, or with all that FP16 finds hard among them.
+
+    Not so hard for queries: tensor cores take one as pairs of FP16 numbers, scaled by its largest element, so that one
+    2^28 times smaller loses bits and one 2^50 times smaller is lost. That shows where the largest meets a key element
+    of 0, and is beyond the bound that attention is held to here.
+    """
 
     SIZE = 1 << 20
-    _made: ClassVar[dict[tuple[torch.device, torch.dtype, bool], Pool]] = {}
+    _made: ClassVar[dict[tuple[torch.device, torch.dtype, bool, bool], Pool]] = {}
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, wild: bool) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, wild: bool, query: bool) -> None:
         generator = np.random.default_rng(12345)
         values = generator.standard_normal(self.SIZE, dtype=np.float32)
         if wild:
@@ -71,6 +76,8 @@ class Pool:
             rare = np.array([np.nan, np.inf, -np.inf, 65519.9, 65520, -65520, 1e30, -0.0, 2**-25, 3e-8], np.float32)
             places = generator.random(self.SIZE) < 0.002
             values = np.where(places, rare[generator.integers(0, len(rare), self.SIZE)], values)
+            if query:
+                values = np.where(values == rare[6], np.float32(1e6), values)
         self.tensor = torch.from_numpy(values).to(dtype)
         exact = self.tensor.float().numpy()
         self.tensor = self.tensor.to(device)
@@ -79,8 +86,8 @@ class Pool:
         self.overflows = to_half(exact, False)[1]
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype, wild: bool) -> Pool:
-        key = (device, dtype, wild)
+    def of(cls, device: torch.device, dtype: torch.dtype, wild: bool, query: bool = False) -> Pool:
+        key = (device, dtype, wild, query and wild)
         if key not in cls._made:
             cls._made[key] = cls(*key)
         return cls._made[key]
@@ -392,20 +399,29 @@ class Run:
         return Entries(self.integers(numbers, dtype), chosen)  # type: ignore[arg-type]
 
     def input(
-        self, draw: Draw, dtype: torch.dtype, lead: tuple[int, ...], batch: int, rows: int, heads: int, owned: bool
+        self,
+        draw: Draw,
+        dtype: torch.dtype,
+        lead: tuple[int, ...],
+        batch: int,
+        rows: int,
+        heads: int,
+        owned: bool,
+        query: bool = False,
     ) -> Input:
         """Of shape `[*lead, batch, rows, heads, head_dim]`, or of a short form."""
         shape = (*lead, batch, rows, heads, self.model.head_dim)
+        pool = Pool.of(self.device, dtype, self.wild, query)
         drop = 0
         if batch == 1 and draw.chance(50):
             drop = 1
             if rows == 1 and draw.chance(50):
                 drop = 2
         if drop == 1:  # B alone: T stays, so it is the one before it that goes
-            given = Input(draw, Pool.of(self.device, dtype, self.wild), shape, 0, owned)
+            given = Input(draw, pool, shape, 0, owned)
             given.tensor = given.tensor.squeeze(len(lead))
             return given
-        return Input(draw, Pool.of(self.device, dtype, self.wild), shape, drop, owned)
+        return Input(draw, pool, shape, drop, owned)
 
     def new_rows(
         self, draw: Draw, lead: tuple[int, ...], entries: Entries, rows: int, owned: bool
@@ -668,7 +684,7 @@ class Run:
         options, arguments = self.attention_options(draw)
         dtype = draw.choice((torch.float32, *DTYPES))
         group = draw.choice((1, 1, 2, 3, 8)) if m.heads < 8 else 1
-        query = self.input(draw, dtype, (), len(entries.of), rows, m.heads * group, static)
+        query = self.input(draw, dtype, (), len(entries.of), rows, m.heads * group, static, query=True)
         out = self.answer_tensor(draw, query.tensor)
         lse = draw.chance(50)
         half = rows > MOST_KERNEL_QUERIES and draw.chance(30) and not self.wild
@@ -706,7 +722,7 @@ class Run:
         options, arguments = self.attention_options(draw)
         group = draw.choice((1, 1, 2, 3, 8)) if m.heads < 8 else 1
         dtype = key.tensor.dtype if draw.chance(60) else draw.choice(DTYPES)
-        query = self.input(draw, dtype, (), len(entries.of), rows, m.heads * group, static)
+        query = self.input(draw, dtype, (), len(entries.of), rows, m.heads * group, static, query=True)
         if rows > 1 and query.tensor.dim() < 3:
             query.tensor = query.tensor.view(query.shape)
         out = self.answer_tensor(draw, query.tensor)
@@ -762,7 +778,7 @@ class Run:
     def merge(self, draw: Draw) -> Action:
         """Attention over two layers, merged, is attention over all that both hold."""
         m, first, second = self.model, self.layer(draw), self.layer(draw)
-        given = self.input(draw, torch.float32, (), m.batch, 1, m.heads, False)
+        given = self.input(draw, torch.float32, (), m.batch, 1, m.heads, False, query=True)
         given.tensor = given.tensor.view(given.shape)
         options = AttentionOptions(m.head_dim**-0.5)
         cache = self.cache

@@ -6,7 +6,6 @@
 #include <array>
 #include <cmath>
 #include <sstream>
-#include <utility>
 
 namespace kvc {
 namespace {
@@ -24,29 +23,18 @@ const char* dtype_name(at::ScalarType dtype) {
   }
 }
 
-// The memory from a tensor's first element to its last. (Strides are not negative.)
-std::pair<uintptr_t, uintptr_t> extent(const at::Tensor& t) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  return {begin, begin + static_cast<uintptr_t>(last + 1) * t.element_size()};
-}
-
-// Do the extents of two tensors overlap? Views that interleave count too.
-bool shares_memory(const at::Tensor& t, const at::Tensor& other) {
-  if (t.numel() == 0 || other.numel() == 0) return false;
-  const auto [begin, end] = extent(t);
-  const auto [other_begin, other_end] = extent(other);
-  return begin < other_end && other_begin < end;
-}
-
-// A tensor whose elements lie in memory as they are.
-void check_own_memory(const char* op, const char* name, const at::Tensor& t) {
-  check_dense(op, name, t);
+// The elements lie in memory as they are.
+void check_memory(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(!t.is_neg(), op, ": ", name,
                     " must be a plain tensor, got a lazily negated view; call .resolve_neg()");
   TORCH_CHECK_VALUE(t.numel() == 0 || (t.has_storage() && t.const_data_ptr() != nullptr), op, ": ", name,
                     " must have memory of its own, got a tensor without any");
+}
+
+// One of the cache's own tensors.
+void check_own(const char* op, const char* name, const at::Tensor& t) {
+  check_dense(op, name, t);
+  check_memory(op, name, t);
 }
 
 void check_storage(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache) {
@@ -54,14 +42,15 @@ void check_storage(const char* op, const char* name, const at::Tensor& t, const 
   const c10::Device device = cache.tensors.k_cache.device();
   TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " must be on the cache's device ", device, ", got ",
                     t.device());
-  check_own_memory(op, name, t);
+  check_memory(op, name, t);
 }
 
 // Numbers that are still being read must not be what the call changes.
 void check_not_state(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache) {
+  const Extent memory = Extent::of(t);
   const at::Tensor& counts = cache.tensors.overflow_counts;
-  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.state) && !(counts.defined() && shares_memory(t, counts)), op, ": ",
-                    name, " must not be a view of the cache's own state; pass a copy");
+  TORCH_CHECK_VALUE(!memory.overlaps(cache.state) && !(counts.defined() && memory.overlaps(Extent::of(counts))), op,
+                    ": ", name, " must not be a view of the cache's own state; pass a copy");
 }
 
 void check_no_grad(const char* op, const char* name, const at::Tensor& t) {
@@ -96,6 +85,14 @@ std::string shape_text(at::IntArrayRef sizes) {
   return text.str();
 }
 
+Extent Extent::of(const at::Tensor& t) {
+  if (t.numel() == 0) return {};
+  int64_t last = 0;  // strides are not negative
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return {begin, begin + static_cast<uintptr_t>(last + 1) * t.element_size()};
+}
+
 void check_dense(const char* op, const char* name, const at::Tensor& t) {
   // The dispatcher makes a tensor of None.
   TORCH_CHECK_TYPE(t.defined(), op, ": ", name, " must be a torch.Tensor, got None");
@@ -117,9 +114,9 @@ DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype) {
 
 CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(of)) {
   const CacheTensors& t = tensors;
-  check_own_memory(op, "k_cache", t.k_cache);
-  check_own_memory(op, "v_cache", t.v_cache);
-  check_own_memory(op, "state", t.state);
+  check_own(op, "k_cache", t.k_cache);
+  check_own(op, "v_cache", t.v_cache);
+  check_own(op, "state", t.state);
   TORCH_CHECK_TYPE(t.k_cache.scalar_type() == at::kHalf && t.v_cache.scalar_type() == at::kHalf, op,
                    ": k_cache and v_cache must be torch.float16, got ", dtype_name(t.k_cache.scalar_type()), " and ",
                    dtype_name(t.v_cache.scalar_type()));
@@ -143,7 +140,7 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
                     ": k_cache, v_cache and state must be on one device, got ", device, ", ", t.v_cache.device(),
                     " and ", t.state.device());
   if (t.overflow_counts.defined()) {
-    check_own_memory(op, "overflow_counts", t.overflow_counts);
+    check_own(op, "overflow_counts", t.overflow_counts);
     TORCH_CHECK_TYPE(t.overflow_counts.scalar_type() == at::kLong, op, ": overflow_counts must be torch.int64, got ",
                      dtype_name(t.overflow_counts.scalar_type()));
     TORCH_CHECK_VALUE(t.overflow_counts.dim() == 1 && t.overflow_counts.size(0) == layers &&
@@ -165,6 +162,9 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
   c.head_dim = t.k_cache.size(4);
   c.sinks = t.sink_positions;
   c.ring = Divider::by(positions - t.sink_positions);
+  keys = Extent::of(t.k_cache);
+  values = Extent::of(t.v_cache);
+  state = Extent::of(t.state);
 }
 
 Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
@@ -220,8 +220,8 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
   TORCH_CHECK_VALUE(rows == positions, op, ": ", name, " must have as many positions as key, ", rows, ", got ",
                     positions);
   check_unit_stride(op, name, t);
-  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache), op, ": ",
-                    name, " must not be a view of the cache that it is stored in; pass a copy");
+  TORCH_CHECK_VALUE(!cache.holds(Extent::of(t)), op, ": ", name,
+                    " must not be a view of the cache that it is stored in; pass a copy");
 
   Rows<const void*> r;
   r.data = t.const_data_ptr();
@@ -249,9 +249,9 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
                       " must not be an expanded tensor, whose elements share memory, got strides ",
                       shape_text(t.strides()));
   }
-  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache) &&
-                        !shares_memory(t, cache.tensors.state),
-                    op, ": ", name, " must not be a view of the cache that is read");
+  const Extent memory = Extent::of(t);
+  TORCH_CHECK_VALUE(!cache.holds(memory) && !memory.overlaps(cache.state), op, ": ", name,
+                    " must not be a view of the cache that is read");
   Rows<void*> r;
   r.data = t.data_ptr();
   r.layer_stride = 0;
@@ -262,14 +262,16 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
 }
 
 void check_answer_apart(const char* op, const at::Tensor& out, const at::Tensor& key, const at::Tensor& value) {
-  TORCH_CHECK_VALUE(!shares_memory(out, key) && !shares_memory(out, value), op,
+  const Extent memory = Extent::of(out);
+  TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(key)) && !memory.overlaps(Extent::of(value)), op,
                     ": out must not share memory with key or value, which are still being read");
 }
 
 void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value) {
   // Views that interleave (keys and values in one buffer) are fine, so extents decide only where both are dense.
-  const bool overlap = key.numel() > 0 && (key.const_data_ptr() == value.const_data_ptr() ||
-                                           (key.is_contiguous() && value.is_contiguous() && shares_memory(key, value)));
+  const bool overlap = key.numel() > 0 &&
+                       (key.const_data_ptr() == value.const_data_ptr() ||
+                        (key.is_contiguous() && value.is_contiguous() && Extent::of(key).overlaps(Extent::of(value))));
   TORCH_CHECK_VALUE(!overlap, op, ": out must be two tensors of separate memory, got two that overlap");
 }
 
@@ -354,10 +356,9 @@ void check_answer(const char* op, const at::Tensor& out, const at::Tensor& query
     TORCH_CHECK_VALUE(out.size(i) <= 1 || out.stride(i) != 0, op, ": out must not be an expanded tensor, got strides ",
                       shape_text(out.strides()));
   }
-  TORCH_CHECK_VALUE(!shares_memory(out, cache.tensors.k_cache) && !shares_memory(out, cache.tensors.v_cache) &&
-                        !shares_memory(out, cache.tensors.state),
-                    op, ": out must not be a view of the cache");
-  TORCH_CHECK_VALUE(!shares_memory(out, query), op,
+  const Extent memory = Extent::of(out);
+  TORCH_CHECK_VALUE(!cache.holds(memory) && !memory.overlaps(cache.state), op, ": out must not be a view of the cache");
+  TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(query)), op,
                     ": out must not share memory with query, which is still being read");
 }
 
@@ -412,7 +413,8 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
     TORCH_CHECK_VALUE(
         lse.scalar_type() == at::kFloat && lse.is_contiguous() && lse.numel() * c.head_dim == query.numel(), op,
         ": lse must be contiguous torch.float32, one number a query, got ", shape_text(lse.sizes()));
-    TORCH_CHECK_VALUE(!shares_memory(lse, query) && !(out.defined() && shares_memory(lse, out)), op,
+    const Extent memory = Extent::of(lse);
+    TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(query)) && !(out.defined() && memory.overlaps(Extent::of(out))), op,
                       ": lse must not share memory with query or out");
     p.lse = lse.data_ptr<float>();
   }
@@ -434,7 +436,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   if (append != nullptr) {
     TORCH_CHECK_VALUE(append->rows == form.rows, op, ": query must have as many positions as key, ", append->rows,
                       ", got ", form.rows);
-    TORCH_CHECK_VALUE(!shares_memory(query, cache.tensors.k_cache) && !shares_memory(query, cache.tensors.v_cache), op,
+    TORCH_CHECK_VALUE(!cache.holds(Extent::of(query)), op,
                       ": query must not be a view of the cache that is appended to; pass a copy");
     p.append = *append;
   } else {
