@@ -52,9 +52,47 @@ def kernel_options(
     return head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0
 
 
+def is_long(query: Tensor) -> bool:
+    """Whether it is for `prefill`. What is no query at all is left to the kernels' checks."""
+    if not isinstance(query, Tensor) or query.is_nested or query.dim() < 3:
+        return False
+    return query.shape[-3] > MOST_KERNEL_QUERIES
+
+
+def shown(value: object) -> str:
+    """A wrong argument for an error's one sentence: whole if it is short, else its type.
+
+    A tensor's text has many lines, and that of one whose memory is gone crashes the process.
+    """
+    if value is None or isinstance(value, (str, bool, float, torch.device, torch.dtype)):
+        text = repr(value)
+        if len(text) <= 60:  # and in one line, as a repr's are
+            return text
+    if isinstance(value, int) and value.bit_length() <= 64:
+        return str(value)
+    return f"a {type(value).__name__}"
+
+
 def check_precision(precision: str) -> None:
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision must be 'fp32' or 'fp16', got {precision!r}")
+    if not isinstance(precision, str) or precision not in ("fp32", "fp16"):
+        raise ValueError(f"precision must be 'fp32' or 'fp16', got {shown(precision)}")
+
+
+def _check_mergeable(name: str, tensor: Tensor, first: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"merge_states: {name} must hold tensors, got {shown(tensor)}")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise TypeError(f"merge_states: {name} must hold dense (strided) tensors, got another layout")
+    if not tensor.is_floating_point():
+        raise TypeError(f"merge_states: {name} must hold tensors of a float dtype, got {tensor.dtype}")
+    if tensor.device != first.device:
+        raise ValueError(
+            f"merge_states: {name} must be on one device, that of outs[0], {first.device}, got {tensor.device}"
+        )
+    # Reading one whose storage was resized away crashes the process. (A subclass may have no storage to ask.)
+    if type(tensor) is Tensor and not is_compiling() and tensor.device.type != "meta":
+        if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+            raise ValueError(f"merge_states: {name} must hold tensors that have memory, got one without any")
 
 
 def merge_states(
@@ -74,16 +112,18 @@ def merge_states(
 
     Each answer is weighed by `exp(lse - max)` (Rabe and Staats, 2021; the merge of flash decoding).
     """
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"merge_states: {name} must be a list of tensors, got {shown(tensors)}")
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(
             f"merge_states: outs and lses must be of one length, at least 1, got {len(outs)} and {len(lses)}"
         )
     for name, tensors in (("outs", outs), ("lses", lses)):
         for tensor in tensors:
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"merge_states: {name} must hold tensors, got {type(tensor).__name__}")
+            _check_mergeable(name, tensor, outs[0])
     for o, s in zip(outs, lses, strict=True):
-        if o.shape != outs[0].shape or o.dtype != outs[0].dtype or s.shape != o.shape[:-1]:
+        if o.dim() == 0 or o.shape != outs[0].shape or o.dtype != outs[0].dtype or s.shape != o.shape[:-1]:
             raise ValueError(
                 "merge_states: outs must have one shape [..., head_dim] and one dtype, and lses that shape without "
                 f"head_dim, got {list(o.shape)} of {o.dtype} with {list(s.shape)}"
@@ -368,8 +408,8 @@ def prefill(
     `precision="fp16"`: queries rounded to FP16, torch's scaled_dot_product_attention on views of the storage; its
     error is that of FP16 attention (the tests hold it to 2e-3, whatever the query's dtype), and a query beyond the
     FP16 range gives NaN. For that the sequences must hold equally many positions in consecutive slots, which is known
-    on the host until the ring wraps; the call must evict nothing, have no window, softcap, LSE or new_lengths, and be
-    about all sequences or a list of some that follow each other.
+    on the host until the ring wraps; the call must evict nothing, have a positive scale and no window, softcap, LSE or
+    new_lengths, and be about all sequences or a list of some that follow each other.
     Every other call, and compiled code, gets the FP32 answer.
     """
     key, value, new_lengths = new
@@ -383,7 +423,8 @@ def prefill(
         scale, window, softcap, numbers = cache._compiled.check_attend(
             layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
         )
-    chosen = _run_of(cache, sequences) if half else None
+    # torch's kernels take the maximum of the unscaled scores, so that 0 and negative scales give NaN.
+    chosen = _run_of(cache, sequences) if half and scale > 0 else None
     batched = query if query.dim() == 4 else query[None]
     answer = None
     if chosen is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -21,7 +22,12 @@ _OVERFLOW_POLICIES = ("saturate", "inf")
 def _checked_int(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"StreamingKVCacheFp16: {name} must be an int, got {type(value).__name__}")
-    number = int(value.__index__())
+    try:
+        number = operator.index(value)
+    except Exception as error:  # a tensor of floats has the method, too
+        raise TypeError(f"StreamingKVCacheFp16: {name} must be an int, got a {type(value).__name__}") from error
+    if number.bit_length() > 63:
+        raise ValueError(f"StreamingKVCacheFp16: {name} must fit in 64 bits, got an int of {number.bit_length()} bits")
     if number < least:
         raise ValueError(f"StreamingKVCacheFp16: {name} must be at least {least}, got {number}")
     return number
@@ -30,12 +36,16 @@ def _checked_int(name: str, value: Any, least: int) -> int:
 def _checked_device(device: Any) -> torch.device:
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"StreamingKVCacheFp16: device must name a CUDA device or the CPU, got {device!r}") from error
+    except Exception as error:  # torch has a kind for each way to be wrong
+        raise ValueError(
+            f"StreamingKVCacheFp16: device must name a CUDA device or the CPU, got {attention.shown(device)}"
+        ) from error
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type != "cuda":
-        raise ValueError(f"StreamingKVCacheFp16: device must be a CUDA device or the CPU, got {device!r}")
+        raise ValueError(
+            f"StreamingKVCacheFp16: device must be a CUDA device or the CPU, got {attention.shown(device)}"
+        )
     if not build_info.with_cuda:
         raise ValueError(
             f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA build of kvcache_ext, and this is a CPU "
@@ -130,8 +140,10 @@ class StreamingKVCacheFp16:
                 f"StreamingKVCacheFp16: sink_positions must be less than max_positions, {self._max_positions}, "
                 f"got {self.sink_positions}"
             )
-        if overflow not in _OVERFLOW_POLICIES:
-            raise ValueError(f"StreamingKVCacheFp16: overflow must be 'saturate' or 'inf', got {overflow!r}")
+        if not isinstance(overflow, str) or overflow not in _OVERFLOW_POLICIES:
+            raise ValueError(
+                f"StreamingKVCacheFp16: overflow must be 'saturate' or 'inf', got {attention.shown(overflow)}"
+            )
         self.overflow = overflow
         self.device = _checked_device(device)
 
@@ -321,8 +333,8 @@ class StreamingKVCacheFp16:
     def truncate(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Keeps the `n` oldest held positions of every layer and sequence, or of the chosen sequences. No data moves.
 
-        Positions that the ring has evicted do not come back. The next position appended gets the number after the last
-        one kept.
+        Positions that the ring has evicted do not come back. The next position appended gets the number of the oldest
+        one dropped.
 
         Args:
             n: an int for all, `0 <= n <= len(cache)` (or what the shortest of the chosen sequences holds); a list of
@@ -559,7 +571,7 @@ class StreamingKVCacheFp16:
         matmul and an online softmax (see `kvcache_ext.attention.prefill`).
         """
         attention.check_precision(precision)
-        if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
+        if not attention.is_long(query):
             if not is_compiling():
                 return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out, sequences)
             options = attention.kernel_options(self.head_dim, scale, window, softcap)
@@ -609,7 +621,7 @@ class StreamingKVCacheFp16:
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
         attention.check_precision(precision)
-        if not isinstance(query, Tensor) or query.dim() < 3 or query.shape[-3] <= attention.MOST_KERNEL_QUERIES:
+        if not attention.is_long(query):
             if not is_compiling():
                 return self._compiled.append_attend(
                     layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
@@ -637,6 +649,8 @@ class StreamingKVCacheFp16:
                 sequences=self._optional_integers(sequences),
             )
             return out if lse is None else (out, lse)
+        if key is None:  # which prefill takes for nothing to append
+            raise TypeError("append_attend: key must be a torch.Tensor, got NoneType")
         new = (key, value, new_lengths)
         return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out, precision, sequences)
 

@@ -182,22 +182,36 @@ def clear(k_cache: Tensor, state: Tensor, overflow_counts: Tensor, *, sink_posit
     _ops.clear(k_cache, state, overflow_counts, sink_positions)
 
 
+def _check_devices(op: str, on: Tensor, **tensors: Tensor | None) -> None:
+    """A fake also answers where one tensor alone is on `meta`, and would let the call do nothing without a word."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != on.device:
+            raise ValueError(f"{op}: {name} must be on the cache's device {on.device}, got {tensor.device}")
+
+
 @torch.library.register_fake("kvcache_ext::append")
 def _(  # type: ignore[no-untyped-def]
     k_cache, v_cache, state, overflow_counts, layer, key, value, new_lengths, sink_positions, saturate, sequences=None
 ):
-    return None
+    _check_devices(
+        "append", k_cache, v_cache=v_cache, state=state, overflow_counts=overflow_counts, key=key,
+        value=value, new_lengths=new_lengths, sequences=sequences,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("kvcache_ext::append_all")
 def _(  # type: ignore[no-untyped-def]
     k_cache, v_cache, state, overflow_counts, keys, values, new_lengths, sink_positions, saturate, sequences=None
 ):
-    return None
+    _check_devices(
+        "append_all", k_cache, v_cache=v_cache, state=state, overflow_counts=overflow_counts, keys=keys,
+        values=values, new_lengths=new_lengths, sequences=sequences,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("kvcache_ext::gather")
 def _(k_cache, v_cache, state, layer, indices, sink_positions, dtype, sequences=None):  # type: ignore[no-untyped-def]
+    _check_devices("gather", k_cache, v_cache=v_cache, state=state, indices=indices, sequences=sequences)
     shape = [indices.shape[-1], *k_cache.shape[3:]]
     batch = k_cache.shape[1] if sequences is None else sequences.shape[0]
     if batch != 1:
@@ -209,14 +223,20 @@ def _(k_cache, v_cache, state, layer, indices, sink_positions, dtype, sequences=
 def _(  # type: ignore[no-untyped-def]
     k_cache, v_cache, state, layer, indices, sink_positions, key_out, value_out, sequences=None
 ):
-    return None
+    _check_devices(
+        "gather_out", k_cache, v_cache=v_cache, state=state, indices=indices, key_out=key_out,
+        value_out=value_out, sequences=sequences,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("kvcache_ext::attend")
 def _(  # type: ignore[no-untyped-def]
     k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences=None
 ):
-    return None
+    _check_devices(
+        "attend", k_cache, v_cache=v_cache, state=state, workspace=workspace, query=query,
+        out=out, lse=lse, sequences=sequences,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("kvcache_ext::append_attend")
@@ -224,24 +244,27 @@ def _(  # type: ignore[no-untyped-def]
     k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
     saturate, scale, window, softcap, out, lse, sequences=None,
 ):  # fmt: skip
-    return None
+    _check_devices(
+        "append_attend", k_cache, v_cache=v_cache, state=state, overflow_counts=overflow_counts, workspace=workspace,
+        query=query, key=key, value=value, new_lengths=new_lengths, out=out, lse=lse, sequences=sequences,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("kvcache_ext::copy_sequences")
 def _(k_cache, v_cache, state, sources, destinations, sink_positions):  # type: ignore[no-untyped-def]
-    return None
+    _check_devices("copy_sequences", k_cache, v_cache=v_cache, state=state, sources=sources, destinations=destinations)
 
 
 @torch.library.register_fake("kvcache_ext::truncate")
 def _(k_cache, state, length, sink_positions, lengths=None, sequences=None):  # type: ignore[no-untyped-def]
-    return None
+    _check_devices("truncate", k_cache, state=state, lengths=lengths, sequences=sequences)
 
 
 @torch.library.register_fake("kvcache_ext::reset")
 def _(k_cache, state, sequences, sink_positions):  # type: ignore[no-untyped-def]
-    return None
+    _check_devices("reset", k_cache, state=state, sequences=sequences)
 
 
 @torch.library.register_fake("kvcache_ext::clear")
 def _(k_cache, state, overflow_counts, sink_positions):  # type: ignore[no-untyped-def]
-    return None
+    _check_devices("clear", k_cache, state=state, overflow_counts=overflow_counts)

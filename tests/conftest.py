@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from backends import CPU_BACKENDS, KERNELS, ROOT, Backend, Unavailable, build_emulator, using  # noqa: F401
 
 from kvcache_ext import StreamingKVCacheFp16, build_info
-from kvcache_ext._extension import extension
 
-ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "csrc" / "kernels"
 HAS_GPU = build_info.with_cuda and torch.cuda.is_available()
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of the ops: a device, and on the CPU which code serves it."""
-
-    name: str
-    device: torch.device
-
-    @property
-    def slow(self) -> bool:
-        return self.name == "emulated"
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +26,10 @@ def gradient_mode() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GPU kernels' own source, compiled to run on a CPU (tests/emulator)."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the emulator with")
-    library = tmp_path_factory.mktemp("emulator") / "libemulated.so"
-    folder = ROOT / "tests" / "emulator"
-    command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    command += ["-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
-    command += ["-fno-sanitize-recover=all"]
-    command += [f"-I{folder}", f"-I{KERNELS}", "-o", str(library), str(folder / "emulator.cpp"), "-x", "c++"]
-    command += [str(source) for source in sorted(KERNELS.glob("*.cu"))]
-    subprocess.run(command, check=True)
-    return library
+    try:
+        return build_emulator(tmp_path_factory.mktemp("emulator"))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def pytest_report_header() -> str:
@@ -69,30 +45,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(note)
 
 
-BACKENDS = ["cpu-generic", "cpu-avx2", "cpu-avx512", "emulated"] + (
-    [pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []
-)
+BACKENDS = [*CPU_BACKENDS] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
 DEVICES = ["cpu"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each implementation in turn: the CPU's instruction sets, the GPU kernels emulated on the CPU, and the GPU."""
-    name = request.param
-    if name == "cuda":
-        yield Backend(name, torch.device("cuda", torch.cuda.current_device()))
-        return
-    device = torch.device("cpu")
-    if name == "emulated":
-        extension.load_cpu_ops(str(request.getfixturevalue("emulator_library")))
-        yield Backend(name, device)
-        extension.load_cpu_ops("")
-        return
-    chosen = extension.cpu_instruction_set()
-    if not extension.select_cpu_instruction_set(name.removeprefix("cpu-")):
-        pytest.skip(f"this CPU has no {name.removeprefix('cpu-')}")
-    yield Backend(name, device)
-    assert extension.select_cpu_instruction_set(chosen)
+    emulator = request.getfixturevalue("emulator_library") if request.param == "emulated" else None
+    with contextlib.ExitStack() as stack:
+        try:
+            chosen = stack.enter_context(using(request.param, emulator))
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        yield chosen
 
 
 @pytest.fixture(params=DEVICES)

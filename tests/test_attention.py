@@ -502,3 +502,19 @@ def test_fp16_prefill_where_it_cannot_be(device: torch.device) -> None:
     assert not one.attend(0, query, precision="fp16").any()  # nothing is held
     with pytest.raises(ValueError, match="precision must be 'fp32' or 'fp16', got 'fp8'"):
         one.attend(0, query, precision="fp8")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_fp16_prefill_of_scales_that_torch_cannot(device: torch.device, scale: float) -> None:
+    """torch's kernels give NaN for them (0) or overflow; such a call gets the FP32 answer."""
+    one, two = (make_cache(device, max_positions=64, head_dim=64) for _ in range(2))
+    query, key, value = (torch.randn(1, 20, 2, 64, device=device) for _ in range(3))
+    for cache in (one, two):
+        cache.append(0, key, value)
+    got = one.attend(0, query, scale=scale, precision="fp16")
+    assert got.isfinite().all()
+    assert_same_bits(got, two.attend(0, query, scale=scale))
+    assert_same_bits(
+        one.append_attend(0, query, key, value, scale=scale, precision="fp16"),
+        two.append_attend(0, query, key, value, scale=scale),
+    )

@@ -336,3 +336,67 @@ def test_bad_tensors_through_the_dispatcher(device: torch.device) -> None:
     workspace = torch.zeros(c._workspace.numel() + 1, device=device)[1:]
     with pytest.raises(ValueError, match="workspace must begin at a multiple of 16 bytes"):
         ops.attend(c.k_cache, c.v_cache, c._state, workspace, 0, key, scale=1.0, out=torch.empty_like(key))
+
+
+def test_memory_beside_is_not_shared(device: torch.device) -> None:
+    """An expanded tensor has fewer bytes than elements: what lies behind them is somebody else's."""
+    cache = make_cache(device, batch_size=4)
+    buffer = torch.ones(1000, device=device)
+    one, behind = buffer[:16].view(1, 1, 2, 8).expand(4, 1, 2, 8), buffer[16:80].view(4, 1, 2, 8)
+    assert cache.append_attend(0, one, one, one, out=behind) is behind
+    assert cache.attend(0, one, out=behind) is behind
+    with pytest.raises(ValueError, match="out must not share memory with query"):
+        cache.attend(0, one, out=buffer[15:79].view(4, 1, 2, 8))
+    spread = buffer[:120].view(4, 30)[:, :16].view(4, 1, 2, 8)  # rows far apart, and out between them
+    with pytest.raises(ValueError, match="out must not share memory with query"):
+        cache.attend(0, spread, out=buffer[100:164].view(4, 1, 2, 8))
+
+
+def test_a_query_that_is_about_to_be_overwritten(device: torch.device) -> None:
+    """Read and written by one launch: a race on a GPU."""
+    cache = make_cache(device)
+    new = torch.ones(1, 1, 2, 8, dtype=torch.float16, device=device)
+    cache.append(0, new, new)
+    cache.attend(0, cache.k_cache[0, :, :1])  # nothing is written
+    with pytest.raises(ValueError, match="append_attend: query must not be a view of the cache"):
+        cache.append_attend(0, cache.k_cache[0, :, :1], new, new)
+
+
+def test_tensors_that_the_dispatcher_would_copy(device: torch.device) -> None:
+    """PyTorch's fallback for lazily negated tensors corrupts memory with ops that return nothing: it must not be used."""
+    c = make_cache(device)
+    x = torch.ones(1, 1, 2, 8, device=device)
+    for _ in range(20):
+        for argument in ("out", "workspace", "query"):
+            given = {"workspace": c._workspace, "query": x, "out": torch.empty_like(x)}
+            given[argument] = torch._neg_view(given[argument])
+            with pytest.raises(ValueError, match=f"attend: {argument} must be a plain tensor"):
+                ops.attend(c.k_cache, c.v_cache, c._state, layer=0, scale=1.0, **given)
+    with pytest.raises(ValueError, match="append: key must have memory"):
+        zero = torch._efficientzerotensor((1, 1, 2, 8), device=device)
+        ops.append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 0, zero, x)
+
+
+def test_one_tensor_on_meta_through_the_dispatcher(device: torch.device) -> None:
+    """It makes the dispatcher choose the fake, which must not do nothing in silence."""
+    c = make_cache(device)
+    x = torch.ones(1, 1, 2, 8, device=device)
+    with pytest.raises(ValueError, match=r"append: value must be on the cache's device .*, got meta"):
+        ops.append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 0, x, x.to("meta"))
+    with pytest.raises(ValueError, match="truncate: sequences must be on the cache's device"):
+        ops.truncate(c.k_cache, c._state, 0, sequences=torch.zeros(1, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match="gather: indices must be on the cache's device"):
+        ops.gather(c.k_cache, c.v_cache, c._state, 0, torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+def test_tensors_of_a_function_transform(device: torch.device) -> None:
+    """vmap's and grad's wrappers have no memory that a kernel could read."""
+    cache = make_cache(device)
+    x = torch.ones(3, 2, 8, device=device)
+    with pytest.raises(ValueError, match="append: key must have memory of its own"):
+        torch.vmap(lambda key: (cache.append(0, key, key), key)[1])(x)
+    with pytest.raises(ValueError, match="attend: query must have memory of its own"):
+        torch.func.grad(lambda query: cache.attend(0, query).sum())(x[0])
+    with pytest.raises(ValueError, match="gather: indices must have memory of its own"):
+        torch.vmap(lambda i: cache.gather(0, i)[0])(torch.zeros(3, 2, dtype=torch.int64, device=device))
+    assert cache.is_empty()

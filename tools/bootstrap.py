@@ -81,6 +81,7 @@ TARGETS = {
     "report": Target(("bench",), ((*REPORT, "{args}"),), build=True),
     "check-kernels": Target(("sass",), (("python", "tools/check_kernels.py", "{args}"),), torch=False),
     "check-cuda-build": Target((), (("python", "tools/check_cuda_build.py"),)),
+    "soak": Target(("test",), (("python", "tools/soak.py", "{args}"),), build=True),
     "sanitize": Target((), (("python", "tools/sanitize.py", "{args}"),), torch=False),
     "lint": Target(
         ("lint",),

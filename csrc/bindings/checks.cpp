@@ -23,28 +23,34 @@ const char* dtype_name(at::ScalarType dtype) {
   }
 }
 
-// Does memory of `t` lie within that of `whole`? By the extent of each, so a tensor that only straddles counts too.
-bool shares_memory(const at::Tensor& t, const at::Tensor& whole) {
-  if (t.numel() == 0 || whole.numel() == 0) return false;
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  const char* begin = static_cast<const char*>(t.const_data_ptr());
-  const char* end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
-  const char* whole_begin = static_cast<const char*>(whole.const_data_ptr());
-  const char* whole_end = whole_begin + whole.numel() * static_cast<int64_t>(whole.element_size());
-  return begin < whole_end && whole_begin < end;
+// The elements lie in memory as they are.
+void check_memory(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(!t.is_neg(), op, ": ", name,
+                    " must be a plain tensor, got a lazily negated view; call .resolve_neg()");
+  TORCH_CHECK_VALUE(t.numel() == 0 || (t.has_storage() && t.const_data_ptr() != nullptr), op, ": ", name,
+                    " must have memory of its own, got a tensor without any");
+}
+
+// One of the cache's own tensors.
+void check_own(const char* op, const char* name, const at::Tensor& t) {
+  check_dense(op, name, t);
+  check_memory(op, name, t);
 }
 
 void check_storage(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache) {
-  TORCH_CHECK_TYPE(t.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ",
-                   t.layout());
+  check_dense(op, name, t);
   const c10::Device device = cache.tensors.k_cache.device();
   TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " must be on the cache's device ", device, ", got ",
                     t.device());
-  TORCH_CHECK_VALUE(!t.is_neg(), op, ": ", name,
-                    " must be a plain tensor, got a lazily negated view; call .resolve_neg()");
-  TORCH_CHECK_VALUE(t.numel() == 0 || t.const_data_ptr() != nullptr, op, ": ", name,
-                    " must have memory of its own, got a tensor without any");
+  check_memory(op, name, t);
+}
+
+// Numbers that are still being read must not be what the call changes.
+void check_not_state(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache) {
+  const Extent memory = Extent::of(t);
+  const at::Tensor& counts = cache.tensors.overflow_counts;
+  TORCH_CHECK_VALUE(!memory.overlaps(cache.state) && !(counts.defined() && memory.overlaps(Extent::of(counts))), op,
+                    ": ", name, " must not be a view of the cache's own state; pass a copy");
 }
 
 void check_no_grad(const char* op, const char* name, const at::Tensor& t) {
@@ -79,6 +85,22 @@ std::string shape_text(at::IntArrayRef sizes) {
   return text.str();
 }
 
+Extent Extent::of(const at::Tensor& t) {
+  if (t.numel() == 0) return {};
+  int64_t last = 0;  // strides are not negative
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return {begin, begin + static_cast<uintptr_t>(last + 1) * t.element_size()};
+}
+
+void check_dense(const char* op, const char* name, const at::Tensor& t) {
+  // The dispatcher makes a tensor of None.
+  TORCH_CHECK_TYPE(t.defined(), op, ": ", name, " must be a torch.Tensor, got None");
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ",
+                   t.layout());
+  TORCH_CHECK_TYPE(!t.is_nested(), op, ": ", name, " must be a dense (strided) tensor, got a nested one");
+}
+
 DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat: return DType::f32;
@@ -92,6 +114,9 @@ DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype) {
 
 CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(of)) {
   const CacheTensors& t = tensors;
+  check_own(op, "k_cache", t.k_cache);
+  check_own(op, "v_cache", t.v_cache);
+  check_own(op, "state", t.state);
   TORCH_CHECK_TYPE(t.k_cache.scalar_type() == at::kHalf && t.v_cache.scalar_type() == at::kHalf, op,
                    ": k_cache and v_cache must be torch.float16, got ", dtype_name(t.k_cache.scalar_type()), " and ",
                    dtype_name(t.v_cache.scalar_type()));
@@ -115,6 +140,7 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
                     ": k_cache, v_cache and state must be on one device, got ", device, ", ", t.v_cache.device(),
                     " and ", t.state.device());
   if (t.overflow_counts.defined()) {
+    check_own(op, "overflow_counts", t.overflow_counts);
     TORCH_CHECK_TYPE(t.overflow_counts.scalar_type() == at::kLong, op, ": overflow_counts must be torch.int64, got ",
                      dtype_name(t.overflow_counts.scalar_type()));
     TORCH_CHECK_VALUE(t.overflow_counts.dim() == 1 && t.overflow_counts.size(0) == layers &&
@@ -136,18 +162,21 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
   c.head_dim = t.k_cache.size(4);
   c.sinks = t.sink_positions;
   c.ring = Divider::by(positions - t.sink_positions);
+  keys = Extent::of(t.k_cache);
+  values = Extent::of(t.v_cache);
+  state = Extent::of(t.state);
 }
 
 Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
                           int64_t count) {
+  check_dense(op, name, t);
   TORCH_CHECK_TYPE(t.scalar_type() == at::kLong || t.scalar_type() == at::kInt, op, ": ", name,
                    " must be torch.int64 or torch.int32, got ", dtype_name(t.scalar_type()));
   check_storage(op, name, t, cache);
   TORCH_CHECK_VALUE(t.dim() == 1 && (count < 0 || t.size(0) == count) && t.is_contiguous(), op, ": ", name,
                     " must be contiguous and have shape [", count < 0 ? std::string("n") : std::to_string(count),
                     "], got ", shape_text(t.sizes()), " with strides ", shape_text(t.strides()));
-  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.state), op, ": ", name,
-                    " must not be a view of the cache's own state; pass a copy");
+  check_not_state(op, name, t, cache);
   // None at all are still not null, which would be all.
   return {t.numel() > 0 ? t.const_data_ptr() : cache.tensors.state.const_data_ptr(), t.scalar_type() == at::kInt};
 }
@@ -191,8 +220,8 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
   TORCH_CHECK_VALUE(rows == positions, op, ": ", name, " must have as many positions as key, ", rows, ", got ",
                     positions);
   check_unit_stride(op, name, t);
-  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache), op, ": ",
-                    name, " must not be a view of the cache that it is stored in; pass a copy");
+  TORCH_CHECK_VALUE(!cache.holds(Extent::of(t)), op, ": ", name,
+                    " must not be a view of the cache that it is stored in; pass a copy");
 
   Rows<const void*> r;
   r.data = t.const_data_ptr();
@@ -220,9 +249,9 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
                       " must not be an expanded tensor, whose elements share memory, got strides ",
                       shape_text(t.strides()));
   }
-  TORCH_CHECK_VALUE(!shares_memory(t, cache.tensors.k_cache) && !shares_memory(t, cache.tensors.v_cache) &&
-                        !shares_memory(t, cache.tensors.state),
-                    op, ": ", name, " must not be a view of the cache that is read");
+  const Extent memory = Extent::of(t);
+  TORCH_CHECK_VALUE(!cache.holds(memory) && !memory.overlaps(cache.state), op, ": ", name,
+                    " must not be a view of the cache that is read");
   Rows<void*> r;
   r.data = t.data_ptr();
   r.layer_stride = 0;
@@ -233,14 +262,16 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
 }
 
 void check_answer_apart(const char* op, const at::Tensor& out, const at::Tensor& key, const at::Tensor& value) {
-  TORCH_CHECK_VALUE(!shares_memory(out, key) && !shares_memory(out, value), op,
+  const Extent memory = Extent::of(out);
+  TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(key)) && !memory.overlaps(Extent::of(value)), op,
                     ": out must not share memory with key or value, which are still being read");
 }
 
 void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value) {
   // Views that interleave (keys and values in one buffer) are fine, so extents decide only where both are dense.
-  const bool overlap = key.numel() > 0 && (key.const_data_ptr() == value.const_data_ptr() ||
-                                           (key.is_contiguous() && value.is_contiguous() && shares_memory(key, value)));
+  const bool overlap = key.numel() > 0 &&
+                       (key.const_data_ptr() == value.const_data_ptr() ||
+                        (key.is_contiguous() && value.is_contiguous() && Extent::of(key).overlaps(Extent::of(value))));
   TORCH_CHECK_VALUE(!overlap, op, ": out must be two tensors of separate memory, got two that overlap");
 }
 
@@ -268,15 +299,14 @@ AppendParams append_params(const char* op, const CheckedCache& cache, int64_t fi
   p.new_lengths_are_32_bit = false;
   if (new_lengths != nullptr) {
     const at::Tensor& n = *new_lengths;
+    check_dense(op, "new_lengths", n);
     TORCH_CHECK_TYPE(n.scalar_type() == at::kLong || n.scalar_type() == at::kInt, op,
                      ": new_lengths must be torch.int64 or torch.int32, got ", dtype_name(n.scalar_type()));
     check_storage(op, "new_lengths", n, cache);
     TORCH_CHECK_VALUE(n.dim() == 1 && n.size(0) == batch && n.is_contiguous(), op,
                       ": new_lengths must be contiguous and have shape [", batch, "], one length a sequence, got ",
                       shape_text(n.sizes()), " with strides ", shape_text(n.strides()));
-    TORCH_CHECK_VALUE(!shares_memory(n, cache.tensors.state), op,
-                      ": new_lengths must not be a view of the cache's own state; "
-                      "pass a copy");
+    check_not_state(op, "new_lengths", n, cache);
     p.new_lengths = n.const_data_ptr();
     p.new_lengths_are_32_bit = n.scalar_type() == at::kInt;
   }
@@ -326,9 +356,9 @@ void check_answer(const char* op, const at::Tensor& out, const at::Tensor& query
     TORCH_CHECK_VALUE(out.size(i) <= 1 || out.stride(i) != 0, op, ": out must not be an expanded tensor, got strides ",
                       shape_text(out.strides()));
   }
-  TORCH_CHECK_VALUE(!shares_memory(out, cache.tensors.k_cache) && !shares_memory(out, cache.tensors.v_cache), op,
-                    ": out must not be a view of the cache");
-  TORCH_CHECK_VALUE(!shares_memory(out, query), op,
+  const Extent memory = Extent::of(out);
+  TORCH_CHECK_VALUE(!cache.holds(memory) && !memory.overlaps(cache.state), op, ": out must not be a view of the cache");
+  TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(query)), op,
                     ": out must not share memory with query, which is still being read");
 }
 
@@ -383,6 +413,9 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
     TORCH_CHECK_VALUE(
         lse.scalar_type() == at::kFloat && lse.is_contiguous() && lse.numel() * c.head_dim == query.numel(), op,
         ": lse must be contiguous torch.float32, one number a query, got ", shape_text(lse.sizes()));
+    const Extent memory = Extent::of(lse);
+    TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(query)) && !(out.defined() && memory.overlaps(Extent::of(out))), op,
+                      ": lse must not share memory with query or out");
     p.lse = lse.data_ptr<float>();
   }
   check_storage(op, "workspace", workspace, cache);
@@ -403,6 +436,8 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   if (append != nullptr) {
     TORCH_CHECK_VALUE(append->rows == form.rows, op, ": query must have as many positions as key, ", append->rows,
                       ", got ", form.rows);
+    TORCH_CHECK_VALUE(!cache.holds(Extent::of(query)), op,
+                      ": query must not be a view of the cache that is appended to; pass a copy");
     p.append = *append;
   } else {
     p.append = AppendParams{};
@@ -428,6 +463,7 @@ GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t la
   p.indices_stride = 0;
   if (indices != nullptr) {
     const at::Tensor& i = *indices;
+    check_dense(op, "indices", i);
     TORCH_CHECK_TYPE(i.scalar_type() == at::kLong, op, ": indices must be torch.int64, got ",
                      dtype_name(i.scalar_type()));
     check_storage(op, "indices", i, cache);

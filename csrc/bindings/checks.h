@@ -21,12 +21,25 @@ struct CacheTensors {
   bool saturate;
 };
 
+// The memory from a tensor's first element to its last; of an empty tensor, none. Views that interleave overlap.
+struct Extent {
+  static Extent of(const at::Tensor& t);
+  bool overlaps(Extent other) const { return begin < other.end && other.begin < end; }
+
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+};
+
 // A cache whose tensors have been found to fit each other, and what the kernels see of them.
 struct CheckedCache {
   CheckedCache(const char* op, CacheTensors tensors);
+  bool holds(Extent memory) const { return memory.overlaps(keys) || memory.overlaps(values); }
 
   CacheTensors tensors;
   CacheView view;
+  Extent keys;
+  Extent values;
+  Extent state;
 };
 
 // Integers that an op reads on the device: a tensor there; or, `known`, numbers of the host's that were copied to one.
@@ -86,6 +99,9 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
 // `indices` is null for a range. The number of rows of the answer is left in `rows`; the outputs are set later.
 GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices,
                            const ChosenSequences& sequences);
+
+// A tensor with sizes and strides that can be asked for.
+void check_dense(const char* op, const char* name, const at::Tensor& t);
 
 DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype);
 

@@ -50,6 +50,7 @@ HostLengths::~HostLengths() {
 }
 
 std::shared_ptr<HostLengths> HostLengths::of(const at::Tensor& state) {
+  if (!state.defined() || !state.has_storage()) return nullptr;  // the checks of whoever asks will say so
   const std::lock_guard<std::mutex> lock(registry_mutex);
   const auto found = registry().find(state.const_data_ptr());
   return found == registry().end() ? nullptr : found->second.lock();

@@ -38,7 +38,9 @@ int64_t integer_argument(const char* op, const char* name, py::handle h) {
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  TORCH_CHECK_INDEX(overflow == 0, op, ": ", name, " must fit in 64 bits, got ", py::str(number).cast<std::string>());
+  // Its text is not asked for, as that may be longer than Python makes it.
+  TORCH_CHECK_INDEX(overflow == 0, op, ": ", name, " must fit in 64 bits, got an int of ",
+                    py::int_(number.attr("bit_length")()).cast<int64_t>(), " bits");
   return value;
 }
 
@@ -94,12 +96,19 @@ bool is_list(py::handle h) {
   return PySequence_Check(h.ptr()) && !is_tensor(h) && !PyUnicode_Check(h.ptr()) && !PyBytes_Check(h.ptr());
 }
 
-std::vector<int64_t> integers_of_list(const char* op, const char* name, py::handle h) {
-  std::vector<int64_t> numbers;
-  for (const py::handle item : py::reinterpret_borrow<py::sequence>(h)) {
-    numbers.push_back(integer_argument(op, name, item));
-  }
-  return numbers;
+// How many items a list has. What only passes for one, and raises instead of answering, is none.
+int64_t list_size(const char* op, const char* name, py::handle h) {
+  const Py_ssize_t size = PySequence_Size(h.ptr());
+  if (size < 0) PyErr_Clear();
+  TORCH_CHECK_TYPE(size >= 0, op, ": ", name, " must be a list of ints, got a ", type_name(h), " that is none");
+  return size;
+}
+
+int64_t integer_of_list(const char* op, const char* name, py::handle h, int64_t i) {
+  const py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(h.ptr(), i));
+  if (!item) PyErr_Clear();
+  TORCH_CHECK_TYPE(item, op, ": ", name, " must be a list of ints, got a ", type_name(h), " that is none");
+  return integer_argument(op, name, item);
 }
 
 class Cache {
@@ -263,10 +272,14 @@ class Cache {
                         ", the number of positions held by sequence ", sequence, ", got ", length);
     };
     if (is_list(n)) {
-      const std::vector<int64_t> numbers = integers_of_list(op, "n", n);
-      TORCH_CHECK_VALUE(static_cast<int64_t>(numbers.size()) == entries, op,
-                        ": n must have one length for each of the ", entries, " sequences, got ", numbers.size());
-      for (int64_t i = 0; i < entries; ++i) check_length(i, numbers[static_cast<size_t>(i)]);
+      const int64_t size = list_size(op, "n", n);
+      TORCH_CHECK_VALUE(size == entries, op, ": n must have one length for each of the ", entries, " sequences, got ",
+                        size);
+      std::vector<int64_t> numbers;
+      for (int64_t i = 0; i < entries; ++i) {
+        numbers.push_back(integer_of_list(op, "n", n, i));
+        check_length(i, numbers.back());
+      }
       const IntegerArgument of_each = on_device(op, "n", numbers);
       return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
     }
@@ -304,6 +317,8 @@ class Cache {
     const IntegerArgument from = slots_argument(op, "src", src, true);
     const IntegerArgument to = slots_argument(op, "dst", dst, true);
     check_distinct(op, "dst", to);
+    check_dense(op, "src", from.tensor);
+    check_dense(op, "dst", to.tensor);
     TORCH_CHECK_VALUE(from.tensor.numel() == to.tensor.numel(), op,
                       ": src and dst must be equally many sequences, got ", from.tensor.numel(), " and ",
                       to.tensor.numel());
@@ -351,11 +366,13 @@ class Cache {
     const bool is_one = or_one && PyIndex_Check(h.ptr()) && !PyBool_Check(h.ptr());
     TORCH_CHECK_TYPE(is_one || is_list(h), op, ": ", name, " must be ", or_one ? "an int, " : "",
                      "a list of ints or a tensor of them, got ", type_name(h));
-    std::vector<int64_t> values =
-        is_one ? std::vector<int64_t>{integer_argument(op, name, h)} : integers_of_list(op, name, h);
-    for (const int64_t value : values) {
+    const int64_t size = is_one ? 1 : list_size(op, name, h);
+    std::vector<int64_t> values;
+    for (int64_t i = 0; i < size; ++i) {  // each is looked at as it comes: range(2**62) ends soon
+      const int64_t value = is_one ? integer_argument(op, name, h) : integer_of_list(op, name, h, i);
       TORCH_CHECK_INDEX(value >= 0 && value < cache_.view.batch, op, ": ", name, " must be from 0 to ",
                         cache_.view.batch - 1, ", as the cache has ", cache_.view.batch, " sequences, got ", value);
+      values.push_back(value);
     }
     return on_device(op, name, std::move(values));
   }
@@ -392,6 +409,8 @@ class Cache {
   at::Tensor attend_output(const char* op, const at::Tensor& query, py::handle out,
                            const SequencesArgument& sequences) const {
     if (!out.is_none()) return tensor_argument(op, "out", out);
+    chosen_sequences(op, cache_, sequences.get());
+    check_dense(op, "query", query);
     kernel_dtype(op, "query", query.scalar_type());
     check_query_shape(op, query, cache_.view, sequences.entries(cache_.view));
     return at::empty(query.sizes(), query.options().requires_grad(false));

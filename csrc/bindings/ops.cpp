@@ -219,17 +219,24 @@ class OptionalIntegers {
   bool given_;
 };
 
+// What an op counts overflows in must be there.
+CheckedCache with_counters(const char* op, CacheTensors tensors) {
+  check_dense(op, "overflow_counts", tensors.overflow_counts);
+  return {op, std::move(tensors)};
+}
+
 void op_append(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t layer,
                const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& new_lengths,
                int64_t sink_positions, bool saturate, const std::optional<at::Tensor>& sequences) {
-  append({"append", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}}, HostLengths::of(state).get(),
-         layer, key, value, new_lengths ? &*new_lengths : nullptr, OptionalIntegers(sequences).get());
+  append(with_counters("append", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}),
+         HostLengths::of(state).get(), layer, key, value, new_lengths ? &*new_lengths : nullptr,
+         OptionalIntegers(sequences).get());
 }
 
 void op_append_all(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts,
                    const at::Tensor& keys, const at::Tensor& values, const std::optional<at::Tensor>& new_lengths,
                    int64_t sink_positions, bool saturate, const std::optional<at::Tensor>& sequences) {
-  append_all({"append_all", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}},
+  append_all(with_counters("append_all", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}),
              HostLengths::of(state).get(), keys, values, new_lengths ? &*new_lengths : nullptr,
              OptionalIntegers(sequences).get());
 }
@@ -258,6 +265,7 @@ void op_attend(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::T
                int64_t layer, const at::Tensor& query, int64_t sink_positions, double scale, int64_t window,
                double softcap, at::Tensor& out, const std::optional<at::Tensor>& lse,
                const std::optional<at::Tensor>& sequences) {
+  check_dense("attend", "out", out);
   attend(without_counters("attend", k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(), layer,
          query, {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out,
          lse.value_or(at::Tensor()));
@@ -268,7 +276,8 @@ void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& stat
                       const at::Tensor& value, const std::optional<at::Tensor>& new_lengths, int64_t sink_positions,
                       bool saturate, double scale, int64_t window, double softcap, at::Tensor& out,
                       const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& sequences) {
-  append_attend({"append_attend", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}},
+  check_dense("append_attend", "out", out);
+  append_attend(with_counters("append_attend", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}),
                 HostLengths::of(state).get(), layer, query, key, value, new_lengths ? &*new_lengths : nullptr,
                 {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out,
                 lse.value_or(at::Tensor()));
@@ -294,7 +303,8 @@ void op_copy_sequences(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& sta
 }
 
 void op_clear(const at::Tensor& k_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t sink_positions) {
-  clear({"clear", {k_cache, k_cache, state, overflow_counts, sink_positions, true}}, HostLengths::of(state).get());
+  clear(with_counters("clear", {k_cache, k_cache, state, overflow_counts, sink_positions, true}),
+        HostLengths::of(state).get());
 }
 
 }  // namespace
@@ -351,6 +361,23 @@ void register_for_device(torch::Library& m) {
 
 }  // namespace
 
+// PyTorch's own way with lazily negated, conjugated and zero tensors is to hand an op copies, and to look for the
+// copies of those that it changes among what it returns. These ops return nothing: it reads past the end. They get such
+// a tensor as it is, and refuse it.
+namespace {
+
+void take_as_it_is(torch::Library& m) {
+  for (const char* name : {"append", "append_all", "gather", "gather_out", "attend", "append_attend", "truncate",
+                           "reset", "copy_sequences", "clear"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(kvcache_ext, Negative, m) { take_as_it_is(m); }
+TORCH_LIBRARY_IMPL(kvcache_ext, Conjugate, m) { take_as_it_is(m); }
+TORCH_LIBRARY_IMPL(kvcache_ext, ZeroTensor, m) { take_as_it_is(m); }
 TORCH_LIBRARY_IMPL(kvcache_ext, CPU, m) { register_for_device(m); }
 #if defined(KVC_WITH_CUDA)
 TORCH_LIBRARY_IMPL(kvcache_ext, CUDA, m) { register_for_device(m); }

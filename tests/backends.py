@@ -1,0 +1,70 @@
+"""The implementations of the ops that are tested, and how to choose one: for conftest.py and tools/soak.py."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvcache_ext._extension import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "kernels"
+CPU_BACKENDS = ("cpu-generic", "cpu-avx2", "cpu-avx512", "emulated")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops: a device, and on the CPU which code serves it."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def slow(self) -> bool:
+        return self.name == "emulated"
+
+
+class Unavailable(Exception):
+    """A backend that this machine does not have."""
+
+
+def build_emulator(folder: Path) -> Path:
+    """Compiles the GPU kernels' own source to run on a CPU (tests/emulator), into `folder`."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler to build the emulator with")
+    library = folder / "libemulated.so"
+    source_folder = ROOT / "tests" / "emulator"
+    command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    command += ["-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
+    command += ["-fno-sanitize-recover=all"]
+    command += [f"-I{source_folder}", f"-I{KERNELS}", "-o", str(library), str(source_folder / "emulator.cpp")]
+    command += ["-x", "c++", *(str(source) for source in sorted(KERNELS.glob("*.cu")))]
+    subprocess.run(command, check=True)
+    return library
+
+
+@contextlib.contextmanager
+def using(name: str, emulator: Path | None = None) -> Iterator[Backend]:
+    """A backend by its name: "cpu" (what the CPU chooses itself), one of CPU_BACKENDS, or "cuda"."""
+    if name == "cuda":
+        yield Backend(name, torch.device("cuda", torch.cuda.current_device()))
+        return
+    device = torch.device("cpu")
+    if name == "emulated":
+        assert emulator is not None
+        extension.load_cpu_ops(str(emulator))
+        yield Backend(name, device)
+        extension.load_cpu_ops("")
+        return
+    chosen = extension.cpu_instruction_set()
+    if name != "cpu" and not extension.select_cpu_instruction_set(name.removeprefix("cpu-")):
+        raise Unavailable(f"this CPU has no {name.removeprefix('cpu-')}")
+    yield Backend(name, device)
+    assert extension.select_cpu_instruction_set(chosen)
