@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from backends import CPU_BACKENDS, Backend, Unavailable, build_emulator, using
 from model_steps import Failure, seeded_run, shrunk
 
