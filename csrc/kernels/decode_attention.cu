@@ -11,8 +11,9 @@
 //
 // Tensor cores take FP16, the queries and the weights are FP32: each is two columns of the operand, a high part and
 // what it lacks times 2^11, and the products of both are added. Queries are first scaled by a power of two, so that the
-// low part is no subnormal; weights, at most 1, by 2^14. Both keep 22 bits. A tensor core truncates as it adds up, so
-// that no sum stays in one for longer than a tile: tiles are added to registers in FP32.
+// low part is no subnormal; weights, at most 1, by 2^14. Both keep 22 bits (fewer of an element that is 2^28 times
+// smaller than its query's largest). A tensor core truncates as it adds up, so that no sum stays in one for longer than
+// a tile: tiles are added to registers in FP32.
 //
 // A short launch takes as long as its longest chain of waiting, for memory and, as much, for instructions that no
 // launch before has left near: what is executed is kept short, and is there once (docs/performance.md). Launches
