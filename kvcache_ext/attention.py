@@ -182,8 +182,12 @@ class _Softmax:
         self.total = torch.zeros_like(self.largest)
         self.answer = torch.zeros_like(self.query)
 
-    def add(self, keys: Tensor, values: Tensor, sees: Tensor) -> None:
-        """keys, values: FP32 `[B, n, H, D]`. sees: bool `[B, T, n]`; what a query does not see may hold anything."""
+    def add(self, keys: Tensor, values: Tensor, sees: Tensor, strange: Tensor) -> None:
+        """keys, values: FP32 `[B, n, H, D]`. sees: bool `[B, T, n]`; what a query does not see may hold anything.
+
+        strange: of `_Visible.strange`. Zero times NaN is NaN, so that values that are not finite are kept out of the
+        product, and reach the answers of the queries that see them in this way.
+        """
         scores = self.query @ keys.permute(0, 2, 3, 1)
         if self.softcap:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -194,16 +198,10 @@ class _Softmax:
         weights = scores.sub_(base).exp_()
         rescale = torch.exp(self.largest - base)
         values = values.transpose(1, 2)  # [B, H, n, D]
-        finite = values.isfinite()
         self.total = self.total * rescale + weights.sum(-1, keepdim=True)
-        self.answer = self.answer * rescale + weights @ torch.where(finite, values, 0.0)
+        self.answer = self.answer * rescale + weights @ torch.where(values.isfinite(), values, 0.0)
+        self.answer += strange.transpose(1, 2).repeat_interleave(self.group, dim=2)
         self.largest = largest
-        # Zero times NaN is NaN: values that are not finite are kept out of the product above, and reach the answers of
-        # the queries that see them here. Without a look at the device there is no telling whether there are any.
-        seen = mask.float()
-        for number in (torch.inf, -torch.inf, torch.nan):
-            which = values.isnan() if number != number else values == number
-            self.answer = torch.where(seen @ which.float() > 0, self.answer + number, self.answer)
 
     def finish(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """The answer `[B, T, Hq, D]` and the LSE `[B, T, Hq]`."""
@@ -217,6 +215,43 @@ class _Softmax:
             return split.permute(0, 2, 1, 3, 4).reshape(batch, rows, query_heads, t.shape[-1])
 
         return ungrouped(answer).to(query.dtype), ungrouped(lse)[..., 0]
+
+
+class _Visible:
+    """Which positions some queries see: their own and those before, back to their oldest, and the sinks."""
+
+    def __init__(self, own: Tensor, oldest: Tensor, sinks: int) -> None:
+        """own, oldest: int64 `[B, T]`. A query whose own is -1 sees nothing."""
+        self.own, self.oldest = own.contiguous(), oldest.contiguous()
+        self.sinks = torch.full_like(self.own[:, :1], sinks)
+
+    def sees(self, positions: Tensor) -> Tensor:
+        """positions: int64 `[B, n]`, -1 for none. Bool `[B, T, n]`."""
+        p = positions[:, None]
+        return (p >= 0) & (p <= self.own[..., None]) & ((p < self.sinks[..., None]) | (p >= self.oldest[..., None]))
+
+    def strange(self, positions: Tensor, values: Tensor) -> Tensor:
+        """What the values that a query sees and that are not finite come to: `[B, T, H, D]`, each 0, +-inf or NaN.
+
+        positions: as in `sees`, and ascending. values: FP32 `[B, n, H, D]`, n below 2^15. Without a look at the device
+        there is no telling whether there are any. Running counts, of which two or three places are looked up for each
+        query, cost little beside a product with a mask.
+        """
+        there = (positions >= 0)[..., None, None]
+        not_a_number = values.isnan()
+        plus, minus = (((values == number) | not_a_number) & there for number in (torch.inf, -torch.inf))
+        counts = (plus.int() + (minus.int() << 16)).cumsum(1, dtype=torch.int32)
+        counts = torch.cat([torch.zeros_like(counts[:, :1]), counts], 1)  # [B, n + 1, H, D]
+        sequence = torch.arange(len(positions), device=positions.device)[:, None]
+        positions = positions.contiguous()
+
+        def before(places: Tensor) -> Tensor:
+            return counts[sequence, torch.minimum(places, end)]
+
+        end = torch.searchsorted(positions, self.own, right=True)
+        count = counts[sequence, end] - before(torch.searchsorted(positions, self.oldest))
+        count += before(torch.searchsorted(positions, self.sinks))
+        return torch.where(count & 0xFFFF != 0, torch.inf, 0.0) - torch.where(count >> 16 != 0, torch.inf, 0.0)
 
 
 @torch.library.custom_op("kvcache_ext::prefill", mutates_args=())
@@ -307,17 +342,13 @@ def _prefill_in_blocks(
         oldest = torch.maximum(oldest, own + 1 - window)
     own = torch.where(t >= padding, own, -1)  # padding queries see nothing
 
-    def sees(positions: Tensor, part: slice) -> Tensor:
-        """positions: `[B, n]`. Bool `[B, T, n]`."""
-        p = positions[:, None]
-        return (p <= own[:, part, None]) & ((p < sinks) | (p >= oldest[:, part, None]))
-
     answers, lses = [], []
     longest = extension.longest_or_all(state, layer, max_positions, 0, k_cache.shape[1])
     queries_per_block = max(1, _SCORES_PER_BLOCK // (_KEYS_PER_BLOCK * batch * query.shape[2]))
     for start in range(0, rows, queries_per_block):
         part = slice(start, start + queries_per_block)
         softmax = _Softmax(query[:, part], heads, scale, softcap)
+        visible = _Visible(own[:, part], oldest[:, part], sinks)
         # Without new keys, the last of these queries sees no index that is newer than this.
         newest = longest if new_keys is not None else longest - rows + min(part.stop, rows)
         for begin in range(0, newest, _KEYS_PER_BLOCK):
@@ -330,14 +361,15 @@ def _prefill_in_blocks(
                 x.view(shape)
                 for x in ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks, sequences=sequences)
             )
-            softmax.add(keys, values, sees(positions, part))
+            softmax.add(keys, values, visible.sees(positions), visible.strange(positions, values))
         if new_keys is not None and new_values is not None:
             newest = min(part.stop, rows)  # a query sees the new keys up to its own
             for begin in range(0, newest, _KEYS_PER_BLOCK):
                 block = slice(begin, min(begin + _KEYS_PER_BLOCK, newest))
                 index = torch.arange(block.start, block.stop, device=device)
-                positions = torch.where(index >= padding, seen + index - padding, 2**62)
-                softmax.add(new_keys[0, :, block].float(), new_values[0, :, block].float(), sees(positions, part))
+                positions = torch.where(index >= padding, seen + index - padding, -1)
+                keys, values = new_keys[0, :, block].float(), new_values[0, :, block].float()
+                softmax.add(keys, values, visible.sees(positions), visible.strange(positions, values))
         answer, lse = softmax.finish(query[:, part])
         answers.append(answer)
         lses.append(lse)
