@@ -101,8 +101,9 @@ def readme_label(label: str, entry: dict[str, Any], gpu: bool) -> str:
 
 
 def readme_block(files: list[Path]) -> str:
+    """Of the first device, a GPU if there is one; all of them are in docs/performance.md."""
     lines: list[str] = []
-    for path in files:
+    for path in files[:1]:
         data = json.loads(path.read_text())
         entries = {entry["name"]: entry for entry in data["measurements"]}
         chosen = [(label, entries[name]) for name, label in README_ROWS.items() if name in entries]
@@ -112,8 +113,6 @@ def readme_block(files: list[Path]) -> str:
         lines += [f"**{data['device']}** ({origin(data, [entry for _, entry in chosen])})", ""]
         lines += [*markdown_table(["", *HEAD], rows), ""]
     for kind, words in (
-        ("append", "append"),
-        ("gather", "gather"),
         ("attention", "attention"),
         ("generate", "decoding"),
     ):

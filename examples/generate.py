@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ import transformers
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+if importlib.util.find_spec("kvcache_ext") is None:  # not installed: the one that was built in place
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kvcache_ext.integrations.transformers import Fp16Cache
 
 

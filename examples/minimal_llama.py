@@ -10,13 +10,18 @@ replayed graph needs nothing from the host.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+if importlib.util.find_spec("kvcache_ext") is None:  # not installed: the one that was built in place
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kvcache_ext import StreamingKVCacheFp16
 
 

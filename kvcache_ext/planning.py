@@ -20,6 +20,8 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
+# Models whose config.json may leave out that every so many layers one has no window.
+ALTERNATING = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -64,7 +66,7 @@ def _remarks(config: dict[str, Any], layers: int) -> list[str]:
     else:
         used = window is not None and config.get("use_sliding_window", True)
         local, other = (layers if used else 0), 0
-        pattern = config.get("sliding_window_pattern")
+        pattern = config.get("sliding_window_pattern") or ALTERNATING.get(str(config.get("model_type")))
         if local and isinstance(pattern, int) and pattern > 0:  # every so many layers one without a window
             local = layers - layers // pattern
     if local:
@@ -145,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--positions", type=_positive, help="positions to hold (default: what the config is made for)")
     parser.add_argument("--batch", type=_positive, default=1, help="sequences (default: 1)")
     parser.add_argument(
-        "--weights-gb", type=_gigabytes, default=0, metavar="GB", help="the model's weights, 10^9 bytes"
+        "--weights-gb", type=_gigabytes, metavar="GB", help="the model's weights, 10^9 bytes (default: none counted)"
     )
     into = parser.add_mutually_exclusive_group()
     into.add_argument("--free-gb", type=_gigabytes, metavar="GB", help="memory to fit into, 10^9 bytes")
@@ -167,7 +169,7 @@ def _shape(chosen: argparse.Namespace) -> Shape:
     return Shape(**numbers, remarks=[] if read is None else read.remarks)
 
 
-def _budget(planned: memory.Plan, where: str) -> list[tuple[str, str, str]]:
+def _budget(planned: memory.Plan, where: str, weights_given: bool) -> list[tuple[str, str, str]]:
     """Rows of the table: what, GB, a remark."""
 
     def gb(size: int) -> str:
@@ -175,7 +177,7 @@ def _budget(planned: memory.Plan, where: str) -> list[tuple[str, str, str]]:
 
     both = planned.weights_bytes + planned.total_bytes
     rows = [
-        ("weights", gb(planned.weights_bytes), ""),
+        ("weights", gb(planned.weights_bytes), "" if weights_given else "not given: --weights-gb"),
         ("cache, keys and values (FP16)", gb(planned.cache_bytes), f"in FP32: {gb(planned.fp32_bytes)}"),
         ("beside it: state, workspace", gb(planned.beside_bytes), ""),
         ("total", gb(both), f"with a cache in FP32: {gb(both + planned.cache_bytes)}"),
@@ -223,19 +225,22 @@ def print_plan(chosen: argparse.Namespace) -> None:
         chosen.batch,
         device=device,
         free=chosen.free_gb,
-        weights_bytes=chosen.weights_gb,
+        weights_bytes=chosen.weights_gb or 0,
     )
     batch = "" if planned.batch_size == 1 else f"{planned.batch_size:,} sequences of "
     print(
         f"{planned.num_layers} layers, {batch}{planned.max_positions:,} positions, "
         f"{planned.num_heads} key/value heads of {planned.head_dim}"
     )
-    rows = _budget(planned, where)
+    rows = _budget(planned, where, chosen.weights_gb is not None)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for name, figure, remark in rows:
         print(f"  {name:<{widths[0]}}  {figure:>{widths[1]}}  {remark}".rstrip())
     total = planned.weights_bytes + planned.total_bytes
     sizes = ", ".join(f"{size} GB {'yes' if total <= size * GB else 'no'}" for size in USUAL_GPUS)
     print(f"  fits on an empty GPU of: {sizes}")
+    print("  note: activations, other tensors and the CUDA context need room of their own")
+    if planned.head_dim % 8 or planned.head_dim > 512:
+        print(f"  note: attend needs a head_dim of a multiple of 8, at most 512; {planned.head_dim} can only be read")
     for remark in shape.remarks:
         print(f"  note: {remark}")

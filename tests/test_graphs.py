@@ -181,23 +181,29 @@ def test_ragged_attention_in_a_graph() -> None:
     assert_same_bits(captured.k_cache, eager.k_cache)
 
 
-def test_a_hundred_thousand_replays_of_attention() -> None:
-    """Tickets and lengths, which no sanitizer sees: every replay of a wrapping cache against eager, bit for bit."""
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_hundred_thousand_replays_of_attention(group: int) -> None:
+    """Tickets and lengths, which no sanitizer sees: every replay of a wrapping cache against eager, bit for bit.
+
+    Both kernels: one query to a KV head, and several.
+    """
     captured, eager = (
         make_cache(GPU, num_layers=1, max_positions=777, num_heads=4, head_dim=128, sink_positions=4) for _ in range(2)
     )
     x = torch.randn(4, 128, device=GPU)
-    outs = [torch.empty_like(x) for _ in range(2)]
+    queries = torch.empty(4 * group, 128, device=GPU)
+    outs = [torch.empty_like(queries) for _ in range(2)]
     differing = torch.zeros((), dtype=torch.int64, device=GPU)
 
     def step() -> None:
         x.mul_(1.7).sin_()
-        captured.append_attend(0, x, x * 2, x * 3, out=outs[0])
+        queries.view(4, group, 128).copy_(x[:, None])
+        captured.append_attend(0, queries, x * 2, x * 3, out=outs[0])
 
     graph = capture(step)
     for _ in range(100_000):
         graph.replay()
-        eager.append_attend(0, x, x * 2, x * 3, out=outs[1])
+        eager.append_attend(0, queries, x * 2, x * 3, out=outs[1])
         differing += (outs[0].view(torch.int32) != outs[1].view(torch.int32)).sum()
     assert int(differing) == 0
     assert captured.position == eager.position == 100_000

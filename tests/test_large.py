@@ -5,6 +5,8 @@ Storage is not touched where nothing is written, so that a CPU machine with some
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import Backend, assert_same_bits
@@ -54,6 +56,30 @@ def test_the_far_end_of_a_layer(backend: Backend) -> None:
     indices = torch.tensor([positions - 1, positions - 6, positions], device=backend.device)
     keys, _ = cache.gather(0, indices)
     assert_same_bits(keys, torch.stack([want[5], want[0], torch.zeros_like(want[0])]))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_attention_over_a_whole_layer(backend: Backend, group: int) -> None:
+    """Over all of 2^31 elements and more, on a GPU: one row in every slot but the last."""
+    if backend.name != "cuda":
+        pytest.skip("minutes on a CPU")
+    heads, head_dim = 4, 128
+    positions = 2**31 // (heads * head_dim) + 4096
+    cache = large_cache(backend.device, 1, positions, heads, head_dim)
+    row = torch.randn(heads, head_dim, device=backend.device)
+    other = torch.randn(2, heads, head_dim, device=backend.device)
+    chunk = row.expand(4096, heads, head_dim).contiguous()
+    for _ in range(positions // 4096):
+        cache.append(0, chunk, chunk)
+    cache.k_cache[0, 0, -1], cache.v_cache[0, 0, -1] = other.half()
+    query = torch.randn(heads * group, head_dim, device=backend.device)
+    answer, lse = cache.attend(0, query, return_lse=True)
+    k, v = (torch.stack([row.half(), o]).double().repeat_interleave(group, 1) for o in other.half())  # [2, Hq, D]
+    scores = (query.double() * k).sum(-1) * head_dim**-0.5
+    scores[0] += math.log(len(cache) - 1)
+    want = (scores.softmax(0)[..., None] * v).sum(0)
+    assert ((answer - want).norm(dim=-1) / want.norm(dim=-1)).max() < 1e-5  # millions of equal terms
+    torch.testing.assert_close(lse.double(), scores.logsumexp(0), rtol=1e-6, atol=0)
 
 
 def test_the_last_sequence_of_a_wide_batch(backend: Backend) -> None:

@@ -102,6 +102,8 @@ def test_configs(tmp_path: Path, entries: dict[str, Any], shape: tuple[int | Non
     "entries, words",
     [
         ({"sliding_window": 4096}, ["32 of 32 layers have a sliding window of 4,096 positions"]),
+        ({"sliding_window": 4096, "model_type": "gemma2"}, ["16 of 32 layers have a sliding window"]),
+        ({"sliding_window": 512, "model_type": "gemma3_text"}, ["27 of 32 layers have a sliding window"]),
         ({"sliding_window": None}, []),
         ({"sliding_window": 4096, "use_sliding_window": False}, []),
         ({"sliding_window": 512, "sliding_window_pattern": 6}, ["27 of 32 layers have a sliding window of 512"]),

@@ -54,7 +54,8 @@ class NewRows:
     def _refuse() -> NoReturn:
         raise RuntimeError(
             f"Fp16Cache: this model uses keys and values elsewhere than in the attention named {NAME!r}, or was not "
-            "set to it; make the cache with attention=None, which gives the model gathered keys and values"
+            "set to it; make the cache with for_model for this very model, or with attention=None, which gives it "
+            "gathered keys and values"
         )
 
 

@@ -118,7 +118,8 @@ class Shared:
         if mask.shape[1] != seen + new:
             raise ValueError(
                 f"Fp16Cache: attention_mask has {mask.shape[1]} columns, and the cache holds {seen} tokens and gets "
-                f"{new} more: pass the mask of the whole text, old and new, or None if nothing is padding"
+                f"{new} more: pass the mask of the whole text, old and new, or None if nothing is padding; reset() the "
+                "cache first if this is another text"
             )
         if mask.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
