@@ -393,6 +393,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
+        if isinstance(src, int) and isinstance(dst, (list, tuple)):
+            src = [src] * len(dst)
         if is_compiling():
             ops.copy_sequences(
                 self.k_cache,
@@ -412,9 +414,10 @@ class StreamingKVCacheFp16:
 
         Args:
             src, dst: an int, a list of ints, or an int64 or int32 tensor `[n]` (or of no dimension) on the cache's
-                device; equally many. Those of `dst` must be distinct, which cannot be checked of a tensor without a
-                synchronisation: what becomes of one that is named twice is undefined. A pair of tensors' indices that
-                is out of range does nothing. What is not a tensor is copied to the device; in a graph pass tensors.
+                device; equally many, but that an int `src` goes with any list: `copy_sequence(0, [1, 2])`. Those of
+                `dst` must be distinct, which cannot be checked of a tensor without a synchronisation: what becomes of
+                one that is named twice is undefined. A pair of tensors' indices that is out of range does nothing.
+                What is not a tensor is copied to the device; in a graph pass tensors.
 
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.

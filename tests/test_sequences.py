@@ -125,6 +125,9 @@ def test_copy_sequence(backend: Backend) -> None:
         for src, dst in (([3], [0]), ([0, 3], [3, 1]), ([2, 1, 0], [0, 2, 1]), ([1, 1], [4, 2]), ([], [])):
             twin.copy_sequence(given(*src), given(*dst))
             twin.check()
+    twin.cache.copy_sequence(1, [3, 0])
+    twin._copy(torch.tensor([1, 1]), torch.tensor([3, 0]))
+    twin.check()
     twin.copy_sequence(1, 3)
     twin.check()
     twin.copy_sequence(torch.tensor(3, device=backend.device), 0)
