@@ -393,8 +393,6 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        if isinstance(src, int) and isinstance(dst, (list, tuple)):
-            src = [src] * len(dst)
         if is_compiling():
             ops.copy_sequences(
                 self.k_cache,
@@ -422,6 +420,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
+        if isinstance(src, int) and isinstance(dst, (list, tuple)):
+            src = [src] * len(dst)
         if is_compiling():
             ops.copy_sequences(
                 self.k_cache,

@@ -129,8 +129,9 @@ struct Attention {
 
   template <int kQueries>
   void accumulate_all(int64_t head, int64_t i, int rows) {
-    int64_t d = accumulate<kQueries, 8 / kQueries>(head, i, 0, rows);
-    if constexpr (kQueries <= 2) d = accumulate<kQueries, 2>(head, i, d, rows);
+    constexpr int kParts = kQueries == 4 && kWidth == 16 ? 4 : 8 / kQueries;  // AVX-512 has registers for 16 sums
+    int64_t d = accumulate<kQueries, kParts>(head, i, 0, rows);
+    if constexpr (kParts > 2) d = accumulate<kQueries, 2>(head, i, d, rows);
     accumulate<kQueries, 1>(head, i, d, rows);
   }
 
