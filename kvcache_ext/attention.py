@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops
@@ -392,6 +391,8 @@ def _half_answer(cache: StreamingKVCacheFp16, layer: int, query: Tensor, scale: 
     The mask is causal and aligned to the lower right, as torch's own `is_causal` is not. On a CPU torch builds that
     mask, so that the queries go in blocks there.
     """
+    from torch.nn.attention.bias import causal_lower_right  # here, as it imports torch._dynamo, which takes a second
+
     slot, held = extension.run_or_none(cache._state, layer, chosen.start, chosen.stop)
     rows = query.shape[1]
     if slot < 0 or held < rows:
