@@ -442,6 +442,19 @@ class Run:
         lengths.copy_(torch.tensor(numbers))
         counts[:] = [min(max(n, 0), rows) for n in numbers]
 
+    def refill_of(
+        self, inputs: tuple[Input, ...], lengths: torch.Tensor | None, counts: list[int], rows: int
+    ) -> Callable[[Draw], None]:
+        """What gives an append new numbers between two replays."""
+
+        def refill(draw: Draw) -> None:
+            for given in inputs:
+                given.refill(draw)
+            if lengths is not None:
+                self.new_counts(draw, lengths, counts, rows)
+
+        return refill
+
     def store(
         self, layer: int, key: Input, value: Input, counts: list[int], entries: Entries, of_layer: int | None = None
     ) -> None:
@@ -477,12 +490,7 @@ class Run:
             else:
                 cache.append(layer, key.tensor, value.tensor, new_lengths=lengths, sequences=entries.argument)
 
-        def refill(draw: Draw) -> None:
-            key.refill(draw)
-            value.refill(draw)
-            if lengths is not None:
-                self.new_counts(draw, lengths, counts, rows)
-
+        refill = self.refill_of((key, value), lengths, counts, rows)
         return Action(
             lambda: (
                 f"{'ops.' if dispatched else ''}append({layer}, {key}, {value}, counts={counts} "
@@ -516,12 +524,7 @@ class Run:
             for layer in range(m.layers):
                 self.store(layer, key, value, counts, entries, layer)
 
-        def refill(draw: Draw) -> None:
-            key.refill(draw)
-            value.refill(draw)
-            if lengths is not None:
-                self.new_counts(draw, lengths, counts, rows)
-
+        refill = self.refill_of((key, value), lengths, counts, rows)
         return Action(
             lambda: (
                 f"{'ops.' if dispatched else ''}append_all({key}, {value}, counts={counts} "
@@ -762,12 +765,7 @@ class Run:
             self.expect_answer("append_attend", got, query, wanted, lse, half)
             self.store(layer, key, value, counts, entries)
 
-        def refill(draw: Draw) -> None:
-            for given in (query, key, value):
-                given.refill(draw)
-            if lengths is not None:
-                self.new_counts(draw, lengths, counts, rows)
-
+        refill = self.refill_of((query, key, value), lengths, counts, rows)
         return Action(
             lambda: (
                 f"append_attend({layer}, {query}, {key}, {value}, counts={counts} "

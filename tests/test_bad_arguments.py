@@ -368,6 +368,21 @@ def cache(request: pytest.FixtureRequest) -> Cache:
     return cache
 
 
+def failure_of(call: Callable[[], object], what: str, error: type[Exception], words: str) -> list[str]:
+    """Nothing, where the call raises this error in one sentence with these words; else what it did instead."""
+    try:
+        call()
+    except error as raised:
+        try:
+            assert_one_sentence(raised, words)
+        except AssertionError as wrong_words:
+            return [f"{what}: {wrong_words}"]
+        return []
+    except Exception as raised:
+        return [f"{what}: {type(raised).__name__}, not {error}: {raised}"]
+    return [f"{what}: no error"]
+
+
 @pytest.mark.parametrize("argument", [f"{call}: {argument}" for call in CALLS for argument in CALLS[call][2]])
 def test_every_argument(cache: Cache, argument: str) -> None:
     call, _, name = argument.partition(": ")
@@ -381,17 +396,7 @@ def test_every_argument(cache: Cache, argument: str) -> None:
             good = arguments.get(name)
             given = wrong[0](numbers(0)(cache.device) if good is None else good, cache)
         arguments[name] = given
-        try:
-            getattr(cache, method)(**arguments)
-        except error as raised:
-            try:
-                assert_one_sentence(raised, name)
-            except AssertionError as wrong_words:
-                failures.append(f"{what}: {wrong_words}")
-        except Exception as raised:
-            failures.append(f"{what}: {type(raised).__name__}, not {error}: {raised}")
-        else:
-            failures.append(f"{what}: no error")
+        failures += failure_of(lambda made=arguments: getattr(cache, method)(**made), what, error, name)
         for x, y in zip(before, snapshot(cache), strict=True):
             assert torch.equal(x, y), f"{what} has changed the cache"
     assert not failures, "\n".join(failures)
@@ -500,21 +505,10 @@ def test_every_tensor_of_every_op(cache: Cache, argument: str) -> None:
             continue
         arguments = op_arguments(op, cache)
         arguments[name] = wrong(arguments[name], cache)
-        try:
-            getattr(ops, op)(**arguments)
-        except error as raised:
-            try:
-                # With two devices among the cache's own tensors, either may be the wrong one.
-                words = (
-                    "device" if name in ("k_cache", "v_cache", "state", "overflow_counts") and "meta" in what else name
-                )
-                assert_one_sentence(raised, words)
-            except AssertionError as wrong_words:
-                failures.append(f"{what}: {wrong_words}")
-        except Exception as raised:
-            failures.append(f"{what}: {type(raised).__name__}, not {error}: {raised}")
-        else:
-            failures.append(f"{what}: no error")
+        # With two devices among the cache's own tensors, either may be the wrong one.
+        own = name in ("k_cache", "v_cache", "state", "overflow_counts")
+        words = "device" if own and "meta" in what else name
+        failures += failure_of(lambda made=arguments: getattr(ops, op)(**made), what, error, words)
         for x, y in zip(before, snapshot(cache), strict=True):
             assert torch.equal(x, y), f"{what} has changed the cache"
     assert not failures, "\n".join(failures)
