@@ -150,8 +150,8 @@ class Case:
         sink = torch.zeros(1, dtype=torch.int32, device=self.device)
         # One launch for as many bytes as a layer's keys and values: the keys of two layers, then the values of two.
         halves = [tensor.view(self.layers // 2, -1) for tensor in (self.cache.k_cache, self.cache.v_cache)]
-        pieces = [piece for half in halves for piece in half]
-        works = [ceilings.plain_kernel("read_only", self.bytes // 16, piece, sink) for piece in pieces]
+        pieces = [piece for half in halves for launch in half for piece in launch.split(ceilings.MOST_VECTORS * 8)]
+        works = [ceilings.plain_kernel("read_only", piece.nbytes // 16, piece, sink) for piece in pieces]
 
         def work() -> None:
             for read in works:
@@ -204,7 +204,11 @@ def measure_error(device: torch.device, positions: int, results: Results) -> Non
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--only", default="", help="those whose name has this in it, such as mha32/b8 (default: all)"
+    )
+    args = arguments.parse_args()
     torch.set_grad_enabled(False)
     device = choose_device(args.device)
     results = open_results(args, device)
@@ -218,14 +222,15 @@ def main() -> None:
                 # On a GPU two layers at least; on a CPU one, and what converting it to FP32 makes of it.
                 if size > (0.3 if on_gpu(device) else 0.2) * free_bytes(device) or (args.quick and size > 2**28):
                     continue
-                sweep.append((shape, query_heads, heads, positions, batch))
+                name = f"attention/{shape}{'' if batch == 1 else f'/b{batch}'}/{positions}"
+                if args.only in name:
+                    sweep.append((name, query_heads, heads, positions, batch))
     with progress("attention", len(sweep) + 1) as advance:
-        measure_error(device, 4_096 if args.quick else 65_536, results)
+        if args.only in "attention/error/fp32":
+            measure_error(device, 4_096 if args.quick else 65_536, results)
         advance(1)
-        for shape, query_heads, heads, positions, batch in sweep:
-            part = "" if batch == 1 else f"/b{batch}"
-            case = Case(query_heads, heads, positions, batch, device)
-            measure(f"attention/{shape}{part}/{positions}", case, results, rounds)
+        for name, query_heads, heads, positions, batch in sweep:
+            measure(name, Case(query_heads, heads, positions, batch, device), results, rounds)
             results.save(last=False)
             advance(1)
 

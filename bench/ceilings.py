@@ -119,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) widen(const uint2* in, fl
 }
 """
 KERNEL_TILE = 256 * 4  # vectors a block
+MOST_VECTORS = 1 << 30  # of 16 bytes, of a launch: they are counted in 32 bits
 
 # Launching from C, as an extension does: a Python loop would add its own time to every launch.
 LAUNCHER = r"""
@@ -262,6 +263,7 @@ def _measure_gpu(device: torch.device, quick: bool) -> Ceilings:
 
 def plain_kernel(name: str, vectors: int, source: Tensor, target: Tensor) -> Work | None:
     """A function that launches one of KERNELS over `vectors` items, or None where it cannot be compiled."""
+    assert vectors <= MOST_VECTORS
     kernel = _compiled(name)
     if kernel is None:
         return None

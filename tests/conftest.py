@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +68,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device there is, with the implementation that it uses by itself."""
     return torch.device(request.param, torch.cuda.current_device() if request.param == "cuda" else None)
+
+
+@pytest.fixture
+def gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests that take gigabytes of a GPU: one at a time, whatever the processes (`-n`), and given back at once."""
+    base = tmp_path_factory.getbasetemp()
+    with open((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gigabytes.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if HAS_GPU:
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a CPU build")

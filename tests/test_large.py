@@ -14,6 +14,8 @@ from conftest import Backend, assert_same_bits
 from kvcache_ext import StreamingKVCacheFp16
 from kvcache_ext.memory import cache_bytes, free_bytes
 
+pytestmark = pytest.mark.usefixtures("gigabytes")
+
 
 def large_cache(device: torch.device, *shape: int, batch_size: int = 1) -> StreamingKVCacheFp16:
     layers, positions, heads, head_dim = shape
