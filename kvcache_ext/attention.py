@@ -181,25 +181,19 @@ class _Softmax:
         self.total = torch.zeros_like(self.largest)
         self.answer = torch.zeros_like(self.query)
 
-    def add(self, keys: Tensor, values: Tensor, sees: Tensor, strange: Tensor) -> None:
-        """keys, values: FP32 `[B, n, H, D]`. sees: bool `[B, T, n]`; what a query does not see may hold anything.
-
-        strange: of `_Visible.strange`. Zero times NaN is NaN, so that values that are not finite are kept out of the
-        product, and reach the answers of the queries that see them in this way.
-        """
-        scores = self.query @ keys.permute(0, 2, 3, 1)
+    def add(self, block: _KeyBlock, visible: _Visible) -> None:
+        scores = self.query @ block.keys
         if self.softcap:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        mask = sees.repeat_interleave(self.group, dim=1)[:, None]
+        mask = visible.sees(block.positions).repeat_interleave(self.group, dim=1)[:, None]
         scores.masked_fill_(~mask, -torch.inf)
         largest = torch.maximum(self.largest, scores.amax(-1, keepdim=True))
         base = torch.where(largest == -torch.inf, 0.0, largest)
         weights = scores.sub_(base).exp_()
         rescale = torch.exp(self.largest - base)
-        values = values.transpose(1, 2)  # [B, H, n, D]
         self.total = self.total * rescale + weights.sum(-1, keepdim=True)
-        self.answer = self.answer * rescale + weights @ torch.where(values.isfinite(), values, 0.0)
-        self.answer += strange.transpose(1, 2).repeat_interleave(self.group, dim=2)
+        self.answer = self.answer * rescale + weights @ block.finite_values
+        self.answer += visible.strange(block).transpose(1, 2).repeat_interleave(self.group, dim=2)
         self.largest = largest
 
     def finish(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,28 +223,35 @@ class _Visible:
         p = positions[:, None]
         return (p >= 0) & (p <= self.own[..., None]) & ((p < self.sinks[..., None]) | (p >= self.oldest[..., None]))
 
-    def strange(self, positions: Tensor, values: Tensor) -> Tensor:
-        """What the values that a query sees and that are not finite come to: `[B, T, H, D]`, each 0, +-inf or NaN.
-
-        positions: as in `sees`, and ascending. values: FP32 `[B, n, H, D]`, n below 2^15. Without a look at the device
-        there is no telling whether there are any. Running counts, of which two or three places are looked up for each
-        query, cost little beside a product with a mask.
-        """
-        there = (positions >= 0)[..., None, None]
-        not_a_number = values.isnan()
-        plus, minus = (((values == number) | not_a_number) & there for number in (torch.inf, -torch.inf))
-        counts = (plus.int() + (minus.int() << 16)).cumsum(1, dtype=torch.int32)
-        counts = torch.cat([torch.zeros_like(counts[:, :1]), counts], 1)  # [B, n + 1, H, D]
-        sequence = torch.arange(len(positions), device=positions.device)[:, None]
-        positions = positions.contiguous()
-
-        def before(places: Tensor) -> Tensor:
-            return counts[sequence, torch.minimum(places, end)]
-
-        end = torch.searchsorted(positions, self.own, right=True)
-        count = counts[sequence, end] - before(torch.searchsorted(positions, self.oldest))
-        count += before(torch.searchsorted(positions, self.sinks))
+    def strange(self, block: _KeyBlock) -> Tensor:
+        """What the values that a query sees and that are not finite come to: `[B, T, H, D]`, each 0, +-inf or NaN."""
+        counts, sequence = block.counts, torch.arange(len(block.counts), device=block.counts.device)[:, None]
+        end = torch.searchsorted(block.positions, self.own, right=True)
+        begin = torch.minimum(torch.searchsorted(block.positions, self.oldest), end)
+        of_sinks = torch.minimum(torch.searchsorted(block.positions, self.sinks), end)
+        count = counts[sequence, end] - counts[sequence, begin] + counts[sequence, of_sinks]
         return torch.where(count & 0xFFFF != 0, torch.inf, 0.0) - torch.where(count >> 16 != 0, torch.inf, 0.0)
+
+
+class _KeyBlock:
+    """Some keys and values, in the forms that every block of queries takes them in.
+
+    Zero times NaN is NaN, so that values that are not finite are kept out of the product, and reach the answers of the
+    queries that see them as `_Visible.strange`. Without a look at the device there is no telling whether there are any.
+    Running counts, of which three places are looked up for each query, cost little beside a product with a mask.
+    """
+
+    def __init__(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """positions: int64 `[B, n]`, ascending, -1 for none. keys, values: FP32 `[B, n, H, D]`, n below 2^15; where no
+        query sees them they may hold anything."""
+        self.positions = positions.contiguous()
+        self.keys = keys.permute(0, 2, 3, 1)
+        finite = values.isfinite()
+        self.finite_values = torch.where(finite, values, 0.0).transpose(1, 2)  # [B, H, n, D]
+        strange = ~finite & (positions >= 0)[..., None, None]
+        plus, minus = strange & ~(values < 0), strange & ~(values > 0)  # NaN is both
+        counts = (plus.int() + (minus.int() << 16)).cumsum(1, dtype=torch.int32)
+        self.counts = torch.cat([torch.zeros_like(counts[:, :1]), counts], 1)  # [B, n + 1, H, D]
 
 
 @torch.library.custom_op("kvcache_ext::prefill", mutates_args=())
@@ -341,37 +342,37 @@ def _prefill_in_blocks(
         oldest = torch.maximum(oldest, own + 1 - window)
     own = torch.where(t >= padding, own, -1)  # padding queries see nothing
 
-    answers, lses = [], []
+    per_part = max(1, _SCORES_PER_BLOCK // (_KEYS_PER_BLOCK * batch * query.shape[2]))
+    parts = [slice(start, min(start + per_part, rows)) for start in range(0, rows, per_part)]
+    softmaxes = [_Softmax(query[:, part], heads, scale, softcap) for part in parts]
+    visible = [_Visible(own[:, part], oldest[:, part], sinks) for part in parts]
+
+    def add(block: _KeyBlock, first: int) -> None:
+        """To the parts that end after query number `first`: the others see nothing of it."""
+        for i, part in enumerate(parts):
+            if part.stop > first:
+                softmaxes[i].add(block, visible[i])
+
+    shape = (batch, -1, heads, head_dim)
     longest = extension.longest_or_all(state, layer, max_positions, 0, k_cache.shape[1])
-    queries_per_block = max(1, _SCORES_PER_BLOCK // (_KEYS_PER_BLOCK * batch * query.shape[2]))
-    for start in range(0, rows, queries_per_block):
-        part = slice(start, start + queries_per_block)
-        softmax = _Softmax(query[:, part], heads, scale, softcap)
-        visible = _Visible(own[:, part], oldest[:, part], sinks)
-        # Without new keys, the last of these queries sees no index that is newer than this.
-        newest = longest if new_keys is not None else longest - rows + min(part.stop, rows)
-        for begin in range(0, newest, _KEYS_PER_BLOCK):
-            index = torch.arange(begin, min(begin + _KEYS_PER_BLOCK, newest), device=device)
-            sinks_held = seen.clamp(max=sinks)
-            positions = torch.where(index < sinks_held, index, first + index - sinks_held)
-            positions = torch.where(positions < seen, positions, 2**62)  # not held
-            shape = (batch, len(index), heads, head_dim)
-            keys, values = (
-                x.view(shape)
-                for x in ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks, sequences=sequences)
-            )
-            softmax.add(keys, values, visible.sees(positions), visible.strange(positions, values))
-        if new_keys is not None and new_values is not None:
-            newest = min(part.stop, rows)  # a query sees the new keys up to its own
-            for begin in range(0, newest, _KEYS_PER_BLOCK):
-                block = slice(begin, min(begin + _KEYS_PER_BLOCK, newest))
-                index = torch.arange(block.start, block.stop, device=device)
-                positions = torch.where(index >= padding, seen + index - padding, -1)
-                keys, values = new_keys[0, :, block].float(), new_values[0, :, block].float()
-                softmax.add(keys, values, visible.sees(positions), visible.strange(positions, values))
-        answer, lse = softmax.finish(query[:, part])
-        answers.append(answer)
-        lses.append(lse)
+    for begin in range(0, longest, _KEYS_PER_BLOCK):
+        index = torch.arange(begin, min(begin + _KEYS_PER_BLOCK, longest), device=device)
+        sinks_held = seen.clamp(max=sinks)
+        positions = torch.where(index < sinks_held, index, first + index - sinks_held)
+        positions = torch.where(positions < seen, positions, 2**62)  # not held
+        gathered = ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks, sequences=sequences)
+        # Without new keys, the last query sees no index that is newer than the longest sequence's last.
+        add(
+            _KeyBlock(positions, *(x.view(shape) for x in gathered)),
+            begin - (longest - rows) if new_keys is None else 0,
+        )
+    if new_keys is not None and new_values is not None:
+        for begin in range(0, rows, _KEYS_PER_BLOCK):  # a query sees the new keys up to its own
+            index = torch.arange(begin, min(begin + _KEYS_PER_BLOCK, rows), device=device)
+            positions = torch.where(index >= padding, seen + index - padding, -1)
+            new = (x[0, :, begin : begin + _KEYS_PER_BLOCK].float() for x in (new_keys, new_values))
+            add(_KeyBlock(positions, *new), begin)
+    answers, lses = zip(*(s.finish(query[:, p]) for s, p in zip(softmaxes, parts, strict=True)), strict=True)
     return torch.cat(answers, 1), torch.cat(lses, 1)
 
 

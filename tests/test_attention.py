@@ -100,6 +100,17 @@ def test_long(backend: Backend, length: int, group: int) -> None:
     check_both(attention_twin(backend, length, max_positions=4096, num_layers=1), backend, group=group)
 
 
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 64), (8, 64), (16, 64), (8, 128), (2, 256)])
+def test_any_number_of_sequences(backend: Backend, group: int, head_dim: int) -> None:
+    """On a GPU it decides how large blocks are and into how many parts the positions are cut."""
+    if backend.device.type == "cpu" and not backend.slow:
+        pytest.skip("a matter of the GPU kernels")
+    numbers = (1, 3, 5, 8, 24) if backend.slow else (*range(1, 26), 33, 50, 67, 100, 133)
+    for batch in numbers if group == 1 or not backend.slow else numbers[:-1]:
+        twin = attention_twin(backend, 150, max_positions=140, batch_size=batch, num_layers=1, head_dim=head_dim)
+        check_both(twin, backend, group=group)
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 71])
 @pytest.mark.parametrize("dtype", BOUND)
 def test_groups_and_dtypes(backend: Backend, group: int, dtype: torch.dtype) -> None:

@@ -29,6 +29,42 @@ struct Division {
   uint32_t splits;         // blocks that share the rows of a unit
 };
 
+// Blocks of one size that a launch could be made of.
+struct Blocks {
+  int64_t units;
+  int64_t multiprocessors;
+  int64_t at_a_time;    // on a multiprocessor
+  int64_t most_splits;  // of a unit, at least 1
+
+  // How much of the GPU is at work until the end, 1 at most: some multiprocessors may get one block less than others,
+  // and where not all run at once, the last to run may be few.
+  double filling(int64_t splits) const {
+    const int64_t blocks = units * splits;
+    const int64_t turn = multiprocessors * (blocks > multiprocessors * at_a_time ? at_a_time : 1);
+    return static_cast<double>(blocks) / static_cast<double>((blocks + turn - 1) / turn * turn);
+  }
+  // As many as run at once.
+  int64_t all_splits() const { return imax(imin(multiprocessors * at_a_time / units, most_splits), 1); }
+  // As many or fewer: those that fill the GPU best.
+  int64_t best_splits() const {
+    int64_t best = 1;
+    for (int64_t splits = 2; splits <= all_splits(); ++splits) {
+      if (filling(splits) > filling(best)) best = splits;
+    }
+    return best;
+  }
+};
+
+// What smaller blocks with more splits have to fill more of the GPU to be worth it (docs/performance.md).
+constexpr double kWorthSmallerBlocks = 0.2;
+
+// Whether small blocks fill the GPU better than large ones by so much.
+inline bool fill_better(const Blocks& small, const Blocks& large, double by) {
+  const double filled = large.filling(large.all_splits());
+  if (by > 0 && (filled > 1 - by || large.all_splits() == large.most_splits)) return false;  // spares the search
+  return small.filling(small.best_splits()) >= filled + by;
+}
+
 struct BlockUnit {
   uint32_t unit;
   uint32_t split;

@@ -18,6 +18,7 @@ constexpr int kMostWarps = 8;
 // Of so many warps a multiprocessor has registers for two blocks, no more: where there was room for another, the next
 // launch's would be placed there, on few multiprocessors (docs/performance.md).
 constexpr int kBlocksAtATime = 2;
+constexpr int kWarpsAtATime = kBlocksAtATime * kMostWarps;
 
 struct Half8 {
   uint32_t x[4];
@@ -217,13 +218,23 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int64_t units = p.sequences.entries(p.cache.batch) * p.cache.heads;
   const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, 1>);
-  // The split depends on shapes alone, so that a call's answer does not depend on how it came to its lengths. Many
-  // units: small blocks, so that those of a multiprocessor are at different stages.
-  const int warps = units >= 4 * multiprocessors ? kMostWarps / 2 : kMostWarps;
-  int64_t splits = kBlocksAtATime * multiprocessors / units;
-  const int64_t rows_of_block = warps * Block::kStep;
-  splits = imin(imin(splits, room), (p.cache.positions + rows_of_block - 1) / rows_of_block);
-  splits = units > kAttendTickets ? 1 : imax(splits, 1);
+  // What follows depends on shapes alone, so that a call's answer does not depend on how it came to its lengths.
+  const int64_t rows_of_block = kMostWarps * Block::kStep;
+  const int64_t most = imin(room, (p.cache.positions + rows_of_block - 1) / rows_of_block);
+  const auto blocks_of = [&](int warps) {
+    return Blocks{units, multiprocessors, kWarpsAtATime / warps, units > kAttendTickets ? 1 : imax(most, 1)};
+  };
+  // Smaller blocks where those fill the GPU better. Where more follow each other on a multiprocessor than run at a
+  // time, it is enough that they do not fill it worse: they are at different stages.
+  int warps = kMostWarps;
+  int64_t splits = blocks_of(warps).all_splits();
+  const double by = units > kBlocksAtATime * multiprocessors ? 0 : kWorthSmallerBlocks;
+  if (fill_better(blocks_of(kMostWarps / 2), blocks_of(kMostWarps), by)) {
+    const bool very_many = units >= kMostWarps * multiprocessors;
+    warps = very_many && fill_better(blocks_of(kMostWarps / 4), blocks_of(kMostWarps / 2), 0) ? kMostWarps / 4
+                                                                                              : kMostWarps / 2;
+    splits = blocks_of(warps).best_splits();
+  }
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   const Division division{FastDivider::by(static_cast<uint32_t>(units)), FastDivider::by(1),
                           FastDivider::by(static_cast<uint32_t>(p.cache.heads)), FastDivider::by(1),

@@ -35,6 +35,12 @@ constexpr int kTileRows = 16;
 constexpr float kLowPart = 1.0f / 2048;  // what a low part counts for
 constexpr float kLog2WeightScale = 14;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kFromSm100 = true;
+#else
+constexpr bool kFromSm100 = false;
+#endif
+
 // 2^n, -126 <= n <= 127.
 __device__ __forceinline__ float exact_power_of_two(int n) { return bits_float(static_cast<uint32_t>(n + 127) << 23); }
 
@@ -92,6 +98,13 @@ struct AttendBlock {
   // Of a block. Those of a launch of many are half as large, so that a multiprocessor's are at different stages.
   KVC_HD static constexpr int threads(int halves) {
     return (halves == 2 && kWarps == kMostWarps ? kWarps / 2 : kWarps) * 32;
+  }
+  // How many a multiprocessor has registers for, and room. (From sm_100 on the compiler needs more registers.)
+  KVC_HD static constexpr int at_a_time(int halves, bool from_sm_100) {
+    if (halves == 4) return 1;
+    if (kTiles == 4) return kDepth == 4 && !from_sm_100 ? 3 : 2;
+    if (kTiles == 2 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
+    return kDepth > 8 || from_sm_100 || (kDepth == 4 && kTiles == 1) ? 3 : 4;
   }
   static constexpr int64_t bytes(int warps, int halves) { return kRingsAt + int64_t{warps} * ring_bytes(halves); }
 
@@ -186,7 +199,7 @@ __device__ __noinline__ void call_copy_scattered(const AttendPlan* shared_plan, 
 
 template <int kDepth, int kTiles, int kHalves>
 __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
-                                  kDepth <= 8 && kTiles == 1 && kHalves == 2 ? 3 : 1)
+                                  AttendBlock<kDepth, kTiles>::at_a_time(kHalves, kFromSm100))
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
   using Block = AttendBlock<kDepth, kTiles>;
   constexpr int kQueries = Block::kQueries;
@@ -529,30 +542,24 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
 
 // A split of fewer rows than this is not worth its merge.
 constexpr int64_t kRowsPerSplit = 64;
-constexpr int64_t kLongCache = 2048;  // positions
+// From so many positions on, blocks with long rings do better than many small ones.
+template <int kTiles>
+constexpr int64_t kLongCache = kTiles == 2 ? 8192 : 2048;
 
 template <int kDepth, int kTiles, int kHalves>
-cudaError_t launch(const AttendParams& p, int multiprocessors, int shared, cudaStream_t stream) {
+cudaError_t launch(const AttendParams& p, const Blocks& blocks, int64_t splits, int shared, cudaStream_t stream) {
   using Block = AttendBlock<kDepth, kTiles>;
-  // The split depends on shapes alone, so that a call's answer does not depend on how it came to its lengths: one block
-  // a multiprocessor, if that is enough for everything.
-  const int64_t group_size = p.query_heads / p.cache.heads;
-  const int64_t queries = p.rows * group_size;
-  const int64_t tiles = (queries + Block::kQueries - 1) / Block::kQueries;
-  const int64_t units = p.sequences.entries(p.cache.batch) * p.cache.heads * tiles;
-  const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, Block::kQueries>);
-  int64_t splits = imin(multiprocessors / units, (p.cache.positions + kRowsPerSplit - 1) / kRowsPerSplit);
-  splits = units > kAttendTickets ? 1 : imax(imin(splits, room), 1);
+  const int64_t units = blocks.units;
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   int warps = Block::threads(kHalves) / 32;
   while (Block::bytes(warps, kHalves) > shared && warps > 1) warps /= 2;
-  // With a block to a multiprocessor, one is to leave no room for another: the next launch's blocks, which come early,
-  // would be placed two to a multiprocessor where two are done, and leave others idle.
-  int64_t bytes = Block::bytes(warps, kHalves);
-  if (units * splits <= multiprocessors) bytes = imax(bytes, shared / 2 + 1024);
+  const int64_t bytes =
+      shared_for_a_share(Block::bytes(warps, kHalves), units * splits, blocks.multiprocessors, shared);
+  const int64_t tiles = units / (p.sequences.entries(p.cache.batch) * p.cache.heads);
   const Division division{FastDivider::by(static_cast<uint32_t>(units)), FastDivider::by(static_cast<uint32_t>(tiles)),
                           FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
-                          FastDivider::by(static_cast<uint32_t>(group_size)), static_cast<uint32_t>(splits)};
+                          FastDivider::by(static_cast<uint32_t>(p.query_heads / p.cache.heads)),
+                          static_cast<uint32_t>(splits)};
   const auto kernel = attend_kernel<kDepth, kTiles, kHalves>;
   // The same for every call, as two threads may be about to launch different sizes.
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
@@ -566,16 +573,30 @@ cudaError_t launch_either(const AttendParams& p, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   int shared = 0;
+  int major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
-  // Many units: small blocks, so that those of a multiprocessor are at different stages. (More queries and longer
-  // caches do better with long rings.)
-  const bool many = p.sequences.entries(p.cache.batch) * p.cache.heads >= 2 * multiprocessors &&
-                    (kTiles == 1 || p.cache.positions < kLongCache);
-  return many ? launch<kDepth, kTiles, 2>(p, multiprocessors, shared, stream)
-              : launch<kDepth, kTiles, 4>(p, multiprocessors, shared, stream);
+  using Block = AttendBlock<kDepth, kTiles>;
+  const int64_t sequence_heads = p.sequences.entries(p.cache.batch) * p.cache.heads;
+  const int64_t queries = p.rows * (p.query_heads / p.cache.heads);
+  const int64_t units = sequence_heads * ((queries + Block::kQueries - 1) / Block::kQueries);
+  // What follows depends on shapes alone, so that a call's answer does not depend on how it came to its lengths.
+  const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, Block::kQueries>);
+  const int64_t splits = imin(room, (p.cache.positions + kRowsPerSplit - 1) / kRowsPerSplit);
+  const int64_t most_splits = units > kAttendTickets ? 1 : imax(splits, 1);
+  const Blocks large{units, multiprocessors, Block::at_a_time(4, major >= 10), most_splits};
+  const Blocks small{units, multiprocessors, Block::at_a_time(2, major >= 10), most_splits};
+  // Small blocks where those fill the GPU better. For many units, unless long rings are worth more, it is enough that
+  // they do not fill it worse: a multiprocessor's are at different stages, which matters more the more there are.
+  const bool by_stages = units > multiprocessors && (kTiles == 1 || p.cache.positions < kLongCache<kTiles>);
+  if ((by_stages && sequence_heads >= 2 * multiprocessors) ||
+      fill_better(small, large, by_stages ? 0 : kWorthSmallerBlocks)) {
+    return launch<kDepth, kTiles, 2>(p, small, small.best_splits(), shared, stream);
+  }
+  return launch<kDepth, kTiles, 4>(p, large, large.all_splits(), shared, stream);
 }
 
 // As many queries a block as there are, up to what registers allow.

@@ -31,6 +31,15 @@ __device__ __forceinline__ void wait_for_previous_launch() {
 }
 #endif
 
+// A block's shared memory, at least `bytes`, so large that a multiprocessor has no room for more than its share of the
+// launch's blocks: the next launch's, which come early, would be placed where there is some, and leave others idle.
+// `most`: of a block.
+inline int64_t shared_for_a_share(int64_t bytes, int64_t blocks, int64_t multiprocessors, int most) {
+  const int64_t share = (blocks + multiprocessors - 1) / multiprocessors;
+  const int64_t enough = most / (share + 1) + 1024;  // 1024: what a block needs beside
+  return bytes > enough ? bytes : enough;
+}
+
 struct OverlappingLaunch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
