@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import re
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,18 +162,32 @@ def test_a_plan_counts_what_a_cache_allocates(device: torch.device) -> None:
     assert plan.workspace_bytes == cache._workspace.nbytes
 
 
-@needs_gpu
-@pytest.mark.gpu
-def test_the_largest_that_fits_a_gpu_can_be_had() -> None:
-    """To the last position, what the allocator rounds up included."""
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A GPU of 4 GB, whoever else is on it: PyTorch's allocator gives no more, and the driver knows of no more."""
+    device, total = torch.device("cuda", torch.cuda.current_device()), 4 * 10**9
     gc.collect()
     torch.cuda.empty_cache()
-    largest = StreamingKVCacheFp16.plan(3, 1000, 7, 128, device="cuda").largest_max_positions
-    assert largest is not None
-    cache = StreamingKVCacheFp16(3, largest - 200_000, 7, 128, device="cuda")
-    rest = StreamingKVCacheFp16.plan(3, 1000, 7, 128, device="cuda").largest_max_positions
-    assert rest is not None and 0 < rest <= 200_000
-    StreamingKVCacheFp16(3, rest, 7, 128, device="cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - torch.cuda.memory_reserved(device), total))
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((total + 1) / whole, device)
+    yield device
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.empty_cache()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_the_largest_that_fits_a_gpu_can_be_had(small_gpu: torch.device) -> None:
+    """To the last position, what the allocator rounds up included."""
+    largest = StreamingKVCacheFp16.plan(3, 1000, 7, 128, device=small_gpu).largest_max_positions
+    assert largest is not None and largest > 300_000
+    cache = StreamingKVCacheFp16(3, largest - 20_000, 7, 128, device=small_gpu)
+    rest = StreamingKVCacheFp16.plan(3, 1000, 7, 128, device=small_gpu).largest_max_positions
+    assert rest is not None and 0 < rest <= 20_000
+    StreamingKVCacheFp16(3, rest, 7, 128, device=small_gpu)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(4 * 10**9, dtype=torch.uint8, device=small_gpu)
     del cache
 
 
@@ -237,17 +252,12 @@ def test_cgroup_limits_count(version: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 @needs_gpu
 @pytest.mark.gpu
-def test_memory_that_the_allocator_holds_unused_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda")
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = 10**12  # of a device that this process has for itself
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - torch.cuda.memory_reserved(device), total))
-    before = memory.free_bytes(device)
-    block = torch.empty(2**30, dtype=torch.uint8, device=device)
-    during = memory.free_bytes(device)
+def test_memory_that_the_allocator_holds_unused_counts_as_free(small_gpu: torch.device) -> None:
+    before = memory.free_bytes(small_gpu)
+    block = torch.empty(2**30, dtype=torch.uint8, device=small_gpu)
+    during = memory.free_bytes(small_gpu)
     del block  # stays with PyTorch's allocator
-    after = memory.free_bytes(device)
+    after = memory.free_bytes(small_gpu)
     assert before is not None and during is not None and after is not None
     assert before - during >= 2**30 - 2**25
     assert abs(after - before) < 2**25

@@ -55,14 +55,18 @@ struct Blocks {
   }
 };
 
-// What smaller blocks with more splits have to fill more of the GPU to be worth it (docs/performance.md).
-constexpr double kWorthSmallerBlocks = 0.2;
-
-// Whether small blocks fill the GPU better than large ones by so much.
+// Whether small blocks fill the GPU better than large ones, by so much.
 inline bool fill_better(const Blocks& small, const Blocks& large, double by) {
-  const double filled = large.filling(large.all_splits());
-  if (by > 0 && (filled > 1 - by || large.all_splits() == large.most_splits)) return false;  // spares the search
-  return small.filling(small.best_splits()) >= filled + by;
+  return small.filling(small.best_splits()) >= large.filling(large.all_splits()) + by;
+}
+
+// Where large blocks all run at once, small ones mean more splits to merge. It takes a cache of so many positions, and
+// that much more of the GPU, to be worth that (docs/performance.md).
+constexpr int64_t kWorthSplitting = 1024;
+inline bool worth_splitting(const Blocks& small, const Blocks& large, int64_t positions, double by) {
+  const int64_t splits = large.all_splits();
+  if (positions < kWorthSplitting || splits == large.most_splits || large.filling(splits) + by > 1) return false;
+  return fill_better(small, large, by);
 }
 
 struct BlockUnit {

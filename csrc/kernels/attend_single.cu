@@ -224,16 +224,18 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   const auto blocks_of = [&](int warps) {
     return Blocks{units, multiprocessors, kWarpsAtATime / warps, units > kAttendTickets ? 1 : imax(most, 1)};
   };
-  // Smaller blocks where those fill the GPU better. Where more follow each other on a multiprocessor than run at a
-  // time, it is enough that they do not fill it worse: they are at different stages.
+  // Smaller blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small
+  // ones do not fill it worse: they are at different stages.
+  const Blocks large = blocks_of(kMostWarps);
+  const Blocks small = blocks_of(kMostWarps / 2);
+  const Blocks smallest = blocks_of(kMostWarps / 4);
   int warps = kMostWarps;
-  int64_t splits = blocks_of(warps).all_splits();
-  const double by = units > kBlocksAtATime * multiprocessors ? 0 : kWorthSmallerBlocks;
-  if (fill_better(blocks_of(kMostWarps / 2), blocks_of(kMostWarps), by)) {
-    const bool very_many = units >= kMostWarps * multiprocessors;
-    warps = very_many && fill_better(blocks_of(kMostWarps / 4), blocks_of(kMostWarps / 2), 0) ? kMostWarps / 4
-                                                                                              : kMostWarps / 2;
-    splits = blocks_of(warps).best_splits();
+  int64_t splits = large.all_splits();
+  if (units > kBlocksAtATime * multiprocessors ? fill_better(small, large, 0)
+                                               : worth_splitting(small, large, p.cache.positions, 0.25)) {
+    const bool very_many = units >= kMostWarps * multiprocessors && fill_better(smallest, small, 0);
+    warps = very_many ? kMostWarps / 4 : kMostWarps / 2;
+    splits = (very_many ? smallest : small).best_splits();
   }
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   const Division division{FastDivider::by(static_cast<uint32_t>(units)), FastDivider::by(1),

@@ -542,9 +542,11 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
 
 // A split of fewer rows than this is not worth its merge.
 constexpr int64_t kRowsPerSplit = 64;
-// From so many positions on, blocks with long rings do better than many small ones.
+// From so many positions on, large blocks, whose rings are long, do better than small ones.
 template <int kTiles>
-constexpr int64_t kLongCache = kTiles == 2 ? 8192 : 2048;
+constexpr int64_t kLongCache = kTiles == 1   ? INT64_MAX
+                               : kTiles == 2 ? 8192
+                                             : 2048;
 
 template <int kDepth, int kTiles, int kHalves>
 cudaError_t launch(const AttendParams& p, const Blocks& blocks, int64_t splits, int shared, cudaStream_t stream) {
@@ -589,14 +591,15 @@ cudaError_t launch_either(const AttendParams& p, cudaStream_t stream) {
   const int64_t most_splits = units > kAttendTickets ? 1 : imax(splits, 1);
   const Blocks large{units, multiprocessors, Block::at_a_time(4, major >= 10), most_splits};
   const Blocks small{units, multiprocessors, Block::at_a_time(2, major >= 10), most_splits};
-  // Small blocks where those fill the GPU better. For many units, unless long rings are worth more, it is enough that
-  // they do not fill it worse: a multiprocessor's are at different stages, which matters more the more there are.
-  const bool by_stages = units > multiprocessors && (kTiles == 1 || p.cache.positions < kLongCache<kTiles>);
-  if ((by_stages && sequence_heads >= 2 * multiprocessors) ||
-      fill_better(small, large, by_stages ? 0 : kWorthSmallerBlocks)) {
-    return launch<kDepth, kTiles, 2>(p, small, small.best_splits(), shared, stream);
-  }
-  return launch<kDepth, kTiles, 4>(p, large, large.all_splits(), shared, stream);
+  // Small blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small ones
+  // do not fill it worse, and for many units, unless rings should be long, not even that: they are at different stages.
+  const bool many = sequence_heads >= 2 * multiprocessors;
+  const bool long_rings = p.cache.positions >= kLongCache<kTiles> && (many || kTiles == 4);
+  const bool small_ones = units > multiprocessors && !long_rings
+                              ? many || fill_better(small, large, 0)
+                              : worth_splitting(small, large, p.cache.positions, 0.2);
+  return small_ones ? launch<kDepth, kTiles, 2>(p, small, small.best_splits(), shared, stream)
+                    : launch<kDepth, kTiles, 4>(p, large, large.all_splits(), shared, stream);
 }
 
 // As many queries a block as there are, up to what registers allow.
