@@ -71,15 +71,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def gigabytes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For tests that take gigabytes of a GPU: one at a time, whatever the processes (`-n`), and given back at once."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
     base = tmp_path_factory.getbasetemp()
     with open((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gigabytes.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-        if HAS_GPU:
-            gc.collect()
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a CPU build")

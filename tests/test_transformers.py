@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NOTES, ROOT
+from conftest import HAS_GPU, NOTES, ROOT, needs_gpu
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -580,6 +580,52 @@ def test_compiled_generation(models: Any, device: torch.device) -> None:
     else:  # fused, so rounded otherwise: near ties may part
         assert (got == want).float().mean() > 0.8
     torch._dynamo.reset()
+
+
+# Layers on several devices
+
+
+def move_to(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, (tuple, list)):
+        return type(x)(move_to(each, device) for each in x)
+    return {name: move_to(each, device) for name, each in x.items()} if isinstance(x, dict) else x
+
+
+def place(layer: torch.nn.Module, device: torch.device, home: torch.device) -> None:
+    """As a device map does: what comes to the layer moves to its device, and what it answers back."""
+    layer.to(device)
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: (move_to(args, device), move_to(kwargs, device)), with_kwargs=True
+    )
+    layer.register_forward_hook(lambda _, args, answer: move_to(answer, home))
+
+
+# On a machine with one GPU the second device is the CPU.
+OTHER_DEVICE = torch.device("cuda:1" if HAS_GPU and torch.cuda.device_count() > 1 else "cpu")
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_layers_on_several_devices(family: str, attention: str, beams: int, counted: dict[str, int]) -> None:
+    home = torch.device("cuda:0")
+    model = make_model(family, home)
+    inputs = prompts(3, 14, home, padded=True)
+    want = expected(model, inputs, num_beams=beams)
+    place(model.model.layers[1], OTHER_DEVICE, home)
+    cache = Fp16Cache.for_model(model, 64, 3 * beams, attention=NAME if attention == NAME else None)
+    assert [layer.device for layer in cache.layers] == [home, OTHER_DEVICE, home]
+    got = generate(model, inputs, cache, num_beams=beams)
+    if beams == 1:
+        check_tokens(model, inputs, got, want, counted)
+    else:
+        check_beams(model, inputs, got, want, counted, 1)
+    cache.crop(10 - cache.get_seq_length())
+    assert [layer.get_seq_length() for layer in cache.layers] == [10, 10, 10]
 
 
 # The edges
