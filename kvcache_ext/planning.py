@@ -22,6 +22,11 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 # Models whose config.json may leave out that every so many layers one has no window.
 ALTERNATING = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
+# Where models keep which of their layers have attention, apart from layer_types.
+HYBRID = (
+    *("attn_layer_period", "attn_layer_indices", "attn_layer_idx", "block_types", "layers_block_type"),
+    *("hybrid_layer_ids", "hybrid_override_pattern", "full_attn_idxs"),
+)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -77,6 +82,12 @@ def _remarks(config: dict[str, Any], layers: int) -> list[str]:
         )
     if other:
         found.append(f"{other} of {layers} layers keep no keys and values, so this plan is an upper bound")
+    elif any(config.get(name) is not None for name in HYBRID):
+        found.append(
+            "only some of the layers have attention, and it is not known which, so this plan is an upper bound"
+        )
+    if config.get("is_encoder_decoder") is True:
+        found.append("this is the decoder's own attention; what it keeps of the encoder's answers comes on top")
     shared = config.get("num_kv_shared_layers")
     if isinstance(shared, int) and shared > 0:
         found.append(f"{shared} of {layers} layers use the keys and values of others, so this plan is an upper bound")
@@ -107,9 +118,13 @@ def read_config(folder: Path) -> Shape:
         )
     layers = _needed(path, config, LAYERS)
     head_dim = _number(path, config, ("head_dim",))
+    if _number(path, config, ("state_size", "ssm_state_size")) and not any(name in config for name in QUERY_HEADS[:2]):
+        raise ValueError(f"plan: {path} describes a model without attention (state_size), which has no keys and values")
     heads = _number(path, config, KV_HEADS)
-    if heads is None:
-        heads = 1 if config.get("multi_query") is True else _needed(path, config, QUERY_HEADS)
+    if config.get("multi_query") is True and config.get("new_decoder_architecture") is not True:
+        heads = 1  # Falcon's config has num_kv_heads all the same
+    elif heads is None:
+        heads = _needed(path, config, QUERY_HEADS)
     if head_dim is None:
         hidden, queries = _needed(path, config, HIDDEN), _needed(path, config, QUERY_HEADS)
         if hidden % queries:

@@ -26,6 +26,7 @@ import errno
 import functools
 import importlib
 import json
+import operator
 import os
 import secrets
 import stat
@@ -300,7 +301,7 @@ class _Buffers(_InPlace):
         self.storage = (_flat_bytes(cache.k_cache), _flat_bytes(cache.v_cache))
         count, size = min(BUFFERS, contents.blocks), min(contents.block_bytes, contents.data_bytes)
         pinned = cache.device.type == "cuda"  # always, but in tests
-        self.tensors = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
+        self.tensors = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(count)]
         self.views = [_memory(tensor) for tensor in self.tensors]
         self.events = self.make_events(count)
 
@@ -356,7 +357,11 @@ def _checked_path(op: str, path: Any) -> Path:
         name = None
     if not isinstance(name, str):
         raise TypeError(f"{op}: path must be a str or an os.PathLike of one, got {type(path).__name__}")
-    if name == "" or "\0" in name:
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        encoded = b""
+    if encoded == b"" or b"\0" in encoded:
         raise ValueError(f"{op}: path must be a file's name, got {name!r}")
     return Path(os.path.realpath(name))  # what a link points to is written and read, the link stays
 
@@ -402,6 +407,7 @@ def save(cache: StreamingKVCacheFp16, path: Any, progress: bool | Progress | Non
     """See `StreamingKVCacheFp16.save`."""
     target = _checked_path("save", path)
     _check_progress("save", progress)
+    cache._compiled.check_in_place("save")
     with _on_device(cache.device):
         _refuse_capture("save")
     mode = stat.S_IFREG
@@ -431,7 +437,7 @@ def save(cache: StreamingKVCacheFp16, path: Any, progress: bool | Progress | Non
         tuple(sum(of_layer) for of_layer in lengths),
     )
     head = contents.header()
-    for tensor in (state, torch.tensor(lengths, dtype=torch.int64), counts):
+    for tensor in (state, torch.tensor(lengths, dtype=torch.int64, device="cpu"), counts):
         head += bytes(_memory(tensor.contiguous()))
 
     with _replacing(target, len(head) + contents.data_bytes + contents.checksum_bytes) as fd:
@@ -540,15 +546,23 @@ def load(
     source = _checked_path("load", path)
     _check_progress("load", progress)
     _refuse_capture("load")
-    if max_positions is not None and (isinstance(max_positions, bool) or not hasattr(max_positions, "__index__")):
-        raise TypeError(f"load: max_positions must be an int or None, got {type(max_positions).__name__}")
+    slots = None if max_positions is None else _checked_slots(max_positions)
     with _saying("load: path cannot be read", source):
         # O_NONBLOCK: a pipe would make it wait, and is refused below.
         fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return _load(cls, fd, source, device, max_positions, progress)
+        return _load(cls, fd, source, device, slots, progress)
     finally:
         os.close(fd)
+
+
+def _checked_slots(value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except Exception as error:  # what __index__ raises, too: a tensor of floats has one
+        raise TypeError(f"load: max_positions must be an int or None, got {type(value).__name__}") from error
 
 
 def _load(
@@ -561,7 +575,7 @@ def _load(
 ) -> StreamingKVCacheFp16:
     found = _read_contents(fd, source)
     contents = found.contents
-    slots = contents.max_positions if max_positions is None else int(max_positions.__index__())
+    slots = contents.max_positions if max_positions is None else max_positions
     if slots <= contents.sink_positions:
         raise ValueError(
             f"load: max_positions must be more than the {contents.sink_positions} sink positions of {source}, "
@@ -603,8 +617,8 @@ def _load(
                 )
             way.store(i, blocks[i])
             report(min((i + 1) * contents.block_bytes, contents.data_bytes))
-        cache._state[:2].copy_(torch.tensor([found.seen, first], dtype=torch.int64))
-        cache._overflow_counts.copy_(torch.tensor(found.overflow_counts, dtype=torch.int64))
+        cache._state[:2].copy_(torch.tensor([found.seen, first], dtype=torch.int64, device="cpu"))
+        cache._overflow_counts.copy_(torch.tensor(found.overflow_counts, dtype=torch.int64, device="cpu"))
         way.finish()
     cache._connect()  # lengths on the host begin anew
     return cache
@@ -702,6 +716,11 @@ def _read_contents(fd: int, source: Path) -> _Found:
     return found
 
 
+def _short(text: str) -> str:
+    """What a file says is not to fill the screen."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _contents_of(header: dict[str, Any], metadata: dict[str, Any], source: Path) -> _Contents:
     """What the header describes, every entry of it checked."""
     damaged = f"load: {source} is damaged: its header"
@@ -709,21 +728,22 @@ def _contents_of(header: dict[str, Any], metadata: dict[str, Any], source: Path)
     def number(name: str, least: int) -> int:
         value = metadata.get(name)
         if not isinstance(value, str) or not value.isascii() or not value.isdigit() or len(value) > 18:
-            raise ValueError(f"{damaged} gives {name} as {value!r}")
+            raise ValueError(f"{damaged} gives {name} as {_short(repr(value))}")
         if int(value) < least:
             raise ValueError(f"{damaged} gives {name} as {value}, and it is at least {least}")
         return int(value)
 
     version = number("version", 1)
     if version > VERSION:
+        writer = _short(json.dumps(metadata.get("writer")).strip('"'))
         raise ValueError(
-            f"load: {source} has version {version} of the format (written by {metadata.get('writer')}), and this "
+            f"load: {source} has version {version} of the format (written by {writer}), and this "
             f"kvcache_ext reads version {VERSION}; a newer kvcache_ext is needed"
         )
     numbers = {name: number(name, least) for name, least in _NUMBERS.items()}
     overflow = metadata.get("overflow")
     if overflow not in ("saturate", "inf"):
-        raise ValueError(f"{damaged} gives overflow as {overflow!r}")
+        raise ValueError(f"{damaged} gives overflow as {_short(repr(overflow))}")
     if numbers["sink_positions"] >= numbers["max_positions"]:
         raise ValueError(
             f"{damaged} gives sink_positions as {numbers['sink_positions']}, "
@@ -744,11 +764,11 @@ def _contents_of(header: dict[str, Any], metadata: dict[str, Any], source: Path)
     for name, entry in wanted.items():
         if header.get(name) != entry:
             raise ValueError(
-                f"{damaged} has {json.dumps(header.get(name))} as {name}, and should have {json.dumps(entry)}"
+                f"{damaged} has {_short(json.dumps(header.get(name)))} as {name}, and should have {json.dumps(entry)}"
             )
     for name in header:
         if name not in wanted and name != "__metadata__":
-            raise ValueError(f"{damaged} has an entry {name!r} that no cache has")
+            raise ValueError(f"{damaged} has an entry {_short(repr(name))} that no cache has")
     return contents
 
 
@@ -765,3 +785,6 @@ def _check_lengths(found: _Found, lengths: list[list[int]], source: Path) -> Non
                 raise ValueError(f"{wrong} for layer {layer}: {seen} seen, {first} the first, {length} held")
         if sum(lengths[layer]) != contents.rows[layer]:
             raise ValueError(f"{wrong} for layer {layer}: {sum(lengths[layer])} positions, {contents.rows[layer]} rows")
+    for layer, count in enumerate(found.overflow_counts):
+        if count < 0:
+            raise ValueError(f"load: {source} is damaged: it gives {count} overflows for layer {layer}")

@@ -391,6 +391,10 @@ def test_the_current_stream_is_used() -> None:
     cache = make_cache(GPU, num_layers=1, max_positions=64)
     source = torch.zeros(16, 2, 8, device=GPU)
     stream = torch.cuda.Stream()
+    source.fill_(1.0)
+    cache.append(0, source, source)  # loading a kernel may wait for the GPU
+    cache.get_valid_f32(0)
+    cache.clear()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)

@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_a_cache_sent_to_another_process_is_a_copy(device: torch.device) -> None
 
 
 @pytest.mark.parametrize("name", ["_k_cache", "_v_cache", "_state"])
-def test_memory_that_torch_moves_is_noticed(device: torch.device, name: str) -> None:
+def test_memory_that_torch_moves_is_noticed(device: torch.device, name: str, tmp_path: Path) -> None:
     """No call goes on where the memory was. What there is can be copied."""
     cache, want = (make_cache(device, **SHAPE) for _ in range(2))
     for c in (cache, want):
@@ -234,6 +235,7 @@ def test_memory_that_torch_moves_is_noticed(device: torch.device, name: str) -> 
         lambda: len(cache),
         lambda: cache.position,
         lambda: cache.is_empty(),
+        lambda: cache.save(tmp_path / "file"),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="the cache's memory has been moved"):
@@ -406,6 +408,8 @@ def test_two_streams_in_turn() -> None:
 @needs_gpu
 def test_a_cache_deleted_while_its_kernels_run() -> None:
     """Its memory goes to what is allocated next on the stream, whose writes come after the kernels."""
+    gc.collect()
+    torch.cuda.empty_cache()  # else other memory of that size is taken first
     shape = {"num_layers": 1, "max_positions": 4096, "num_heads": 8, "head_dim": 128}
     x = torch.randn(1, 4096, 8, 128, device=GPU)
     query = torch.randn(1, 1, 8, 128, device=GPU)
@@ -416,12 +420,11 @@ def test_a_cache_deleted_while_its_kernels_run() -> None:
     torch.cuda.synchronize()
     cache = make_cache(GPU, **shape)
     address = cache.k_cache.data_ptr()
-    torch.cuda._sleep(200_000_000)
+    torch.cuda._sleep(2_000_000_000)
     cache.append(0, x, x)
     answers = [cache.attend(0, query) for _ in range(20)]
     assert not torch.cuda.current_stream().query()  # they are still to come
     del cache
-    gc.collect()
     overwriting = [torch.full((1, 1, 4096, 8, 128), float("nan"), dtype=torch.float16, device=GPU) for _ in range(4)]
     assert not torch.cuda.current_stream().query()
     assert address in {t.data_ptr() for t in overwriting}  # or this shows nothing
@@ -462,7 +465,7 @@ def test_a_graph_and_its_cache() -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_every_call_on_a_device_that_is_not_current() -> None:
+def test_every_call_on_a_device_that_is_not_current(tmp_path: Path) -> None:
     device = torch.device("cuda:1")
     with torch.cuda.device(0):
         twin = Twin(device, batch_size=3, sink_positions=1, max_positions=12)
@@ -483,4 +486,11 @@ def test_every_call_on_a_device_that_is_not_current() -> None:
         assert {answer.device for answer in answers} == {device}
         assert_close_answers(answers, walk(want, 1, 18))
         assert_same_cache(copy.deepcopy(cache), want)
+        cache.save(tmp_path / "file")
+        loaded = StreamingKVCacheFp16.load(tmp_path / "file", device=device)
+        assert_same_cache(loaded, want)
+        for got, there in zip(loaded.get_range_raw(1, 3, 20), want.get_range_raw(1, 3, 20), strict=True):
+            assert got.device == device and torch.equal(got.cpu(), there.cpu())
+        loaded.clear()
+        assert loaded.is_empty() and len(cache) == len(want)
         assert torch.cuda.current_device() == 0

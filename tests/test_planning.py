@@ -14,6 +14,11 @@ from kvcache_ext.__main__ import main
 
 SHAPE = ["--layers", "32", "--heads", "32", "--head-dim", "128", "--positions", "65536"]
 LLAMA = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096, "max_position_embeddings": 4096}
+# As transformers writes it: num_kv_heads is there though one KV head is all that multi_query has.
+FALCON = {
+    **{"num_hidden_layers": 32, "num_attention_heads": 71, "num_kv_heads": 71, "hidden_size": 4544},
+    **{"multi_query": True, "new_decoder_architecture": False, "max_position_embeddings": 2048},
+}
 
 
 def printed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
@@ -88,6 +93,8 @@ def test_small_figures(capsys: pytest.CaptureFixture[str]) -> None:
         (LLAMA | {"multi_query": True}, (32, 1, 128, 4096)),
         ({"text_config": LLAMA, "vision_config": {"num_hidden_layers": 5}}, (32, 32, 128, 4096)),
         ({"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 64}, (2, 4, 64, None)),
+        (FALCON, (32, 1, 64, 2048)),
+        (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 8}, (32, 8, 64, 2048)),
     ],
 )
 def test_configs(tmp_path: Path, entries: dict[str, Any], shape: tuple[int | None, ...]) -> None:
@@ -116,6 +123,9 @@ def test_configs(tmp_path: Path, entries: dict[str, Any], shape: tuple[int | Non
         ({"layer_types": ["mamba"] * 31 + ["attention"]}, ["31 of 32 layers keep no keys and values"]),
         ({"attention_chunk_size": 8192, "layer_types": ["chunked_attention"] * 32}, ["a sliding window of 8,192"]),
         ({"num_kv_shared_layers": 15}, ["15 of 32 layers use the keys and values of others"]),
+        ({"attn_layer_period": 8, "attn_layer_offset": 4}, ["only some of the layers have attention"]),
+        ({"block_types": ["recurrent", "recurrent", "attention"]}, ["only some of the layers have attention"]),
+        ({"hybrid_layer_ids": [6, 12]}, ["only some of the layers have attention"]),
     ],
 )
 def test_configs_of_layers_that_keep_less(
@@ -127,6 +137,11 @@ def test_configs_of_layers_that_keep_less(
     for remark, part in zip(found.remarks, words, strict=True):
         assert part in remark and remark.endswith("so this plan is an upper bound")
         assert printed(capsys, "--config", folder, "--free-gb", "1")["note"] == remark
+
+
+def test_configs_of_encoders_and_decoders(tmp_path: Path) -> None:
+    found = planning.read_config(Path(config(tmp_path, **LLAMA | {"is_encoder_decoder": True})))
+    assert ["comes on top" in remark for remark in found.remarks] == [True]
 
 
 def test_options_go_before_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +164,7 @@ def test_options_go_before_the_config(tmp_path: Path, capsys: pytest.CaptureFixt
         ('{"num_hidden_layers": 2, "num_key_value_heads": 2}', "has no hidden_size"),
         ('{"num_hidden_layers": 2, "num_attention_heads": 3, "hidden_size": 64}', "is not a multiple of"),
         ('{"num_hidden_layers": 2, "kv_lora_rank": 512}', "describes latent attention (kv_lora_rank)"),
+        ('{"num_hidden_layers": 2, "num_heads": 128, "head_dim": 64, "state_size": 128}', "a model without attention"),
         ('{"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64}', "--positions is missing"),
     ],
 )

@@ -415,7 +415,7 @@ def load_fails(path: Path, words: str = "", kind: type[Exception] = ValueError) 
         StreamingKVCacheFp16.load(path, device="cpu")
     assert words in str(raised.value)
     assert str(path) in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1500
 
 
 @pytest.fixture
@@ -510,6 +510,7 @@ METADATA = [
     ("block_bytes", "0", "gives block_bytes as 0"),
     ("block_bytes", "50", "as checksums, and should have"),
     ("block_bytes", str(2**27), "gives block_bytes as"),
+    ("overflow", "on\nand" + "on" * 10**5, r"gives overflow as 'on\nandonon"),
 ]
 
 
@@ -542,6 +543,9 @@ ENTRIES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda h: h.update(another={"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}), "has an entry 'another'"),
     (lambda h: h.update({"keys.0": 5}), "has no keys.0, or not its shape"),
     (lambda h: h.update(__metadata__=[]), "is not a file of StreamingKVCacheFp16.save"),
+    (lambda h: h.update({"\n" * 10**5: 1}), r"has an entry '\n\n"),
+    (lambda h: h["values.0"].update(more="x" * 10**5), "as values.0, and should have"),
+    (lambda h: h["__metadata__"].update(version="7", writer="a\nb" + "c" * 10**5), r"(written by a\nbccc"),
 ]
 
 
@@ -566,6 +570,13 @@ def test_impossible_lengths(saved: Path, no_allocation: None, seen: int, first: 
     numbers[0], numbers[2], numbers[4] = seen, first, length
     write_file(saved, header, struct.pack("<7q", *numbers) + rest[56:])
     load_fails(saved, "no cache has the lengths that it gives for layer 0")
+
+
+def test_impossible_counters(saved: Path, no_allocation: None) -> None:
+    header, rest = header_of(saved)
+    numbers = list(struct.unpack("<7q", rest[:56]))
+    write_file(saved, header, struct.pack("<7q", *numbers[:6], -1) + rest[56:])
+    load_fails(saved, "it gives -1 overflows for layer 0")
 
 
 @pytest.mark.parametrize(
@@ -608,6 +619,32 @@ def test_what_does_not_fit_is_not_allocated(saved: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
     with pytest.raises(MemoryError, match="largest max_positions that fits is 0"):
         StreamingKVCacheFp16.load(saved, device="cpu")
+
+
+@pytest.mark.parametrize("default", ["meta", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_a_default_device(device: torch.device, path: Path, default: str) -> None:
+    """What is made on the host is made there."""
+    cache = make_cache(device, batch_size=2)
+    fill(cache, 5)
+    with torch.device(default):
+        cache.save(path)
+        loaded = StreamingKVCacheFp16.load(path, device=device)
+    assert_same_held(loaded, cache)
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_moved_memory_is_not_saved(device: torch.device, path: Path, name: str) -> None:
+    cache = make_cache(device)
+    fill(cache, 5)
+    cache.save(path)
+    before = path.read_bytes()
+    for change in (lambda t: t.set_(torch.zeros_like(t)), lambda t: t.untyped_storage().resize_(0)):
+        moved = copy.deepcopy(cache)
+        with torch.no_grad():
+            change(getattr(moved, name))
+        with pytest.raises(RuntimeError, match=r"^save: the cache's memory has been moved"):
+            moved.save(path)
+    assert path.read_bytes() == before
 
 
 # Paths and arguments

@@ -628,7 +628,35 @@ def test_layers_on_several_devices(family: str, attention: str, beams: int, coun
     assert [layer.get_seq_length() for layer in cache.layers] == [10, 10, 10]
 
 
+@pytest.mark.skipif(OTHER_DEVICE.type == "cpu", reason="needs two GPUs")
+def test_a_model_on_a_device_that_is_not_current(counted: dict[str, int]) -> None:
+    model = make_model("gemma2", OTHER_DEVICE)
+    inputs = prompts(3, 14, OTHER_DEVICE, padded=True)
+    with torch.cuda.device(0):
+        cache = Fp16Cache.for_model(model, 64, 3)
+        got = generate(model, inputs, cache)
+        check_tokens(model, inputs, got, expected(model, inputs), counted)
+        wrong = torch.cat([inputs["attention_mask"].flip(1), torch.ones_like(got)], 1)[:, : got.shape[1]]
+        with pytest.raises(ValueError, match="attention_mask says something else"), torch.no_grad():
+            for _ in range(2):  # what is wrong is noticed a step later
+                model(got[:, -1:], attention_mask=wrong, past_key_values=cache)
+                wrong = torch.nn.functional.pad(wrong, (0, 1), value=1)
+        assert torch.cuda.current_device() == 0
+
+
 # The edges
+
+
+def test_a_default_device() -> None:
+    """Indices that the cache makes for itself are made where they are looked at."""
+    model = make_model("llama")
+    cache = Fp16Cache.for_model(model, 64, 4)
+    with torch.no_grad():
+        model(**prompts(2, 5, torch.device("cpu")), past_key_values=cache)
+    with torch.device("meta"):
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices([3, 0])
+    assert cache.get_seq_length() == 5
 
 
 def test_shapes_and_memory(models: Any, device: torch.device) -> None:

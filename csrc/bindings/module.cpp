@@ -330,7 +330,6 @@ class Cache {
     kvc::clear(cache_, lengths_.get());
   }
 
- private:
   // Addresses are taken once, and torch can move the memory of a tensor all the same.
   void check_in_place(const char* op) const {
     const CacheTensors& t = cache_.tensors;
@@ -343,6 +342,7 @@ class Cache {
         "cannot be used where it was; copy.deepcopy makes a cache of what there is");
   }
 
+ private:
   // Numbers of the host's, copied to the cache's device without waiting for it.
   IntegerArgument on_device(const char* op, const char* name, std::vector<int64_t> values) const {
     const c10::Device device = cache_.tensors.k_cache.device();
@@ -486,6 +486,7 @@ PYBIND11_MODULE(_C, m) {
       .def("attend", &Cache::attend)
       .def("append_attend", &Cache::append_attend)
       .def("check_attend", &Cache::check_attend)
+      .def("check_in_place", &Cache::check_in_place)
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
       .def("truncate", &Cache::truncate)

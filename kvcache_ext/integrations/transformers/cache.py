@@ -200,18 +200,19 @@ class Fp16Cache(Cache):
                 f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
                 f"got {self.batch_size}"
             )
-        self._take(torch.arange(active).repeat_interleave(repeats))
+        self._take(torch.arange(active, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences, in this order."""
         if self._shared.active is not None:
-            self._take(torch.arange(self._shared.active)[torch.as_tensor(indices).cpu()])
+            self._take(torch.arange(self._shared.active, device="cpu")[torch.as_tensor(indices, device="cpu")])
 
     def _take(self, indices: Tensor) -> None:
         shared = self._shared
         if shared.active is None:
             return
-        indices = torch.as_tensor(indices)
+        if not isinstance(indices, Tensor):
+            indices = torch.tensor(indices, device="cpu")
         rest = torch.arange(len(indices), self.batch_size, device=indices.device)
         whole = torch.cat([indices.long(), rest])
         for cache in self.caches:

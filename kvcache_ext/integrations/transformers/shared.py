@@ -37,10 +37,10 @@ class LateCheck:
         if not bad.is_cuda:
             self._flag = bad
             return
-        self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         self._flag.copy_(bad, non_blocking=True)
         self._done = torch.cuda.Event()
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(bad.device))
 
 
 def _mask_changed() -> NoReturn:
