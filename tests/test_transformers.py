@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -563,6 +564,34 @@ def test_decode_graph(models: Any, device: torch.device, family: str) -> None:
     assert cache.get_seq_length() == 12 + 23
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_graphs_of_fewer_sequences_than_the_cache_has_room_for(models: Any, device: torch.device, beams: int) -> None:
+    """Whose slots the graph has the address of: they must not go away, whatever happens to the cache meanwhile."""
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64, 8)
+    for batch in (2, 1, 2):  # each captures anew
+        inputs = prompts(batch, 9, device, padded=True)
+        cache.reset()
+        want = generate(model, inputs, cache, num_beams=beams)
+        slots = weakref.ref(cache._shared.slots(torch.device(device))["sequences"])
+        cache.reset()
+        with cache.cuda_graphs(model):
+            assert torch.equal(generate(model, inputs, cache, num_beams=beams), want)
+            cache.reset()
+            noise = [torch.full((n,), 7, dtype=torch.int64, device=device) for n in range(1, 9)]  # in what was freed
+            assert torch.equal(generate(model, inputs, cache, num_beams=beams), want)
+        assert slots() is not None and len(noise) == 8
+
+
+def test_graphs_where_there_is_no_room_to_capture(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    inputs = prompts(2, 9, device)
+    want = generate(model, inputs, Fp16Cache.for_model(model, 64, 2), max_new_tokens=3)
+    cache = Fp16Cache.for_model(model, 11, 2)
+    with cache.cuda_graphs(model):
+        assert torch.equal(generate(model, inputs, cache, max_new_tokens=3), want)
+
+
 @pytest.mark.slow
 def test_compiled_generation(models: Any, device: torch.device) -> None:
     """`generate` compiles the model by itself for a cache that says it may; padded, and in one graph without breaks."""
@@ -645,6 +674,45 @@ def test_a_model_on_a_device_that_is_not_current(counted: dict[str, int]) -> Non
 
 
 # The edges
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_autocast(models: Any, device: torch.device, family: str, attention: str) -> None:
+    """Rotated keys are FP32 there, and values BF16."""
+    model = models(family)
+    inputs = prompts(2, 20, device, padded=True)
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+        want = model(**inputs, past_key_values=RoundingCache(config=model.config)).logits.float()
+        cache = Fp16Cache.for_model(model, 64, 2, attention=NAME if attention == NAME else None)
+        got = model(**inputs, past_key_values=cache).logits.float()
+        there = inputs["attention_mask"] == 1
+        assert (got - want)[there].norm() < 0.03 * want[there].norm()
+        cache.reset()
+        assert generate(model, inputs, cache).shape == (2, 44)
+
+
+def test_crop_after_a_call_that_was_refused() -> None:
+    """Its mask is not that of what the cache holds."""
+    model = make_model("llama")
+    inputs = prompts(2, 10, torch.device("cpu"), padded=True)
+    lengths = inputs["attention_mask"][:, :9].sum(1)
+    cache = Fp16Cache.for_model(model, 11, 2)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        mask = torch.cat([inputs["attention_mask"], torch.tensor([[0, 1], [1, 1]])], 1)
+        with pytest.raises(ValueError, match="do not fit"):
+            model(torch.ones(2, 2, dtype=torch.int64), attention_mask=mask, past_key_values=cache)
+    cache.crop(-1)
+    assert (cache.caches[0].cache_seqlens == lengths).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.uint8])
+def test_whole_masks_of_integers_are_refused(dtype: torch.dtype) -> None:
+    model = make_model("llama")
+    inputs = prompts(1, 6, torch.device("cpu")) | {"attention_mask": torch.ones(1, 1, 6, 6, dtype=dtype).tril()}
+    with pytest.raises(ValueError, match="pass the model a 2D mask, or a 4D one of bool or floating point"):
+        model(**inputs, past_key_values=Fp16Cache.for_model(model, 64))
 
 
 def test_a_default_device() -> None:

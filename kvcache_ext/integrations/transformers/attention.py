@@ -53,7 +53,8 @@ def attend(
     new_query, new_key, new_value = (x.detach().transpose(1, 2) for x in (query, key.new_key, key.new_value))
     new_lengths = order = None
     if attention_mask is not None:
-        if attention_mask.dim() != 4 or attention_mask.dtype not in (torch.int32, torch.int8):
+        ours = {torch.int32: (len(new_key), 1, 1, 1), torch.int8: (len(new_key), 1, 1, new_key.shape[1])}
+        if attention_mask.shape != ours.get(attention_mask.dtype):
             raise ValueError(
                 f"Fp16Cache: a mask of {attention_mask.dtype} and shape {list(attention_mask.shape)} reached the "
                 "attention; pass the model a 2D mask, or a 4D one of bool or floating point"

@@ -145,7 +145,7 @@ class Fp16Cache(Cache):
         for layer in self.layers:
             layer.columns = layer.first = 0
         self._shared.records.clear()
-        self._shared.set_active(None)
+        self._shared.active = None
         self._shared.late.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -172,10 +172,12 @@ class Fp16Cache(Cache):
                     f"{CROP_MARGIN} tokens; reset() the cache and prefill the text anew"
                 )
         shared = self._shared
+        shared.raise_if_late()
         left = self.layers[0].columns - count
         for cache in self.caches:
             layer = next(layer for layer in self.layers if layer.cache is cache)
             record = shared.records.get(layer.window)
+            record = None if record is None else record[:, : layer.columns]  # more, after a call that was refused
             if record is None:
                 cache.truncate(left - layer.first, **shared.slots(cache.device))
             else:
@@ -220,7 +222,7 @@ class Fp16Cache(Cache):
         for window, record in shared.records.items():
             if record is not None:
                 shared.records[window] = record[indices.to(record.device)]
-        shared.set_active(len(indices))
+        shared.active = len(indices)
 
     # CUDA graphs
 
@@ -249,9 +251,13 @@ class Fp16Cache(Cache):
             plain = not any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "labels"))
             known = kwargs.get("past_key_values") is self and self._shared.active == (ids.shape[0] if one_token else 0)
             known = known and kwargs.get("inputs_embeds") is None and self._shared.own_attention
+            places = kwargs.get("position_ids")  # some models have several for a token
+            plain = plain and kwargs.get("return_dict") is not False and (places is None or places.dim() == 2)
             if not (one_token and plain and known and (mask is None or mask.dim() == 2)):
                 return original(*args, **kwargs)
-            if graph is None:
+            if graph is None or not graph.serves(ids):
+                if not DecodeGraph.has_room(self):
+                    return original(*args, **kwargs)
                 graph = DecodeGraph(model, self, compile=compile, forward=original)
             if mask is not None:
                 for window in {layer.window for layer in self.layers}:
@@ -266,6 +272,7 @@ class Fp16Cache(Cache):
             del model.forward
             if own is not None:
                 model.forward = own
+        self._shared.raise_if_late()
 
 
 class Refresh:

@@ -13,6 +13,10 @@ from .version import NAME
 if TYPE_CHECKING:
     from .cache import Fp16Cache
 
+# Steps before the captured one. Compiled code is there at the third: lengths are constants to the first, and not to the
+# second.
+WARM_UPS = 3
+
 
 class DecodeGraph:
     """One decode step of a model with its `Fp16Cache`, captured once in a CUDA graph and replayed for each token.
@@ -72,20 +76,27 @@ class DecodeGraph:
         )
         return out.logits
 
+    @staticmethod
+    def has_room(cache: Fp16Cache) -> bool:
+        """Whether the cache has room for the steps that capturing takes."""
+        return all(not at.bounded or at.columns + WARM_UPS <= at.cache.max_positions for at in cache.layers)
+
+    def serves(self, input_ids: Tensor) -> bool:
+        return self._cache._shared.active == self._batch and input_ids.shape == self._ids.shape
+
     def _capture(self, device: torch.device) -> None:
-        warmups = 3  # compiled code is there at the third: lengths are constants to the first, and not to the second
         layers = self._cache.layers
         for layer in layers:
-            layer._check(self._batch, warmups)
+            layer._check(self._batch, WARM_UPS)
         counts = [cache.overflow_counts() for cache in self._cache.caches]
         self._positions.copy_(self._held())
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for _ in range(warmups):
+            for _ in range(WARM_UPS):
                 self._step()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self._cache.crop(-warmups)
+        self._cache.crop(-WARM_UPS)
         for cache, count in zip(self._cache.caches, counts, strict=True):
             cache._overflow_counts.copy_(count)
         before = [(layer.columns, layer.first) for layer in layers]
@@ -103,7 +114,7 @@ class DecodeGraph:
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         shared = self._cache._shared
-        if shared.active != self._batch or input_ids.shape != self._ids.shape:
+        if not self.serves(input_ids):
             raise ValueError(
                 f"DecodeGraph: it steps {self._batch} sequences by one token each, got input_ids of shape "
                 f"{list(input_ids.shape)} and a cache that holds {shared.active}"

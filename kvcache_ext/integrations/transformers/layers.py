@@ -59,6 +59,12 @@ class NewRows:
         )
 
 
+def _of_one_dtype(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast rotated keys are FP32 and values are not."""
+    dtype = torch.promote_types(key.dtype, value.dtype)
+    return key.to(dtype), value.to(dtype)
+
+
 class Fp16Layer(CacheLayerMixin):
     """One layer of an `Fp16Cache`: a layer of one of its `StreamingKVCacheFp16`."""
 
@@ -131,6 +137,7 @@ class Fp16Layer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """`query` `[B, T, Hq, D]`, `key`, `value` `[B, T, H, D]`: the answer, and the LSE if it is wanted."""
         batch, rows = query.shape[:2]
+        key, value = _of_one_dtype(key, value)
         self._check(batch, rows)
         if new_lengths is None:
             self.shared.all_held_from(self.columns, self.window)
@@ -184,7 +191,7 @@ class Fp16Layer(CacheLayerMixin):
         self.shared.all_held_from(self.columns, self.window)
         before = self.columns
         start = 0 if self.window is None else max(before - self.window + 1, 0)
-        new_key, new_value = key.detach().transpose(1, 2), value.detach().transpose(1, 2)
+        new_key, new_value = _of_one_dtype(key.detach().transpose(1, 2), value.detach().transpose(1, 2))
         if before + rows - start <= self.cache.max_positions:
             self._append(new_key, new_value)
             parts = [self._gather(start, self.columns, key.dtype)]

@@ -82,6 +82,7 @@ def make_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, options
         )
     if attention_mask is None:
+        shared.raise_if_late()
         return None
     if shared.compileable and q_length == 1:
         # The same for every step, so that the compiled code is: what the last column says, without looking.

@@ -63,6 +63,8 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
             sizes = [getattr(getattr(module, part, None), "out_features", None) for part in ("k_proj", "v_proj")]
             if isinstance(sizes[0], int) and sizes[0] % head_dim == 0:
                 heads = sizes[0] // head_dim
+            elif isinstance(getattr(module, "num_kv_heads", None), int):  # Falcon
+                heads = module.num_kv_heads
             if None not in sizes and sizes[0] != sizes[1]:
                 raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has keys and values of different sizes")
         window = None

@@ -63,7 +63,8 @@ class Shared:
     active: int | None = None  # sequences in use; None before the first tokens
     # Which columns the layers with each window hold: bool [active, n]. None: all of them. Columns beyond n are held.
     records: dict[int | None, Tensor | None] = field(default_factory=dict)
-    sequences: dict[torch.device, Tensor] = field(default_factory=dict)
+    # By device and number of them; never let go, as a captured graph has their address.
+    sequences: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
     late: dict[int | None, LateCheck] = field(default_factory=dict)
     refresh: Callable[[], None] = lambda: None
 
@@ -90,19 +91,23 @@ class Shared:
                 f"Fp16Cache: {batch} sequences need batch_size={batch} or more at construction, got {self.batch_size} "
                 "(beam search and num_return_sequences multiply the batch)"
             )
-        self.set_active(batch)
+        self.active = batch
 
     def slots(self, device: torch.device) -> dict[str, Any]:
         """The batch slots in use, as the cache's methods take them; nothing where all of them are."""
         if self.active == self.batch_size:
             return {}
-        if device not in self.sequences:
-            self.sequences[device] = torch.arange(self.active or 0, device=device)
-        return {"sequences": self.sequences[device]}
+        key = device, self.active or 0
+        if key not in self.sequences:
+            self.sequences[key] = torch.arange(key[1], device=device)
+        return {"sequences": self.sequences[key]}
 
-    def set_active(self, active: int | None) -> None:
-        self.active = active
-        self.sequences.clear()
+    def raise_if_late(self) -> None:
+        """Whether a mask that has been looked at since the last step was wrong."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
+        for late in self.late.values():
+            late.raise_if_bad()
 
     def plan(self, mask: Tensor, seen: int, new: int, window: int | None, *, no_padding: bool = False) -> Tensor | None:
         """What a 2D mask `[B, seen + new]` means for the layers with this window.
