@@ -18,7 +18,7 @@ from .graphs import DecodeGraph
 from .layers import Fp16Layer
 from .model import check_attention, plan_layers
 from .shared import Shared
-from .version import CROP_MARGIN, NAME
+from .version import CROP_MARGIN, NAME, cache_argument
 
 
 class Fp16Cache(Cache):
@@ -240,6 +240,7 @@ class Fp16Cache(Cache):
         Prefill and everything else runs as it always does. `compile`: see `DecodeGraph`. On a CPU there is no graph.
         """
         graph: DecodeGraph | None = None
+        argument = cache_argument()
         original, own = model.forward, model.__dict__.get("forward")
 
         @functools.wraps(original)  # generate() reads the signature to know what to pass
@@ -249,7 +250,7 @@ class Fp16Cache(Cache):
             mask: Any = kwargs.get("attention_mask")
             one_token = not args and ids is not None and ids.dim() == 2 and ids.shape[1] == 1
             plain = not any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "labels"))
-            known = kwargs.get("past_key_values") is self and self._shared.active == (ids.shape[0] if one_token else 0)
+            known = kwargs.get(argument) is self and self._shared.active == (ids.shape[0] if one_token else 0)
             known = known and kwargs.get("inputs_embeds") is None and self._shared.own_attention
             places = kwargs.get("position_ids")  # some models have several for a token
             plain = plain and kwargs.get("return_dict") is not False and (places is None or places.dim() == 2)
@@ -263,7 +264,7 @@ class Fp16Cache(Cache):
                 for window in {layer.window for layer in self.layers}:
                     self._shared.plan(mask.to(ids.device), self.get_seq_length(), 1, window, no_padding=True)
             logits = graph(ids, kwargs.get("position_ids"))
-            return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=self)
+            return CausalLMOutputWithPast(logits=logits.clone(), **{argument: self})
 
         model.forward = forward
         try:

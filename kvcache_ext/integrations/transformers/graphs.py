@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .version import NAME
+from .version import NAME, cache_argument
 
 if TYPE_CHECKING:
     from .cache import Fp16Cache
@@ -54,6 +54,7 @@ class DecodeGraph:
         if compile:
             self._forward = torch.compile(self._forward)
         self._cache = cache
+        self._cache_argument = cache_argument()
         self._batch = shared.active
         device = devices.pop()
         self._ids = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
@@ -70,7 +71,7 @@ class DecodeGraph:
             input_ids=self._ids,
             position_ids=self._positions,
             attention_mask=None,
-            past_key_values=self._cache,
+            **{self._cache_argument: self._cache},
             use_cache=True,
             return_dict=True,
         )

@@ -5,8 +5,20 @@ from __future__ import annotations
 import re
 
 NAME = "kvcache_ext"  # of the attention; transformers treats names with "flash", "sdpa" or "flex_attention" specially
-OLDEST, NEWEST = (5, 17), (5, 23)  # the releases of transformers that this is written for and tested with
+OLDEST, NEWEST = (5, 17), (5, 24)  # the releases of transformers that this is written for and tested with
 CROP_MARGIN = 128  # tokens that `crop` can take back from a sliding window layer
+
+
+def _release(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (0, 0) if found is None else (int(found[1]), int(found[2]))
+
+
+def cache_argument() -> str:
+    """What models call the cache that they are given and that their answer names."""
+    import transformers
+
+    return "cache" if _release(transformers.__version__) >= (5, 24) else "past_key_values"
 
 
 def check_version() -> None:
@@ -17,6 +29,5 @@ def check_version() -> None:
         import transformers
     except ImportError as error:
         raise ImportError(f"{wanted}, and it cannot be imported ({error}): {install}") from error
-    found = re.match(r"(\d+)\.(\d+)", transformers.__version__)
-    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+    if not OLDEST <= _release(transformers.__version__) <= NEWEST:
         raise ImportError(f"{wanted}, and this is transformers {transformers.__version__}: {install}")
