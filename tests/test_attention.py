@@ -511,6 +511,17 @@ def test_fp16_prefill(device: torch.device, dtype: torch.dtype, group: int, monk
         assert dtype != torch.float32 or not torch.equal(got, two.attend(0, query))  # it is another way to the answer
 
 
+@pytest.mark.parametrize(("sinks", "appended"), [(19, 41), (19, 21), (3, 20 + 17), (3, 20 + 34), (0, 40), (0, 53)])
+def test_fp16_prefill_of_a_ring_that_begins_anew(device: torch.device, sinks: int, appended: int) -> None:
+    """Its slots follow each other again, but behind sinks its positions do not."""
+    one, two = (make_cache(device, num_layers=1, max_positions=20, head_dim=64, sink_positions=sinks) for _ in range(2))
+    rows = torch.randn(2, 1, appended, 2, 64, device=device)
+    for cache in (one, two):
+        cache.append(0, *rows)
+    query = torch.randn(1, 18, 2, 64, device=device)
+    assert (one.attend(0, query, precision="fp16") - two.attend(0, query)).abs().max() < 5e-3
+
+
 def test_fp16_prefill_where_it_cannot_be(device: torch.device) -> None:
     """Wrapped rings, calls that evict, windows, soft caps, LSE, ragged lengths: the FP32 answer."""
     one, two = (make_cache(device, max_positions=64, num_heads=2, head_dim=64) for _ in range(2))

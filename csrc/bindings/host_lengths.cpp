@@ -188,6 +188,10 @@ std::pair<int64_t, int64_t> HostLengths::run_or_none(int64_t layer, Sequences of
   for (int64_t b = of.begin + 1; b < of.end; ++b) {
     if (held(layer, b) != n) return {-1, 0};
   }
+  for (int64_t b = of.begin; b < of.end;
+       ++b) {  // evicted positions behind the sinks: queries before them see those alone
+    if (sinks_ > 0 && first_[layer * batch_ + b] > sinks_) return {-1, 0};
+  }
   const int64_t slot = n == 0 ? -1 : contiguous_slot(layer, of, 0, n);
   return {slot, slot < 0 ? 0 : n};
 }
