@@ -38,7 +38,7 @@ class Shape:
     heads: int
     head_dim: int
     positions: int | None
-    remarks: list[str] = field(default_factory=list)  # why a plan from it is an upper bound
+    remarks: list[str] = field(default_factory=list)  # what a plan from it leaves out or counts too much
 
 
 def _number(path: Path, config: dict[str, Any], names: tuple[str, ...], least: int = 1) -> int | None:
@@ -61,7 +61,7 @@ def _needed(path: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
 
 
 def _remarks(config: dict[str, Any], layers: int) -> list[str]:
-    """What makes the plan an upper bound: layers that keep less than every position, or nothing."""
+    """What the plan does not tell apart: layers that keep less than every position, or nothing, and encoders."""
     found = []
     kinds = config.get("layer_types")
     window = config.get("sliding_window") or config.get("attention_chunk_size")

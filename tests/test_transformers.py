@@ -700,14 +700,16 @@ def test_autocast(models: Any, device: torch.device, family: str, attention: str
     """Rotated keys are FP32 there, and values BF16."""
     model = models(family)
     inputs = prompts(2, 20, device, padded=True)
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as generate() has them
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
-        want = model(**inputs, past_key_values=RoundingCache(config=model.config)).logits.float()
+        want = model(**inputs, position_ids=places, past_key_values=RoundingCache(config=model.config)).logits.float()
         cache = Fp16Cache.for_model(model, 64, 2, attention=NAME if attention == NAME else None)
-        got = model(**inputs, past_key_values=cache).logits.float()
+        got = model(**inputs, position_ids=places, past_key_values=cache).logits.float()
         there = inputs["attention_mask"] == 1
         assert (got - want)[there].norm() < 0.03 * want[there].norm()
         cache.reset()
-        assert generate(model, inputs, cache).shape == (2, 44)
+        tokens = generate(model, inputs, cache)
+        assert tokens.shape == (2, 44) and torch.equal(tokens[:, 20], got[:, -1].argmax(-1))
 
 
 def test_crop_after_a_call_that_was_refused() -> None:
@@ -739,10 +741,13 @@ def test_a_default_device() -> None:
     cache = Fp16Cache.for_model(model, 64, 4)
     with torch.no_grad():
         model(**prompts(2, 5, torch.device("cpu")), past_key_values=cache)
+    (held,) = cache.caches
+    before = held.k_cache[:, :2, :5].clone()
     with torch.device("meta"):
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices([3, 0])
     assert cache.get_seq_length() == 5
+    assert torch.equal(held.k_cache[:, :2, :5], before.flip(1)) and not torch.equal(before[:, 0], before[:, 1])
 
 
 def test_shapes_and_memory(models: Any, device: torch.device) -> None:

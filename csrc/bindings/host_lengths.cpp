@@ -185,12 +185,10 @@ int64_t HostLengths::longest_or_all(int64_t layer, Sequences of) {
 std::pair<int64_t, int64_t> HostLengths::run_or_none(int64_t layer, Sequences of) {
   if (of.begin == of.end || !known_without_looking()) return {-1, 0};
   const int64_t n = held(layer, of.begin);
-  for (int64_t b = of.begin + 1; b < of.end; ++b) {
-    if (held(layer, b) != n) return {-1, 0};
-  }
-  for (int64_t b = of.begin; b < of.end;
-       ++b) {  // evicted positions behind the sinks: queries before them see those alone
-    if (sinks_ > 0 && first_[layer * batch_ + b] > sinks_) return {-1, 0};
+  for (int64_t b = of.begin; b < of.end; ++b) {
+    // Where positions behind the sinks are evicted, a query before the oldest that is left sees the sinks alone.
+    const bool gap = sinks_ > 0 && first_[layer * batch_ + b] > sinks_;
+    if (gap || held(layer, b) != n) return {-1, 0};
   }
   const int64_t slot = n == 0 ? -1 : contiguous_slot(layer, of, 0, n);
   return {slot, slot < 0 ? 0 : n};
