@@ -428,12 +428,11 @@ int main(int argc, char** argv) {
       {2, 2, 30, 2, 1, 248, 1},  // a single query of a large head
       {1, 3, 37, 5, 3, 7, 1},    // nothing is aligned, and there is no attention
       {1, 2, 9, 0, 1, 1, 1},     // a row of one element
+      {1, 1, 300, 1, 1, 16, 2},  // several blocks share a head's positions
   };
   const Shape long_shapes[] = {
-      {2, 1, 700, 2, 4, 128, 1},
-      {1, 2, 300, 0, 1, 96, 16},
-      {1, 150, 40, 0, 1, 16, 1},
-      {1, 1, 2300, 1, 1, 8, 1},  // sums over more than a piece of rows
+      {2, 1, 700, 2, 4, 128, 1}, {1, 2, 300, 0, 1, 96, 16}, {1, 1, 200, 0, 1, 512, 3},
+      {1, 150, 40, 0, 1, 16, 1}, {1, 1, 2300, 1, 1, 8, 1},  // sums over more than a piece of rows
   };
   // What matters to a GPU alone: appends of many vectors; more KV heads than it has room for blocks, so that blocks are
   // small and nothing is split.
@@ -461,6 +460,11 @@ int main(int argc, char** argv) {
   for (const Shape& shape : shapes) {
     for (const kvc::DType dtype : {kvc::DType::f32, kvc::DType::f16, kvc::DType::bf16}) {
       if (fp32 && dtype != kvc::DType::f32) continue;
+      std::printf("sanitize: %lld x %lld x %lld positions, %lld heads of %lld, %lld queries each, dtype %d\n",
+                  static_cast<long long>(shape.layers), static_cast<long long>(shape.batch),
+                  static_cast<long long>(shape.positions), static_cast<long long>(shape.heads),
+                  static_cast<long long>(shape.head_dim), static_cast<long long>(shape.group), static_cast<int>(dtype));
+      std::fflush(stdout);  // it says where a sanitizer is, should it take long or fail
       Case(shape, dtype).run();
       ++count;
     }

@@ -87,6 +87,30 @@ def test_lengths(backend: Backend, length: int, sinks: int, group: int) -> None:
     check_both(attention_twin(backend, length, sink_positions=sinks), backend, group=group)
 
 
+@pytest.mark.parametrize(
+    ("group", "head_dim"),
+    [(1, 128), (2, 64), (5, 64), (16, 64), (71, 64), (4, 128), (7, 128), (16, 128), (2, 256), (8, 256), (3, 512)],
+)
+@pytest.mark.parametrize("what", ["full", "ring", "window", "queries", "ragged", "softcap"])
+def test_splits(backend: Backend, group: int, head_dim: int, what: str) -> None:
+    """So many positions that several blocks share those of a head."""
+    options: dict[str, object] = {"window": {"window": 130}, "softcap": {"softcap": 3.0}}.get(what, {})
+    twin = attention_twin(
+        backend,
+        {"ring": 700, "ragged": 0}.get(what, 510),
+        max_positions=512,
+        head_dim=head_dim,
+        num_heads=1,
+        batch_size=2 if what == "ragged" else 1,
+        num_layers=1,
+        sink_positions=3 if what == "ring" else 0,
+    )
+    if what == "ragged":
+        lengths = torch.tensor([500, 131], device=backend.device)
+        twin.append(0, *torch.randn(2, 2, 500, 1, head_dim, device=backend.device), new_lengths=lengths)
+    check_both(twin, backend, rows=2 if what in ("queries", "window") else 1, group=group, **options)
+
+
 def test_many_splits_of_wide_heads(backend: Backend) -> None:
     """What the splits of a head leave does not fit into shared memory: it is merged from where it lies."""
     check_both(

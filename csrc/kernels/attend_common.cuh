@@ -34,6 +34,7 @@ struct Blocks {
   int64_t units;
   int64_t multiprocessors;
   int64_t at_a_time;    // on a multiprocessor
+  int64_t turns;        // that one of them would take for a unit's rows
   int64_t most_splits;  // of a unit, at least 1
 
   // How much of the GPU is at work until the end, 1 at most: some multiprocessors may get one block less than others,
@@ -53,6 +54,24 @@ struct Blocks {
     }
     return best;
   }
+  // As many or fewer: those that take the least time, where a block loads the rows of two turns at once. In times of
+  // merging a split's part, as measured on an H200 (docs/performance.md).
+  int64_t quickest_splits() const {
+    constexpr int64_t kTurn = 10;
+    constexpr int64_t kThirdTurn = 10;  // more: it has to wait for memory again
+    constexpr int64_t kMerge = 10;      // whatever the number of parts
+    int64_t best = 1;
+    int64_t least = INT64_MAX;
+    for (int64_t each = (turns + all_splits() - 1) / all_splits(); kTurn * each < least; ++each) {
+      const int64_t splits = imax((turns + each - 1) / each, 1);
+      const int64_t time = kTurn * each + (each > 2 ? kThirdTurn : 0) + splits + (splits > 1 ? kMerge : 0);
+      if (time <= least) {
+        best = splits;
+        least = time;
+      }
+    }
+    return best;
+  }
 };
 
 // Whether small blocks fill the GPU better than large ones, by so much.
@@ -60,13 +79,13 @@ inline bool fill_better(const Blocks& small, const Blocks& large, double by) {
   return small.filling(small.best_splits()) >= large.filling(large.all_splits()) + by;
 }
 
-// Where large blocks all run at once, small ones mean more splits to merge. It takes a cache of so many positions, and
-// that much more of the GPU, to be worth that (docs/performance.md).
+// Where large blocks, of so many splits, all run at once, small ones mean more splits to merge. It takes a cache of so
+// many positions, too few multiprocessors for as many splits as there could be, and that much more of the GPU, to be
+// worth that (docs/performance.md).
 constexpr int64_t kWorthSplitting = 1024;
-inline bool worth_splitting(const Blocks& small, const Blocks& large, int64_t positions, double by) {
-  const int64_t splits = large.all_splits();
-  if (positions < kWorthSplitting || splits == large.most_splits || large.filling(splits) + by > 1) return false;
-  return fill_better(small, large, by);
+inline bool worth_splitting(const Blocks& small, const Blocks& large, int64_t splits, int64_t positions, double by) {
+  if (positions < kWorthSplitting || splits == large.most_splits || splits < large.all_splits()) return false;
+  return large.filling(splits) + by <= 1 && fill_better(small, large, by);
 }
 
 struct BlockUnit {

@@ -219,10 +219,11 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   const int64_t units = p.sequences.entries(p.cache.batch) * p.cache.heads;
   const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, 1>);
   // What follows depends on shapes alone, so that a call's answer does not depend on how it came to its lengths.
-  const int64_t rows_of_block = kMostWarps * Block::kStep;
-  const int64_t most = imin(room, (p.cache.positions + rows_of_block - 1) / rows_of_block);
+  const int64_t rows_of_turn = kMostWarps * Block::kStep;
+  const int64_t turns = (p.cache.positions + rows_of_turn - 1) / rows_of_turn;
+  const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns), 1);
   const auto blocks_of = [&](int warps) {
-    return Blocks{units, multiprocessors, kWarpsAtATime / warps, units > kAttendTickets ? 1 : imax(most, 1)};
+    return Blocks{units, multiprocessors, kWarpsAtATime / warps, turns, most_splits};
   };
   // Smaller blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small
   // ones do not fill it worse: they are at different stages.
@@ -232,7 +233,7 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   int warps = kMostWarps;
   int64_t splits = large.all_splits();
   if (units > kBlocksAtATime * multiprocessors ? fill_better(small, large, 0)
-                                               : worth_splitting(small, large, p.cache.positions, 0.25)) {
+                                               : worth_splitting(small, large, splits, p.cache.positions, 0.25)) {
     const bool very_many = units >= kMostWarps * multiprocessors && fill_better(smallest, small, 0);
     warps = very_many ? kMostWarps / 4 : kMostWarps / 2;
     splits = (very_many ? smallest : small).best_splits();

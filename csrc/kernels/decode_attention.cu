@@ -99,6 +99,8 @@ struct AttendBlock {
   KVC_HD static constexpr int threads(int halves) {
     return (halves == 2 && kWarps == kMostWarps ? kWarps / 2 : kWarps) * 32;
   }
+  // That the warps of a block take at a time.
+  KVC_HD static constexpr int64_t rows_of_turn(int halves) { return threads(halves) / 32 * kTileRows; }
   // How many a multiprocessor has registers for, and room. (From sm_100 on the compiler needs more registers.)
   KVC_HD static constexpr int at_a_time(int halves, bool from_sm_100) {
     if (halves == 4) return 1;
@@ -540,8 +542,6 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
                                 static_cast<uint32_t>(warps * (kRingBytes / 4)));
 }
 
-// A split of fewer rows than this is not worth its merge.
-constexpr int64_t kRowsPerSplit = 64;
 // From so many positions on, large blocks, whose rings are long, do better than small ones.
 template <int kTiles>
 constexpr int64_t kLongCache = kTiles == 1   ? INT64_MAX
@@ -587,19 +587,23 @@ cudaError_t launch_either(const AttendParams& p, cudaStream_t stream) {
   const int64_t units = sequence_heads * ((queries + Block::kQueries - 1) / Block::kQueries);
   // What follows depends on shapes alone, so that a call's answer does not depend on how it came to its lengths.
   const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, Block::kQueries>);
-  const int64_t splits = imin(room, (p.cache.positions + kRowsPerSplit - 1) / kRowsPerSplit);
-  const int64_t most_splits = units > kAttendTickets ? 1 : imax(splits, 1);
-  const Blocks large{units, multiprocessors, Block::at_a_time(4, major >= 10), most_splits};
-  const Blocks small{units, multiprocessors, Block::at_a_time(2, major >= 10), most_splits};
+  const auto blocks_of = [&](int halves) {
+    const int64_t turns = (p.cache.positions + Block::rows_of_turn(halves) - 1) / Block::rows_of_turn(halves);
+    const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns), 1);
+    return Blocks{units, multiprocessors, Block::at_a_time(halves, major >= 10), turns, most_splits};
+  };
+  const Blocks large = blocks_of(4);
+  const Blocks small = blocks_of(2);
+  const int64_t splits = large.quickest_splits();
   // Small blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small ones
   // do not fill it worse, and for many units, unless rings should be long, not even that: they are at different stages.
   const bool many = sequence_heads >= 2 * multiprocessors;
   const bool long_rings = p.cache.positions >= kLongCache<kTiles> && (many || kTiles == 4);
   const bool small_ones = units > multiprocessors && !long_rings
                               ? many || fill_better(small, large, 0)
-                              : worth_splitting(small, large, p.cache.positions, 0.2);
+                              : worth_splitting(small, large, splits, p.cache.positions, 0.2);
   return small_ones ? launch<kDepth, kTiles, 2>(p, small, small.best_splits(), shared, stream)
-                    : launch<kDepth, kTiles, 4>(p, large, large.all_splits(), shared, stream);
+                    : launch<kDepth, kTiles, 4>(p, large, splits, shared, stream);
 }
 
 // As many queries a block as there are, up to what registers allow.
