@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MOST_KERNEL_QUERIES = 16  # kMostQueries in csrc/bindings/checks.h
 _KEYS_PER_BLOCK = 1024
 _HALF_QUERIES_PER_BLOCK = 256
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 _SCORES_PER_BLOCK = 2**24  # FP32 elements at most: 64 MB, whatever T is; some copies of it are alive at a time
 
 
@@ -49,6 +50,70 @@ def kernel_options(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     return head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0
+
+
+def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
+    """What the bindings refuse, for compiled code, where tensors no longer say so when the kernels see them."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} must not require grad, as a cache records no gradients, got requires_grad=True; call it "
+                "under torch.no_grad() or pass .detach()"
+            )
+
+
+def _check_long(
+    cache: StreamingKVCacheFp16,
+    layer: int,
+    query: Tensor,
+    new: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scale: float,
+    out: Tensor | None,
+    batch: int,
+) -> None:
+    """What `check_attend` of the bindings says of many queries, for compiled code, which cannot call it."""
+    key, value, _ = new
+    op = "attend" if key is None else "append_attend"
+    heads, head_dim = cache.num_heads, cache.head_dim
+    refuse_gradients(op, query=query, key=key, value=value, out=out)
+    if not 0 <= layer < cache.num_layers:
+        raise IndexError(
+            f"{op}: layer must be from 0 to {cache.num_layers - 1}, as the cache has {cache.num_layers} layers, "
+            f"got {layer}"
+        )
+    if head_dim % 8 != 0 or head_dim > 512:
+        raise ValueError(
+            f"{op}: head_dim must be a multiple of 8 up to 512 for attention, and the cache's is {head_dim}"
+        )
+    if not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
+        raise ValueError(f"{op}: scale must be finite and within FP32, got {scale}")
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    if query.dtype not in dtypes:
+        raise TypeError(f"{op}: query must be torch.float32, torch.float16 or torch.bfloat16, got {query.dtype}")
+    if query.dim() > 4 or query.shape[-1] != head_dim or (query.shape[0] if query.dim() == 4 else 1) != batch:
+        raise ValueError(f"{op}: query must have shape [{batch}, T, query heads, {head_dim}], got {list(query.shape)}")
+    if query.shape[-2] == 0 or query.shape[-2] % heads != 0:
+        raise ValueError(f"{op}: query must have a multiple of the cache's {heads} heads, got {query.shape[-2]}")
+    if out is not None and out.dtype != query.dtype:
+        raise TypeError(f"{op}: out must have the dtype of query, {query.dtype}, got {out.dtype}")
+    if out is not None and out.shape != query.shape:
+        raise ValueError(f"{op}: out must have the shape of query, {list(query.shape)}, got {list(out.shape)}")
+    if key is None:
+        return
+    for name, tensor in (("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{op}: {name} must be torch.float32, torch.float16 or torch.bfloat16, got {tensor.dtype}")
+        entries = tensor.shape[0] if tensor.dim() == 4 else 1
+        if tensor.dim() not in (3, 4) or tensor.shape[-2:] != (heads, head_dim) or entries != batch:
+            raise ValueError(
+                f"{op}: {name} must have shape [{batch}, T, {heads}, {head_dim}], got {list(tensor.shape)}"
+            )
+        if tensor.shape[-3] != query.shape[-3]:
+            raise ValueError(
+                f"{op}: query must have as many positions as {name}, {tensor.shape[-3]}, got {query.shape[-3]}"
+            )
 
 
 def is_long(query: Tensor) -> bool:
@@ -433,11 +498,12 @@ def prefill(
 
     `precision="fp32"`:
 
-    Memory beside the answer: some 256 MB for one block of keys against one block of queries, whatever T is (more only
-    where a single query of the whole batch takes more). It does not synchronise: where lengths are not known on the
-    host (after `new_lengths` or a captured graph) it goes through all slots. The error against FP64 is that of
-    the kernels, whatever precision is set for matmul or autocast: tests/test_attention.py holds it to 1e-6 for N(0, 1)
-    data at small sizes; of thousands of queries the worst head comes to 2e-6 (docs/accuracy.md).
+    Memory beside the answer: FP32 copies of the query and of the answer, and some 256 MB for one block of keys against
+    one block of queries (more only where a single query of the whole batch takes more). It does not synchronise: where
+    lengths are not known on the host (after `new_lengths` or a captured graph) it goes through all slots. The error
+    against FP64 is that of the kernels, whatever precision is set for matmul or autocast: tests/test_attention.py holds
+    it to 1e-6 for N(0, 1) data at small sizes; of thousands of answers of a head the worst come to some 2e-6
+    (docs/accuracy.md).
 
     `precision="fp16"`: queries rounded to FP16, torch's scaled_dot_product_attention on views of the storage; its
     error is that of FP16 attention (the tests hold it to 2e-3, whatever the query's dtype), and a query beyond the
@@ -453,6 +519,8 @@ def prefill(
     if is_compiling():
         scale, window, softcap = kernel_options(cache.head_dim, scale, window, softcap)
         numbers = cache._optional_integers(sequences)
+        batch = cache.batch_size if numbers is None else numbers.shape[0]
+        _check_long(cache, layer, query, new, scale, out, batch)
     else:
         scale, window, softcap, numbers = cache._compiled.check_attend(
             layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences

@@ -289,6 +289,7 @@ class StreamingKVCacheFp16:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
         if is_compiling():
+            attention.refuse_gradients("append", key=key, value=value)
             ops.append(
                 self.k_cache,
                 self.v_cache,
@@ -315,6 +316,7 @@ class StreamingKVCacheFp16:
     ) -> None:
         """`append` to every layer in one launch: `keys`, `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
         if is_compiling():
+            attention.refuse_gradients("append_all", keys=keys, values=values)
             ops.append_all(
                 self.k_cache,
                 self.v_cache,
@@ -577,6 +579,7 @@ class StreamingKVCacheFp16:
         if not attention.is_long(query):
             if not is_compiling():
                 return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out, sequences)
+            attention.refuse_gradients("attend", query=query, out=out)
             options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
             ops.attend(
@@ -629,6 +632,7 @@ class StreamingKVCacheFp16:
                 return self._compiled.append_attend(
                     layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
                 )
+            attention.refuse_gradients("append_attend", query=query, key=key, value=value, out=out)
             options = attention.kernel_options(self.head_dim, scale, window, softcap)
             out, lse = attention.outputs(query, self.head_dim, out, return_lse)
             ops.append_attend(

@@ -155,6 +155,58 @@ def test_options_are_checked_in_compiled_code(device: torch.device) -> None:
             torch.compile(lambda q, o=options: cache.attend(0, q, **o))(query)
 
 
+WRONG_LONG_CALLS = {
+    "fewer keys": (lambda c, q, k: c.append_attend(0, q, k[:, :5], k[:, :5]), "as many positions"),
+    "no value": (lambda c, q, k: c.append_attend(0, q, k, None), "value must be"),
+    "fewer values": (lambda c, q, k: c.append_attend(0, q, k, k[:, :5]), "value"),
+    "heads of keys": (lambda c, q, k: c.append_attend(0, q, k[:, :, :1], k[:, :, :1]), "key must have shape"),
+    "scale": (lambda c, q, k: c.attend(0, q, scale=float("nan")), "scale must be finite"),
+    "dtype": (lambda c, q, k: c.attend(0, q.double()), "query must be torch.float32"),
+    "heads": (lambda c, q, k: c.attend(0, q[:, :, :3]), "multiple of the cache's 2 heads"),
+    "head_dim": (lambda c, q, k: c.attend(0, q[..., :8]), "query must have shape"),
+    "batch": (lambda c, q, k: c.attend(0, q.expand(2, *q.shape[1:])), "query must have shape"),
+    "layer": (lambda c, q, k: c.attend(9, q), "layer must be from 0 to 1"),
+    "dtype of out": (lambda c, q, k: c.attend(0, q, out=q.half()), "out must have the dtype"),
+    "shape of out": (lambda c, q, k: c.attend(0, q, out=q.new_empty(3, *q.shape[1:])), "out must have the shape"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LONG_CALLS)
+def test_long_calls_are_checked_in_compiled_code(device: torch.device, name: str) -> None:
+    """More queries than the kernels take are torch's affair; what is wrong is said all the same."""
+    call, match = WRONG_LONG_CALLS[name]
+    cache = make_cache(device, head_dim=16, max_positions=64)
+    query, key = torch.randn(1, 20, 4, 16, device=device), torch.randn(1, 20, 2, 16, device=device)
+    cache.append(0, key, key)
+    with pytest.raises(Exception, match=match):
+        call(cache, query, key)
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        # With fullgraph the compiler does not pass the sentence on.
+        with pytest.raises(Exception, match=None if fullgraph else match):
+            torch.compile(lambda q, k: call(cache, q, k), backend="aot_eager", fullgraph=fullgraph)(query, key)
+        assert cache.position == 20
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_gradients_are_refused_in_compiled_code(device: torch.device, rows: int) -> None:
+    cache = make_cache(device, head_dim=16, max_positions=64)
+    key = torch.randn(1, rows, 2, 16, device=device)
+    grad = key.clone().requires_grad_()
+    with torch.enable_grad():
+        for call in (
+            lambda x: cache.append(0, x, key),
+            lambda x: cache.append_all(torch.stack([x, x]), torch.stack([key, key])),
+            lambda x: cache.attend(0, x),
+            lambda x: cache.append_attend(0, key, x, key),
+            lambda x: cache.append_attend(0, x, key, key),
+        ):
+            torch._dynamo.reset()
+            with pytest.raises(Exception, match="must not require grad"):
+                torch.compile(call, backend="aot_eager")(grad)
+            assert cache.position == 0
+
+
 def test_a_compiler_that_clones_the_cache(device: torch.device) -> None:
     """aot_eager changes clones of the tensors and copies them back: lengths on the host must notice."""
     torch._dynamo.reset()

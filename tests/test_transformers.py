@@ -10,7 +10,7 @@ import copy
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -376,6 +376,8 @@ def test_4d_masks(models: Any, device: torch.device, family: str, kind: str) -> 
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match=r"mask of shape .* does not fit"):
         logits_of(model, cache, input_ids=ids, attention_mask=torch.ones(1, 1, 7, 5, device=device).bool())
+    assert [layer.columns for layer in cache.layers] == [7] * len(cache.layers)  # nothing was begun
+    logits_of(model, cache, input_ids=ids)
 
 
 def test_patterns_other_than_causal(models: Any, device: torch.device) -> None:
@@ -778,6 +780,59 @@ def test_a_full_cache_says_so(models: Any, device: torch.device) -> None:
         cache = Fp16Cache.for_model(model, 20, 2)
         cache._shared.use_batch(1)
         logits_of(model, cache, **prompts(2, 5, device))
+
+
+@pytest.mark.parametrize("attention", ["kvcache_ext", None])
+def test_a_full_cache_whose_first_layer_has_a_window(models: Any, device: torch.device, attention: str | None) -> None:
+    """A ring never ends, but layers behind it do: it must not have begun."""
+    model = models("gemma2")
+    cache = Fp16Cache.for_model(model, 150, 2, attention=attention)
+    before = logits_of(model, cache, input_ids=prompts(1, 140, device)["input_ids"])
+    with pytest.raises(ValueError, match=r"140 tokens are in the cache and 17 more do not fit into max_positions=150"):
+        logits_of(model, cache, input_ids=prompts(1, 17, device)["input_ids"])
+    assert {layer.columns for layer in cache.layers} == {140}
+    after = logits_of(model, cache, input_ids=prompts(1, 10, device)["input_ids"])
+    assert before.isfinite().all() and after.isfinite().all()
+    fresh = Fp16Cache.for_model(model, 150, 2, attention=attention)
+    with pytest.raises(ValueError, match="do not fit"):
+        logits_of(model, fresh, input_ids=prompts(2, 151, device)["input_ids"])
+    logits_of(
+        model, fresh, input_ids=prompts(1, 5, device)["input_ids"]
+    )  # of another number of sequences, as none had come
+
+
+WRONG_CALLS: dict[str, tuple[Callable[[Fp16Cache], object], type[Exception]]] = {
+    "an unused sequence": (lambda c: c.reorder_cache(torch.tensor([0, 3])), IndexError),
+    "a negative one": (lambda c: c.reorder_cache(torch.tensor([0, -1])), IndexError),
+    "no sequence at all": (lambda c: c.reorder_cache(torch.tensor([0, 9])), IndexError),
+    "fractions": (lambda c: c.reorder_cache(torch.tensor([0.9, 1.9])), TypeError),
+    "truth": (lambda c: c.reorder_cache(torch.tensor([True, False])), TypeError),
+    "a table": (lambda c: c.reorder_cache(torch.tensor([[0, 1]])), TypeError),
+    "more than there is room for": (lambda c: c.reorder_cache(torch.tensor([0, 1, 0, 1, 0])), ValueError),
+    "none": (lambda c: c.batch_select_indices(torch.tensor([], dtype=torch.int64)), ValueError),
+    "no times": (lambda c: c.batch_repeat_interleave(0), ValueError),
+    "half a time": (lambda c: c.batch_repeat_interleave(0.5), ValueError),
+    "too many times": (lambda c: c.batch_repeat_interleave(3), ValueError),
+    "crop of a fraction": (lambda c: c.crop(-2.7), TypeError),
+    "crop of text": (lambda c: c.crop("-3"), TypeError),
+    "crop of nothing": (lambda c: c.crop(None), TypeError),
+    "crop of too many": (lambda c: c.crop(-11), ValueError),
+    "crop forwards": (lambda c: c.crop(1), ValueError),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_calls(models: Any, device: torch.device, name: str) -> None:
+    call, error = WRONG_CALLS[name]
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 30, 4)
+    logits_of(model, cache, **prompts(2, 10, device))
+    before = [tensor.clone() for c in cache.caches for tensor in (c.k_cache, c.v_cache, c._state)]
+    with pytest.raises(error, match="Fp16Cache"):
+        call(cache)
+    assert cache._shared.active == 2 and cache.get_seq_length() == 10
+    for old, new in zip(before, (t for c in cache.caches for t in (c.k_cache, c.v_cache, c._state)), strict=True):
+        assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
 
 
 def test_windows_have_no_end(models: Any, device: torch.device) -> None:

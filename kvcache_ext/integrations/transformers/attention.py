@@ -48,6 +48,7 @@ def attend(
         )
     layer = key.layer
     if attention_mask is not None and (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
+        _check_mask(attention_mask, query, layer.gathered(query.shape[2]))
         keys, values = (x.to(query.dtype) for x in layer.append_gather(key.new_key, key.new_value))
         return _masked(query, keys, values, attention_mask, scaling, softcap, s_aux), None
     new_query, new_key, new_value = (x.detach().transpose(1, 2) for x in (query, key.new_key, key.new_value))
@@ -81,6 +82,17 @@ def _rows(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
+def _check_mask(mask: Tensor, query: Tensor, keys: int) -> None:
+    """Before anything is appended: a 4D mask for `query` `[B, Hq, T, D]` and so many keys."""
+    batch, heads, rows, _ = query.shape
+    fits = mask.dim() == 4 and mask.shape[-1] == keys and mask.shape[-2] in (1, rows)
+    if not fits or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
+        raise ValueError(
+            f"Fp16Cache: an attention mask of shape {list(mask.shape)} does not fit {rows} queries and {keys} keys, "
+            f"{batch} sequences and {heads} heads"
+        )
+
+
 def _masked(
     query: Tensor,
     keys: Tensor,
@@ -91,11 +103,6 @@ def _masked(
     s_aux: Tensor | None,
 ) -> Tensor:
     """Attention under a 4D mask (bool, or added to the scores): `[B, heads, n, D]` to `[B, T, Hq, D]`."""
-    if mask.dim() != 4 or mask.shape[-1] != keys.shape[2] or mask.shape[-2] not in (1, query.shape[2]):
-        raise ValueError(
-            f"Fp16Cache: an attention mask of shape {list(mask.shape)} does not fit {query.shape[2]} queries and "
-            f"{keys.shape[2]} keys"
-        )
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     if softcap is None and s_aux is None:
@@ -139,4 +146,5 @@ def _other_attention(
     if mask is None:
         rows, keys = query.shape[2], key.shape[2]
         mask = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+    _check_mask(mask, query, key.shape[2])
     return _masked(query, key, value, mask, scaling, softcap, s_aux), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.compiler import is_compiling
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...attention import shown
 from ...cache import StreamingKVCacheFp16
 from .graphs import DecodeGraph
 from .layers import Fp16Layer
@@ -154,8 +156,12 @@ class Fp16Cache(Cache):
         Raises:
             ValueError: the number is positive, more than there are tokens, or more than the ring of a sliding window
                 layer can take back (128, once it is full). The cache is unchanged.
+            TypeError: it is no integer.
         """
-        count = -int(tokens_to_remove)
+        try:
+            count = -operator.index(tokens_to_remove)
+        except TypeError:
+            raise TypeError(f"Fp16Cache: crop takes an integer, got {shown(tokens_to_remove)}") from None
         if count < 0:
             raise ValueError(
                 f"Fp16Cache: crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}"
@@ -189,12 +195,20 @@ class Fp16Cache(Cache):
             shared.all_held_from(left, layer.window)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what sequence `beam_idx[i]` was."""
+        """Sequence i becomes what sequence `beam_idx[i]` was. `beam_idx`: integers `[n]`.
+
+        Raises:
+            TypeError, ValueError, IndexError: they are no integers, none, more than `batch_size`, or no sequences in
+                use; the cache is unchanged. (Numbers on a GPU are not looked at, as that would wait for it: there one
+                that is out of range leaves its sequence as it is.)
+        """
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times, beside each other. `batch_size` must have room for them."""
         active = self._shared.active
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"Fp16Cache: repeats must be an integer, at least 1, got {shown(repeats)}")
         if active is None:
             return
         if active * repeats > self.batch_size:
@@ -215,6 +229,19 @@ class Fp16Cache(Cache):
             return
         if not isinstance(indices, Tensor):
             indices = torch.tensor(indices, device="cpu")
+        if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"Fp16Cache: indices of sequences must be integers [n], got {indices.dtype} {list(indices.shape)}"
+            )
+        if not 1 <= len(indices) <= self.batch_size:
+            raise ValueError(
+                f"Fp16Cache: 1 to batch_size={self.batch_size} sequences can be chosen, got {len(indices)}"
+            )
+        if indices.is_cpu and not bool(((indices >= 0) & (indices < shared.active)).all()):
+            raise IndexError(
+                f"Fp16Cache: indices of sequences must be from 0 to {shared.active - 1}, as {shared.active} are in "
+                f"use, got {indices.tolist()[:8]}"
+            )
         rest = torch.arange(len(indices), self.batch_size, device=indices.device)
         whole = torch.cat([indices.long(), rest])
         for cache in self.caches:

@@ -80,6 +80,7 @@ class Fp16Layer(CacheLayerMixin):
         self.is_compileable = shared.compileable
         # A window's ring forgets what no query can see; only a shorter one has an end.
         self.bounded = window is None or cache.max_positions < window + CROP_MARGIN
+        shared.bounded = shared.bounded or self.bounded
         self.columns = 0  # that have gone through this layer, padding included
         self.first = 0  # at least this many of the oldest columns are gone from the ring
         self.is_initialized = True
@@ -111,12 +112,13 @@ class Fp16Layer(CacheLayerMixin):
         return columns, offset
 
     def _check(self, batch: int, rows: int) -> None:
-        self.shared.use_batch(batch)
-        if self.bounded and self.columns + rows > self.cache.max_positions:
+        """For all layers, so that the first of them refuses what a later one has no room for."""
+        if self.shared.bounded and self.columns + rows > self.shared.max_positions:
             raise ValueError(
                 f"Fp16Cache: {self.columns} tokens are in the cache and {rows} more do not fit into "
                 f"max_positions={self.shared.max_positions}; make a larger cache, or reset() this one"
             )
+        self.shared.use_batch(batch)
 
     def _advance(self, rows: int) -> None:
         self.columns += rows
@@ -184,13 +186,18 @@ class Fp16Layer(CacheLayerMixin):
             return rows, rows
         return self.append_gather(key_states, value_states)
 
+    def gathered(self, rows: int) -> int:
+        """How many columns `append_gather` gives for so many new rows."""
+        start = 0 if self.window is None else max(self.columns - self.window + 1, 0)
+        return self.columns + rows - start
+
     def append_gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends every row; the columns that `get_mask_sizes` spoke of, `[B, H, kv, D]` of the key's dtype."""
         batch, _, rows, _ = key.shape
         self._check(batch, rows)
         self.shared.all_held_from(self.columns, self.window)
         before = self.columns
-        start = 0 if self.window is None else max(before - self.window + 1, 0)
+        start = before + rows - self.gathered(rows)
         new_key, new_value = _of_one_dtype(key.detach().transpose(1, 2), value.detach().transpose(1, 2))
         if before + rows - start <= self.cache.max_positions:
             self._append(new_key, new_value)

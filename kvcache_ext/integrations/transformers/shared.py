@@ -60,6 +60,7 @@ class Shared:
     config: Any  # of the model's attention modules: says which attention is in use
     precision: str
     compileable: bool
+    bounded: bool = False  # whether some layer has room for max_positions tokens and no more
     active: int | None = None  # sequences in use; None before the first tokens
     # Which columns the layers with each window hold: bool [active, n]. None: all of them. Columns beyond n are held.
     records: dict[int | None, Tensor | None] = field(default_factory=dict)
