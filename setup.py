@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;11.0;12.0+PTX"
 
 
 def find_toolkit() -> Path | None:

@@ -10,7 +10,7 @@ import torch
 BYTES_PER_ELEMENT = 2  # FP16
 GB = 10**9
 
-MOST_MULTIPROCESSORS = 160  # of any GPU so far; for a plan that names no device
+MOST_MULTIPROCESSORS = 192  # no GPU so far has more; for a plan that names no device
 # What PyTorch's CUDA allocator may take beyond what it is asked for: keys and values are rounded up to 2 MiB each, and
 # what is below 10 MiB comes out of a block of 20 MiB.
 CUDA_ROUNDING = 24 * 2**20

@@ -18,7 +18,10 @@ USUAL_GPUS = (16, 24, 48, 80, 141)  # GB
 # transformers' names for the same thing, the usual one first.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num")
+HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
+DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")  # of models that have an encoder, too
+DECODER_HEADS = ("decoder_attention_heads",)
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 # Models whose config.json may leave out that every so many layers one has no window.
 ALTERNATING = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
@@ -116,17 +119,24 @@ def read_config(folder: Path) -> Shape:
             f"plan: {path} describes latent attention (kv_lora_rank), whose keys and values differ in size; "
             "StreamingKVCacheFp16 holds keys and values of one head_dim"
         )
-    layers = _needed(path, config, LAYERS)
-    head_dim = _number(path, config, ("head_dim",))
+    inner = config.get("attn_config")
+    if isinstance(inner, dict):  # MPT and DBRX
+        config = {**inner, **config, "multi_query": inner.get("attn_type") == "multiquery_attention"}
+    if config.get("multi_query_attention") is False:  # ChatGLM, whose number of groups then means nothing
+        config = {name: value for name, value in config.items() if name != "multi_query_group_num"}
+    of_decoder = config.get("is_encoder_decoder") is True
+    query_heads = (*DECODER_HEADS, *QUERY_HEADS) if of_decoder else QUERY_HEADS
+    layers = _needed(path, config, (*DECODER_LAYERS, *LAYERS) if of_decoder else LAYERS)
+    head_dim = _number(path, config, HEAD_DIM)
     if _number(path, config, ("state_size", "ssm_state_size")) and not any(name in config for name in QUERY_HEADS[:2]):
         raise ValueError(f"plan: {path} describes a model without attention (state_size), which has no keys and values")
     heads = _number(path, config, KV_HEADS)
     if config.get("multi_query") is True and config.get("new_decoder_architecture") is not True:
         heads = 1  # Falcon's config has num_kv_heads all the same
     elif heads is None:
-        heads = _needed(path, config, QUERY_HEADS)
+        heads = _needed(path, config, query_heads)
     if head_dim is None:
-        hidden, queries = _needed(path, config, HIDDEN), _needed(path, config, QUERY_HEADS)
+        hidden, queries = _needed(path, config, HIDDEN), _needed(path, config, query_heads)
         if hidden % queries:
             raise ValueError(
                 f"plan: {path} has no head_dim, and {HIDDEN[0]}, {hidden}, is not a multiple of {QUERY_HEADS[0]}, "
@@ -140,6 +150,8 @@ def _positive(text: str) -> int:
     value = int(text.replace("_", "").replace(",", ""))
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value.bit_length() > 63:
+        raise argparse.ArgumentTypeError("must fit in 64 bits")
     return value
 
 

@@ -15,6 +15,17 @@ from kvcache_ext.__main__ import main
 SHAPE = ["--layers", "32", "--heads", "32", "--head-dim", "128", "--positions", "65536"]
 LLAMA = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096, "max_position_embeddings": 4096}
 # As transformers writes it: num_kv_heads is there though one KV head is all that multi_query has.
+MPT = {
+    "n_layers": 32,
+    "n_heads": 32,
+    "d_model": 4096,
+    "max_seq_len": 2048,
+    "attn_config": {"attn_type": "multihead_attention"},
+}
+CHATGLM = {
+    **{"num_layers": 28, "num_attention_heads": 32, "hidden_size": 4096, "kv_channels": 128, "seq_length": 8192},
+    **{"multi_query_attention": True, "multi_query_group_num": 2},
+}
 FALCON = {
     **{"num_hidden_layers": 32, "num_attention_heads": 71, "num_kv_heads": 71, "hidden_size": 4544},
     **{"multi_query": True, "new_decoder_architecture": False, "max_position_embeddings": 2048},
@@ -94,6 +105,11 @@ def test_small_figures(capsys: pytest.CaptureFixture[str]) -> None:
         ({"text_config": LLAMA, "vision_config": {"num_hidden_layers": 5}}, (32, 32, 128, 4096)),
         ({"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 64}, (2, 4, 64, None)),
         (FALCON, (32, 1, 64, 2048)),
+        (MPT, (32, 32, 128, 2048)),
+        (MPT | {"attn_config": {"attn_type": "multiquery_attention"}}, (32, 1, 128, 2048)),
+        (MPT | {"attn_config": {"kv_n_heads": 8}}, (32, 8, 128, 2048)),  # and DBRX
+        (CHATGLM, (28, 2, 128, 8192)),
+        (CHATGLM | {"multi_query_attention": False}, (28, 32, 128, 8192)),
         (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 8}, (32, 8, 64, 2048)),
     ],
 )
@@ -140,6 +156,17 @@ def test_configs_of_layers_that_keep_less(
 
 
 def test_configs_of_encoders_and_decoders(tmp_path: Path) -> None:
+    t5 = {"num_layers": 24, "num_decoder_layers": 12, "num_heads": 128, "d_model": 1024, "d_kv": 64}
+    bart = {
+        "encoder_layers": 12,
+        "num_hidden_layers": 12,
+        "decoder_layers": 6,
+        "decoder_attention_heads": 8,
+        "d_model": 512,
+    }
+    for entries, shape in ((t5, (12, 128, 64)), (bart, (6, 8, 64))):
+        found = planning.read_config(Path(config(tmp_path, **entries, is_encoder_decoder=True)))
+        assert (found.layers, found.heads, found.head_dim) == shape
     found = planning.read_config(Path(config(tmp_path, **LLAMA | {"is_encoder_decoder": True})))
     assert ["comes on top" in remark for remark in found.remarks] == [True]
 

@@ -934,6 +934,8 @@ def test_models_that_it_cannot_hold() -> None:
             Fp16Cache.for_model(model, 64, **options)
         assert model.config._attn_implementation == before
 
+    rwkv = transformers.RwkvConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2)
+    refused(transformers.RwkvForCausalLM(rwkv), "names no num_attention_heads")
     with torch.device("meta"):
         t5 = transformers.T5ForConditionalGeneration(
             transformers.T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)

@@ -55,6 +55,10 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
         module = modules.get(i)
         layer_config = getattr(text, "per_layer_config", None)
         layer_config = text if layer_config is None else layer_config[i]
+        if not isinstance(getattr(layer_config, "num_attention_heads", None), int):
+            raise NotImplementedError(
+                f"Fp16Cache: {name} names no num_attention_heads: it has no attention of this kind"
+            )
         heads = getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads
         head_dim = getattr(layer_config, "head_dim", None)
         head_dim = head_dim or layer_config.hidden_size // layer_config.num_attention_heads
