@@ -34,7 +34,6 @@ struct Blocks {
   int64_t units;
   int64_t multiprocessors;
   int64_t at_a_time;    // on a multiprocessor
-  int64_t turns;        // that one of them would take for a unit's rows
   int64_t most_splits;  // of a unit, at least 1
 
   // How much of the GPU is at work until the end, 1 at most: some multiprocessors may get one block less than others,
@@ -54,9 +53,9 @@ struct Blocks {
     }
     return best;
   }
-  // As many or fewer: those that take the least time, where a block loads the rows of two turns at once. In times of
-  // merging a split's part, as measured on an H200 (docs/performance.md).
-  int64_t quickest_splits() const {
+  // As many or fewer: those that take the least time, where one block would take so many turns for a unit's rows, and
+  // loads the rows of two at once. In times of merging a split's part, as measured on an H200 (docs/performance.md).
+  int64_t quickest_splits(int64_t turns) const {
     constexpr int64_t kTurn = 10;
     constexpr int64_t kThirdTurn = 10;  // more: it has to wait for memory again
     constexpr int64_t kMerge = 10;      // whatever the number of parts

@@ -587,14 +587,16 @@ cudaError_t launch_either(const AttendParams& p, cudaStream_t stream) {
   const int64_t units = sequence_heads * ((queries + Block::kQueries - 1) / Block::kQueries);
   // What follows depends on shapes alone, so that a call's answer does not depend on how it came to its lengths.
   const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, Block::kQueries>);
+  const auto turns_of = [&](int halves) {
+    return (p.cache.positions + Block::rows_of_turn(halves) - 1) / Block::rows_of_turn(halves);
+  };
   const auto blocks_of = [&](int halves) {
-    const int64_t turns = (p.cache.positions + Block::rows_of_turn(halves) - 1) / Block::rows_of_turn(halves);
-    const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns), 1);
-    return Blocks{units, multiprocessors, Block::at_a_time(halves, major >= 10), turns, most_splits};
+    const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns_of(halves)), 1);
+    return Blocks{units, multiprocessors, Block::at_a_time(halves, major >= 10), most_splits};
   };
   const Blocks large = blocks_of(4);
   const Blocks small = blocks_of(2);
-  const int64_t splits = large.quickest_splits();
+  const int64_t splits = large.quickest_splits(turns_of(4));
   // Small blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small ones
   // do not fill it worse, and for many units, unless rings should be long, not even that: they are at different stages.
   const bool many = sequence_heads >= 2 * multiprocessors;
