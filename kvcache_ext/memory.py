@@ -29,14 +29,14 @@ def state_bytes(num_layers: int, batch_size: int) -> int:
 def workspace_floats(device: torch.device | None, head_dim: int) -> int:
     """FP32 elements of attention's workspace: 1,024 tickets, and what each block of the largest launch leaves.
 
-    A launch has at most one block a multiprocessor that leaves anything, the weighted sums, maxima and sums of weights
-    of up to 16 queries, for head sizes padded to a power of two; or two blocks that leave those of one query.
+    That is the weighted sums, maxima and sums of weights of as many queries as two blocks of 16 a multiprocessor (four
+    of 8) have, for head sizes padded to a power of two.
     """
     multiprocessors = MOST_MULTIPROCESSORS if device is None else 0
     if device is not None and device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     width = max(64, 1 << (head_dim - 1).bit_length())
-    return 1024 + max(multiprocessors, 8) * 16 * (width + 2)
+    return 1024 + 2 * max(multiprocessors, 8) * 16 * (width + 2)
 
 
 def _read_number(path: str) -> int | None:

@@ -111,17 +111,33 @@ def test_splits(backend: Backend, group: int, head_dim: int, what: str) -> None:
     check_both(twin, backend, rows=2 if what in ("queries", "window") else 1, group=group, **options)
 
 
-def test_many_splits_of_wide_heads(backend: Backend) -> None:
-    """What the splits of a head leave does not fit into shared memory: it is merged from where it lies."""
-    check_both(
-        attention_twin(backend, 900, max_positions=1000, num_heads=1, head_dim=512, batch_size=1), backend, group=4
-    )
-
-
 @pytest.mark.parametrize("length", [1000, 4097])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_long(backend: Backend, length: int, group: int) -> None:
     check_both(attention_twin(backend, length, max_positions=4096, num_layers=1), backend, group=group)
+
+
+def check_batch(backend: Backend, batch: int, heads: int, positions: int, head_dim: int, group: int) -> None:
+    """One append_attend on a full ring with sinks, for every sequence."""
+    sinks = 3
+    cache = make_cache(
+        backend,
+        num_layers=1,
+        max_positions=positions,
+        num_heads=heads,
+        head_dim=head_dim,
+        batch_size=batch,
+        sink_positions=sinks,
+    )
+    cache.append(0, *torch.randn(2, batch, positions + 50, heads, head_dim, device=backend.device))
+    query = torch.randn(batch, 1, heads * group, head_dim, device=backend.device)
+    key, value = torch.randn(2, batch, 1, heads, head_dim, device=backend.device)
+    got = cache.append_attend(0, query, key, value, return_lse=True)
+    want = reference.attend(cache.k_cache, cache.v_cache, cache._state, 0, query, sink_positions=sinks)
+    # The bound for any data: of tens of thousands of heads some are beyond 1e-6.
+    keys = cache.k_cache[0].float().abs().repeat_interleave(group, dim=2)
+    magnitude = torch.einsum("bhd,bnhd->bhn", query[:, 0].abs(), keys).max() * head_dim**-0.5
+    assert_close(got, tuple(w.cpu() for w in want), magnitude=float(magnitude))
 
 
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 64), (8, 64), (16, 64), (8, 128), (2, 256)])
@@ -134,18 +150,34 @@ def test_any_number_of_sequences(backend: Backend, group: int, head_dim: int, po
     if backend.slow:  # with 6 multiprocessors
         numbers = [2, 4] + ([9, 24] if positions == 70 else [])
     for batch in numbers:
-        cache = make_cache(
-            backend, num_layers=1, max_positions=positions, head_dim=head_dim, batch_size=batch, sink_positions=3
-        )
-        cache.append(0, *torch.randn(2, batch, positions + 50, 2, head_dim, device=backend.device))
-        query = torch.randn(batch, 1, 2 * group, head_dim, device=backend.device)
-        key, value = torch.randn(2, batch, 1, 2, head_dim, device=backend.device)
-        got = cache.append_attend(0, query, key, value, return_lse=True)
-        want = reference.attend(cache.k_cache, cache.v_cache, cache._state, 0, query, sink_positions=3)
-        # The bound for any data: of tens of thousands of heads some are beyond 1e-6.
-        keys = cache.k_cache[0].float().abs().repeat_interleave(group, dim=2)
-        magnitude = torch.einsum("bhd,bnhd->bhn", query[:, 0].abs(), keys).max() * head_dim**-0.5
-        assert_close(got, tuple(w.cpu() for w in want), magnitude=float(magnitude))
+        check_batch(backend, batch, 2, positions, head_dim, group)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize(
+    ("group", "batch", "positions"),
+    [
+        (4, 70, 200),  # a few more heads than multiprocessors
+        (4, 240, 100),  # many
+        (8, 70, 200),
+        (8, 140, 100),
+        (16, 64, 300),  # 16 queries a block
+        (16, 132, 300),
+        (16, 32, 4100),  # and two blocks for a head's positions
+        (1, 1, 9000),  # more parts than are merged at a time
+        (4, 1, 20000),
+        (8, 1, 20000),
+        (16, 1, 20000),
+    ],
+)
+def test_sizes_of_blocks(backend: Backend, group: int, batch: int, positions: int, head_dim: int) -> None:
+    """Each kernel, in every number of rings, with one block to a head and with several, on GPUs of 132 multiprocessors;
+    for the emulator's 6 as many sequences as there are for each of those."""
+    if backend.device.type == "cpu" and not backend.slow:
+        pytest.skip("a matter of the GPU kernels")
+    if backend.slow:
+        batch, positions = -(-batch * 6 // 132), min(positions, 600 if batch == 1 else 60)
+    check_batch(backend, batch, 1 if batch == 1 else 2, positions, head_dim, group)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 71])

@@ -63,7 +63,7 @@ def test_the_budget_of_the_7b_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["cache, keys and values (FP16)"] == "34.36 GB in FP32: 68.72 GB"
     assert rows["total"] == "38.39 GB with a cache in FP32: 72.75 GB"
     assert rows["free"] == "48.00 GB fits"
-    assert rows["most positions that fit"] == "83,872 for a batch of 1"
+    assert rows["most positions that fit"] == "83,869 for a batch of 1"
     assert rows["largest batch that fits"] == "1 of 65,536 positions"
     assert rows["fits on an empty GPU of"] == "16 GB no, 24 GB no, 48 GB yes, 80 GB yes, 141 GB yes"
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "attend.h"
+#include "blocks.h"
 #include "chosen.cuh"
 #include "divide.h"
 #include "merge.cuh"
@@ -28,64 +29,6 @@ struct Division {
   FastDivider group_size;  // query heads to a KV head
   uint32_t splits;         // blocks that share the rows of a unit
 };
-
-// Blocks of one size that a launch could be made of.
-struct Blocks {
-  int64_t units;
-  int64_t multiprocessors;
-  int64_t at_a_time;    // on a multiprocessor
-  int64_t most_splits;  // of a unit, at least 1
-
-  // How much of the GPU is at work until the end, 1 at most: some multiprocessors may get one block less than others,
-  // and where not all run at once, the last to run may be few.
-  double filling(int64_t splits) const {
-    const int64_t blocks = units * splits;
-    const int64_t turn = multiprocessors * (blocks > multiprocessors * at_a_time ? at_a_time : 1);
-    return static_cast<double>(blocks) / static_cast<double>((blocks + turn - 1) / turn * turn);
-  }
-  // As many as run at once.
-  int64_t all_splits() const { return imax(imin(multiprocessors * at_a_time / units, most_splits), 1); }
-  // As many or fewer: those that fill the GPU best.
-  int64_t best_splits() const {
-    int64_t best = 1;
-    for (int64_t splits = 2; splits <= all_splits(); ++splits) {
-      if (filling(splits) > filling(best)) best = splits;
-    }
-    return best;
-  }
-  // As many or fewer: those that take the least time, where one block would take so many turns for a unit's rows, and
-  // loads the rows of two at once. In times of merging a split's part, as measured on an H200 (docs/performance.md).
-  int64_t quickest_splits(int64_t turns) const {
-    constexpr int64_t kTurn = 10;
-    constexpr int64_t kThirdTurn = 10;  // more: it has to wait for memory again
-    constexpr int64_t kMerge = 10;      // whatever the number of parts
-    int64_t best = 1;
-    int64_t least = INT64_MAX;
-    for (int64_t each = (turns + all_splits() - 1) / all_splits(); kTurn * each < least; ++each) {
-      const int64_t splits = imax((turns + each - 1) / each, 1);
-      const int64_t time = kTurn * each + (each > 2 ? kThirdTurn : 0) + splits + (splits > 1 ? kMerge : 0);
-      if (time <= least) {
-        best = splits;
-        least = time;
-      }
-    }
-    return best;
-  }
-};
-
-// Whether small blocks fill the GPU better than large ones, by so much.
-inline bool fill_better(const Blocks& small, const Blocks& large, double by) {
-  return small.filling(small.best_splits()) >= large.filling(large.all_splits()) + by;
-}
-
-// Where large blocks, of so many splits, all run at once, small ones mean more splits to merge. It takes a cache of so
-// many positions, too few multiprocessors for as many splits as there could be, and that much more of the GPU, to be
-// worth that (docs/performance.md).
-constexpr int64_t kWorthSplitting = 1024;
-inline bool worth_splitting(const Blocks& small, const Blocks& large, int64_t splits, int64_t positions, double by) {
-  if (positions < kWorthSplitting || splits == large.most_splits || splits < large.all_splits()) return false;
-  return large.filling(splits) + by <= 1 && fill_better(small, large, by);
-}
 
 struct BlockUnit {
   uint32_t unit;
@@ -237,48 +180,50 @@ constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
 
 // Ends a unit. What the block's own parts come to is the answer, or else it goes to the workspace, and the last block
 // of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by
-// now; the others' parts are copied to `room`, shared memory for `room_floats`, as far as they fit there.
+// now; the others' parts are copied to `room`, shared memory for `room_floats`, at least two parts: as many at a time
+// as fit there. What those come to takes the place of the last of them, and is the first of the next.
 template <int kWidth, int kQueries>
 __device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
                                             uint32_t first_query, uint32_t queries, const Parts& own, bool& shared_last,
                                             float* room, uint32_t room_floats) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
-  float* of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
+  float* const of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
+  const uint32_t fit = room_floats / kFloats;
+  const bool whole = division.splits == 1;
   Parts parts = own;
-  bool whole = division.splits == 1;
+  float* left = whole ? nullptr : of_unit + block.split * kFloats;  // what the parts come to; null: it is the answer
 #pragma unroll 1
-  for (;;) {
+  for (uint32_t first = 0;;) {
     merge_parts<kWidth>(parts, queries, static_cast<uint32_t>(p.cache.head_dim),
                         [&](uint32_t m, uint32_t d, Running state, const Vec<float, 4>& sums) {
-                          if (whole) {
+                          if (left == nullptr) {
                             write_answer(p, division, block, first_query + m, d, state, sums);
                             return;
                           }
-                          float* mine = of_unit + block.split * kFloats;
-                          store<float, 4>(mine + m * kWidth + d, sums);
-                          if (d == 0) store<float, 2>(mine + kQueries * kWidth + 2 * m, {state.max, state.sum});
+                          store<float, 4>(left + m * kWidth + d, sums);
+                          if (d == 0) store<float, 2>(left + kQueries * kWidth + 2 * m, {state.max, state.sum});
                         });
-    if (whole) break;
+    if (left == nullptr) break;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      shared_last = sign_in(p.tickets + block.unit) + 1 == division.splits;
-      if (shared_last) see_what_others_wrote();
-    }
-    __syncthreads();
-    if (!shared_last) return;
-    whole = true;
-    const float* from = of_unit;
-    if (division.splits * kFloats <= room_floats) {
-#pragma unroll 1
-      for (uint32_t i = threadIdx.x * 4; i < division.splits * kFloats; i += blockDim.x * 4) {
-        copy_async(room + i, of_unit + i, true);
+    if (first == 0) {
+      if (threadIdx.x == 0) {
+        shared_last = sign_in(p.tickets + block.unit) + 1 == division.splits;
+        if (shared_last) see_what_others_wrote();
       }
-      end_copy_group();
-      wait_for_copies<0>();
       __syncthreads();
-      from = room;
+      if (!shared_last) return;
     }
-    parts = {from + kQueries * kWidth, from, kFloats, kFloats, kWidth, division.splits};
+    const float* from = of_unit + first * kFloats;
+    const uint32_t rest = division.splits - first;
+    const uint32_t count = rest < fit ? rest : fit;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x * 4; i < count * kFloats; i += blockDim.x * 4) copy_async(room + i, from + i, true);
+    end_copy_group();
+    wait_for_copies<0>();
+    __syncthreads();
+    parts = {room + kQueries * kWidth, room, kFloats, kFloats, kWidth, count};
+    first += count - 1;
+    left = first + 1 == division.splits ? nullptr : of_unit + first * kFloats;
   }
   if (division.splits > 1 && threadIdx.x == 0) p.tickets[block.unit] = 0;
 }

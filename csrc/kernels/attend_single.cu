@@ -47,6 +47,7 @@ struct SingleBlock {
   };
   static constexpr int kPartsAt = (sizeof(Shared) + 15) / 16 * 16;
   static constexpr int64_t bytes(int warps) { return kPartsAt + int64_t{warps} * kRows * kPartStride * 4; }
+  static_assert(kPartStride == kPartialFloats<kWidth, 1>, "of two warps or more, there is room to merge two parts");
 };
 
 template <int kLanes>
@@ -222,7 +223,9 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   const int64_t rows_of_turn = kMostWarps * Block::kStep;
   const int64_t turns = (p.cache.positions + rows_of_turn - 1) / rows_of_turn;
   const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns), 1);
-  const auto blocks_of = [&](int warps) { return Blocks{units, multiprocessors, kWarpsAtATime / warps, most_splits}; };
+  const auto blocks_of = [&](int warps) {
+    return Blocks{units, multiprocessors, kWarpsAtATime / warps, most_splits, kPartialFloats<Block::kWidth, 1>};
+  };
   // Smaller blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small
   // ones do not fill it worse: they are at different stages.
   const Blocks large = blocks_of(kMostWarps);

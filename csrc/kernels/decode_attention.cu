@@ -2,12 +2,13 @@
 // in the cache, in FP32; and, in the same launch, the append of one new position.
 //
 // Grid: for each sequence and KV head, and each kQueries of the queries that share it (a group's heads times T), the
-// same number of blocks, `splits`. The warps of all of them take turns at tiles of 16 of the rows that the queries see
-// (attend.h), whose number is known on the device alone. Each copies its tiles into its own ring of shared memory, some
-// ahead of the one it works on, and multiplies them on tensor cores, so that 4 * kTiles queries read a row once. Each
-// keeps a running maximum, sum and weighted sum (online softmax: Milakov and Gimelshein, 2018); warps, then the splits
-// of a head are merged in a fixed order (flash decoding: Dao et al., 2023), the last by whichever block of the head is
-// the last to sign in. One query to a KV head is the affair of attend_single.cu.
+// same number of blocks, `splits`. They take turns at tiles of 16 of the rows that the queries see (attend.h), whose
+// number is known on the device alone. A block copies its tiles into rings of shared memory, some ahead of those that
+// it works on. One warp or several work on a ring's tile, each with 4 * kTiles queries of its own, and multiply it on
+// tensor cores, so that a row is read once for all of the block's queries. Each keeps a running maximum, sum and
+// weighted sum (online softmax: Milakov and Gimelshein, 2018); rings, then the splits of a head are merged in a fixed
+// order (flash decoding: Dao et al., 2023), the last by whichever block of the head is the last to sign in. One query
+// to a KV head is the affair of attend_single.cu.
 //
 // Tensor cores take FP16, the queries and the weights are FP32: each is two columns of the operand, a high part and
 // what it lacks times 2^11, and the products of both are added. Queries are first scaled by a power of two, so that the
@@ -30,7 +31,6 @@
 namespace kvc {
 namespace {
 
-constexpr int kMostWarps = 8;
 constexpr int kTileRows = 16;
 constexpr float kLowPart = 1.0f / 2048;  // what a low part counts for
 constexpr float kLog2WeightScale = 14;
@@ -71,44 +71,40 @@ __device__ __forceinline__ float whole_score(float high, float low) {
 __device__ __forceinline__ bool is_finite_half(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
 
 // kDepth: 16-element steps of a row; 16 * kDepth is the largest head_dim of this instance. kTiles: times four, the
-// queries of a block.
-template <int kDepth, int kTiles>
+// queries of a warp. kShare: warps that share a ring and its tiles, each with queries of its own. kHalves: of a tile
+// that a ring has room for.
+template <int kDepth, int kTiles, int kShare, int kHalves>
 struct AttendBlock {
-  static constexpr int kQueries = 4 * kTiles;
+  static constexpr int kQueries = 4 * kTiles * kShare;
   static constexpr int kWidth = 16 * kDepth;
-  static constexpr int kChunks = 2 * kDepth;                             // 16-byte chunks of a row
-  static constexpr int kHalfBytes = kTileRows * kChunks * 16;            // of a tile: its keys, or its values
-  static constexpr int kWarps = kDepth <= 8 ? kMostWarps : 64 / kDepth;  // rings of equal size for every head_dim
+  static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
+  static constexpr int kHalfBytes = kTileRows * kChunks * 16;  // of a tile: its keys, or its values
+  // At most; a launch may have fewer. As many bytes for every head_dim.
+  static constexpr int kRings = kDepth > 8 ? 64 / kDepth : kHalves == 2 ? 4 : 8;
   static constexpr int kQueryStride = kWidth + 8;  // of the sums in shared memory, in floats, spread over the banks
+  // Bytes from one ring to the next: room for its warps' sums, too.
+  static constexpr int kSumsBytes = (kQueries * kQueryStride + 4) * 4;
+  static constexpr int kRingBytes = kHalves * kHalfBytes > kSumsBytes ? kHalves * kHalfBytes : kSumsBytes;
+  static_assert(kRingBytes % 16 == 0);
 
   // What lies in a block's shared memory, with the rings behind it.
   struct Shared {
     alignas(16) uint32_t operand[kQueries * kWidth];  // the queries: two FP16 numbers for each FP32 one
-    Running running[kWarps][kQueries];
+    Running running[kRings][kQueries];
     float factor[kQueries];
     AttendPlan plan;
     bool last;
   };
   static constexpr int kRingsAt = (sizeof(Shared) + 127) / 128 * 128;
-  // Bytes from one warp's ring to the next's: room for its sums, too.
-  KVC_HD static constexpr int ring_bytes(int halves) {
-    const int sums = (kQueries * kQueryStride + 4) * 4;
-    return halves * kHalfBytes > sums ? halves * kHalfBytes : (sums + 15) / 16 * 16;
-  }
-  // Of a block. Those of a launch of many are half as large, so that a multiprocessor's are at different stages.
-  KVC_HD static constexpr int threads(int halves) {
-    return (halves == 2 && kWarps == kMostWarps ? kWarps / 2 : kWarps) * 32;
-  }
-  // That the warps of a block take at a time.
-  KVC_HD static constexpr int64_t rows_of_turn(int halves) { return threads(halves) / 32 * kTileRows; }
-  // How many a multiprocessor has registers for, and room. (From sm_100 on the compiler needs more registers.)
-  KVC_HD static constexpr int at_a_time(int halves, bool from_sm_100) {
-    if (halves == 4) return 1;
-    if (kTiles == 4) return kDepth == 4 && !from_sm_100 ? 3 : 2;
+  static constexpr int64_t bytes(int rings) { return kRingsAt + int64_t{rings} * kRingBytes; }
+
+  static constexpr int kThreads = kRings * kShare * 32;
+  // How many of so many threads a multiprocessor has registers for. (From sm_100 on the compiler needs more.)
+  KVC_HD static constexpr int by_registers(bool from_sm_100) {
+    if (kHalves == 4) return kDepth <= 8 && kTiles * kShare == 1 && !from_sm_100 ? 2 : 1;
     if (kTiles == 2 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
     return kDepth > 8 || from_sm_100 || (kDepth == 4 && kTiles == 1) ? 3 : 4;
   }
-  static constexpr int64_t bytes(int warps, int halves) { return kRingsAt + int64_t{warps} * ring_bytes(halves); }
 
   // Where a chunk of a row lies in half a tile: rows are spread over the banks, so that eight of them are read at a
   // time.
@@ -151,14 +147,16 @@ __device__ __forceinline__ Vec<uint16_t, 8> new_chunk(const NewRows& rows, int64
 
 // Copies a tile's keys or values where they do not simply follow each other in the cache: rows that wrap, new rows (if
 // they can be read by now), zeros after the last row and after head_dim. `plan` lies in shared memory.
-template <int kDepth, int kUnroll>
-__device__ __forceinline__ void copy_scattered(const AttendPlan* shared_plan, const uint16_t* cached,
-                                               int64_t row_elements, int head_dim, int64_t row0, char* at,
-                                               const NewRows& rows, bool with_new_rows) {
-  using Block = AttendBlock<kDepth, 1>;
+// A function of its own, so that it costs the usual tile nothing but a call's registers.
+template <int kDepth, int kShare>
+__device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const uint16_t* cached, int64_t row_elements,
+                                            int head_dim, int64_t row0, char* at, const NewRows rows,
+                                            bool with_new_rows) {
+  using Block = AttendBlock<kDepth, 1, kShare, 4>;
   const AttendPlan& plan = *shared_plan;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  constexpr int kRowsAtATime = Block::kChunks < 32 ? 32 / Block::kChunks : 1;
+  constexpr int kLanes = 32 * kShare;  // of the warps that share the tile
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  constexpr int kRowsAtATime = Block::kChunks < kLanes ? kLanes / Block::kChunks : 1;
   // 32 bits do for rows and slots.
   const int32_t in_cache = static_cast<int32_t>(plan.cached - row0);
   const int32_t all = static_cast<int32_t>(plan.count - row0);
@@ -166,14 +164,14 @@ __device__ __forceinline__ void copy_scattered(const AttendPlan* shared_plan, co
   const int32_t ring = static_cast<int32_t>(plan.ring);
   const int32_t wrap = sinks + ring - static_cast<int32_t>(plan.base);
   const int32_t to_slot = static_cast<int32_t>(plan.sinks + plan.base - plan.sinks_held);
-#pragma unroll kUnroll
+#pragma unroll
   for (int i = 0; i < kTileRows; i += kRowsAtATime) {
     const int row = i + lane / Block::kChunks;
     if (row >= in_cache && row < all) continue;  // a new row
     const int32_t slot = static_cast<int32_t>(row0) + row + (row < sinks ? 0 : row < wrap ? to_slot : to_slot - ring);
     const uint16_t* from = cached + slot * row_elements;
 #pragma unroll
-    for (int chunk = lane % Block::kChunks; chunk < Block::kChunks; chunk += 32) {
+    for (int chunk = lane % Block::kChunks; chunk < Block::kChunks; chunk += kLanes) {
       const bool real = chunk * 8 < head_dim && row < in_cache;
       copy_async(at + Block::place(row, chunk), real ? from + chunk * 8 : cached, real);
     }
@@ -183,7 +181,7 @@ __device__ __forceinline__ void copy_scattered(const AttendPlan* shared_plan, co
   for (int row = lane / Block::kChunks; row < kTileRows && row < all; row += kRowsAtATime) {
     if (row < in_cache) continue;
 #pragma unroll 1
-    for (int chunk = lane % Block::kChunks; chunk < Block::kChunks; chunk += 32) {
+    for (int chunk = lane % Block::kChunks; chunk < Block::kChunks; chunk += kLanes) {
       Vec<uint16_t, 8> elements = {};
       if (chunk * 8 < head_dim) elements = new_chunk(rows, plan.input_row(row0 + row), chunk * 8);
       store<uint16_t, 8>(reinterpret_cast<uint16_t*>(at + Block::place(row, chunk)), elements);
@@ -191,19 +189,11 @@ __device__ __forceinline__ void copy_scattered(const AttendPlan* shared_plan, co
   }
 }
 
-// As a function of its own it costs the usual tile nothing but a call's registers, where there are enough of them.
-template <int kDepth>
-__device__ __noinline__ void call_copy_scattered(const AttendPlan* shared_plan, const uint16_t* cached,
-                                                 int64_t row_elements, int head_dim, int64_t row0, char* at,
-                                                 const NewRows rows, bool with_new_rows) {
-  copy_scattered<kDepth, kTileRows>(shared_plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
-}
-
-template <int kDepth, int kTiles, int kHalves>
-__global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
-                                  AttendBlock<kDepth, kTiles>::at_a_time(kHalves, kFromSm100))
+template <int kDepth, int kTiles, int kShare, int kHalves>
+__global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::kThreads,
+                                  AttendBlock<kDepth, kTiles, kShare, kHalves>::by_registers(kFromSm100))
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
-  using Block = AttendBlock<kDepth, kTiles>;
+  using Block = AttendBlock<kDepth, kTiles, kShare, kHalves>;
   constexpr int kQueries = Block::kQueries;
   constexpr int kChunks = Block::kChunks;
   constexpr int kWidth = Block::kWidth;
@@ -214,6 +204,12 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
+  const int member = warp % kShare;  // of those that share a ring
+  const int ring_number = warp / kShare;
+  const int rings = warps / kShare;
+  constexpr int kCopiers = 32 * kShare;
+  const int copier = static_cast<int>(threadIdx.x % kCopiers);
+  const auto sync_ring = [&] { sync_warps<kShare>(ring_number); };
   const int head_dim = static_cast<int>(p.cache.head_dim);
   const uint32_t first_query = block.tile * kQueries;
   const uint32_t all_queries = division.group_size.divisor * static_cast<uint32_t>(p.rows);
@@ -225,48 +221,43 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
   const int64_t head_offset = block.cache_offset(p);
   uint16_t* keys = p.cache.k_cache + head_offset;
   uint16_t* values = p.cache.v_cache + head_offset;
-  constexpr int kRingBytes = Block::ring_bytes(kHalves);
-  char* const ring = shared_bytes + Block::kRingsAt + warp * kRingBytes;
+  char* const ring = shared_bytes + Block::kRingsAt + ring_number * Block::kRingBytes;
 
-  // Copying tiles, each warp its own, so many apart: first a tile's keys, then its values.
+  // Copying tiles, each ring its own, so many apart: first a tile's keys, then its values.
   const AttendPlan& plan = shared.plan;
-  const uint32_t stride = division.splits * warps;
-  const uint32_t first_tile = block.split * warps + warp;
+  const uint32_t stride = division.splits * rings;
+  const uint32_t first_tile = block.split * rings + ring_number;
   uint32_t tiles = 0;            // of all rows
   uint32_t copied = first_tile;  // the one whose turn it is
-  int64_t copied_offset = -1;    // of this lane's first chunk of it, where its rows lie in the cache in a row; else -1
+  int64_t copied_offset = -1;  // of this thread's first chunk of it, where its rows lie in the cache in a row; else -1
   const auto copy_half = [&](bool of_values, char* at, bool with_new_rows) {
     if (copied < tiles) {
       const int64_t row0 = static_cast<int64_t>(copied) * kTileRows;
       if (!of_values) {
         const int64_t slot0 = plan.slot(row0);
-        const int chunk = lane % kChunks;
+        const int chunk = copier % kChunks;
         const bool in_a_row =
             row0 + kTileRows <= plan.cached && plan.slot(row0 + kTileRows - 1) - slot0 == kTileRows - 1;
         copied_offset =
-            in_a_row ? (slot0 + lane / kChunks) * row_elements + (chunk * 8 < head_dim ? chunk * 8 : 0) : -1;
+            in_a_row ? (slot0 + copier / kChunks) * row_elements + (chunk * 8 < head_dim ? chunk * 8 : 0) : -1;
       }
       if (copied_offset >= 0) {
-        constexpr int kRowsAtATime = kChunks < 32 ? 32 / kChunks : 1;
-        constexpr int kParts = kChunks < 32 ? 1 : kChunks / 32;
+        constexpr int kRowsAtATime = kChunks < kCopiers ? kCopiers / kChunks : 1;
+        constexpr int kParts = kChunks < kCopiers ? 1 : kChunks / kCopiers;
         const uint16_t* from = (of_values ? values : keys) + copied_offset;
 #pragma unroll
         for (int i = 0; i < kTileRows; i += kRowsAtATime, from += kRowsAtATime * row_elements) {
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            const int chunk = lane % kChunks + 32 * part;
+            const int chunk = copier % kChunks + kCopiers * part;
             const bool real = chunk * 8 < head_dim;
-            copy_async(at + Block::place(i + lane / kChunks, chunk), from + (real ? 256 * part : 0), real);
+            copy_async(at + Block::place(i + copier / kChunks, chunk), from + (real ? 8 * kCopiers * part : 0), real);
           }
         }
       } else {
         const NewRows rows(p.append, of_values ? p.append.value : p.append.key, block);
         const uint16_t* cached = of_values ? values : keys;
-        if constexpr (kTiles == 4) {
-          copy_scattered<kDepth, 1>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
-        } else {
-          call_copy_scattered<kDepth>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
-        }
+        copy_scattered<kDepth, kShare>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
       }
     }
     if (of_values) copied += stride;
@@ -318,7 +309,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
     const uint32_t turn = (tile - first_tile) / stride;
     if (p.settled && tile >= first_tile && (tile - first_tile) % stride == 0 && turn < kHalves / 2) {
 #pragma unroll 1
-      for (int chunk = lane; chunk < 2 * kChunks; chunk += 32) {
+      for (int chunk = copier; chunk < 2 * kChunks; chunk += kCopiers) {
         const bool is_value = chunk >= kChunks;
         const int d = chunk % kChunks * 8;
         char* to = ring + (2 * turn + is_value) * Block::kHalfBytes +
@@ -361,13 +352,14 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
   }
   __syncthreads();
 
-  // Of an operand a lane holds column lane / 4, of a product those of query lane % 4 of each four.
-  const uint32_t mine = lane % 4;
+  // Of an operand a lane holds column lane / 4, of a product those of query lane % 4 of each four of the warp's.
+  const uint32_t mine = member * 4 * kTiles + lane % 4;
   const auto query_part = [&](int n, int k) {
-    const Vec<uint32_t, 2> pair = load<uint32_t, 2>(shared.operand + (n * kDepth + k) * 64 + lane * 2);
+    const Vec<uint32_t, 2> pair =
+        load<uint32_t, 2>(shared.operand + ((member * kTiles + n) * kDepth + k) * 64 + lane * 2);
     return FragmentB{{pair.x[0], pair.x[1]}};
   };
-  constexpr bool kInRegisters = kTiles * kDepth <= 8;
+  constexpr bool kInRegisters = kTiles * kDepth <= 8 && !(kFromSm100 && kShare > 1);
   FragmentB q[kInRegisters ? kTiles : 1][kInRegisters ? kDepth : 1];
   if constexpr (kInRegisters) {
 #pragma unroll
@@ -405,11 +397,11 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
   for (uint32_t tile = first_tile; tile < tiles; tile += stride) {
     char* tile_keys = ring + half * Block::kHalfBytes;
     wait_for_copies<kHalves - 1>();
-    __syncwarp();
+    sync_ring();
 
     // Products of keys (rows) and the two parts of the queries (columns), in two sums that do not wait for each other
     // (where there are many queries, those do not wait for each other).
-    constexpr int kSums = kTiles < 4 ? 2 : 1;
+    constexpr int kSums = kTiles * kShare < 4 ? 2 : 1;
     FragmentC products[kTiles][kSums] = {};
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
@@ -423,7 +415,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
         }
       }
     }
-    __syncwarp();
+    sync_ring();
     copy_half(kHalves % 2 == 1, tile_keys, true);
     next_half();
     // Scores of rows lane / 4 and eight on; then weights.
@@ -459,7 +451,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
     }
     char* tile_values = ring + half * Block::kHalfBytes;
     wait_for_copies<kHalves - 1>();
-    __syncwarp();
+    sync_ring();
     // Zero times NaN is NaN: a value that is not finite and that some query does not see must not be in the product.
     // It is added to the sums of the queries that see it, and taken out of the tile.
     if (!clear && p.rows > 1) {
@@ -487,13 +479,13 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
             }
           }
         }
-        __syncwarp();
+        sync_ring();
 #pragma unroll 1
         for (int i = lane; i < kTileRows * kWidth; i += 32) {
           uint16_t& bits = reinterpret_cast<uint16_t*>(tile_values)[i];
           if (!is_finite_half(bits)) bits = 0;
         }
-        __syncwarp();
+        sync_ring();
       }
     }
     // Products of values (their elements as rows) and the two parts of the weights.
@@ -509,20 +501,20 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
         acc[n][k][1] = fmaf(acc[n][k][1], rescale[n], fmaf(sums.x[3], kLowPart, sums.x[2]));
       }
     }
-    __syncwarp();
+    sync_ring();
     copy_half(kHalves % 2 == 0, tile_values, true);
     next_half();
   }
 
   // Each warp leaves its sums in its ring, which is empty now.
-  float* sums = reinterpret_cast<float*>(ring) + 4 * warp;  // 4: the warps' sums lie in different banks
+  float* sums = reinterpret_cast<float*>(ring) + 4 * ring_number;  // 4: the rings' sums lie in different banks
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) {
       running[n].sum += __shfl_xor_sync(kAllLanes, running[n].sum, distance);
     }
-    if (lane < 4) shared.running[warp][n * 4 + lane] = {running[n].max - kLog2WeightScale, running[n].sum};
+    if (lane < 4) shared.running[ring_number][n * 4 + mine] = {running[n].max - kLog2WeightScale, running[n].sum};
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
@@ -534,91 +526,130 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles>::threads(kHalves),
   const Parts parts{&shared.running[0][0].max,
                     reinterpret_cast<float*>(shared_bytes + Block::kRingsAt),
                     2 * kQueries,
-                    kRingBytes / 4 + 4,
+                    Block::kRingBytes / 4 + 4,
                     Block::kQueryStride,
-                    static_cast<uint32_t>(warps)};
+                    static_cast<uint32_t>(rings)};
   finish_unit<kWidth, kQueries>(p, division, block, first_query, queries, parts, shared.last,
                                 reinterpret_cast<float*>(shared_bytes + Block::kRingsAt),
-                                static_cast<uint32_t>(warps * (kRingBytes / 4)));
+                                static_cast<uint32_t>(rings * (Block::kRingBytes / 4)));
 }
 
-// From so many positions on, large blocks, whose rings are long, do better than small ones.
-template <int kTiles>
-constexpr int64_t kLongCache = kTiles == 1   ? INT64_MAX
-                               : kTiles == 2 ? 8192
-                                             : 2048;
-
-template <int kDepth, int kTiles, int kHalves>
-cudaError_t launch(const AttendParams& p, const Blocks& blocks, int64_t splits, int shared, cudaStream_t stream) {
-  using Block = AttendBlock<kDepth, kTiles>;
-  const int64_t units = blocks.units;
-  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
-  int warps = Block::threads(kHalves) / 32;
-  while (Block::bytes(warps, kHalves) > shared && warps > 1) warps /= 2;
-  const int64_t bytes =
-      shared_for_a_share(Block::bytes(warps, kHalves), units * splits, blocks.multiprocessors, shared);
-  const int64_t tiles = units / (p.sequences.entries(p.cache.batch) * p.cache.heads);
-  const Division division{FastDivider::by(static_cast<uint32_t>(units)), FastDivider::by(static_cast<uint32_t>(tiles)),
-                          FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
-                          FastDivider::by(static_cast<uint32_t>(p.query_heads / p.cache.heads)),
-                          static_cast<uint32_t>(splits)};
-  const auto kernel = attend_kernel<kDepth, kTiles, kHalves>;
-  // The same for every call, as two threads may be about to launch different sizes.
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  OverlappingLaunch launch(units * splits, warps * 32, bytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, division);
-}
-
-template <int kDepth, int kTiles>
-cudaError_t launch_either(const AttendParams& p, cudaStream_t stream) {
-  int device = 0;
+// A call's shape and the GPU that it is for: all that the choice of blocks depends on, so that a call's answer does not
+// depend on how it came to its lengths.
+struct Call {
+  const AttendParams& p;
+  cudaStream_t stream;
+  int64_t sequence_heads;
+  int64_t queries;  // of a KV head
   int multiprocessors = 0;
-  int shared = 0;
-  int major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  using Block = AttendBlock<kDepth, kTiles>;
-  const int64_t sequence_heads = p.sequences.entries(p.cache.batch) * p.cache.heads;
-  const int64_t queries = p.rows * (p.query_heads / p.cache.heads);
-  const int64_t units = sequence_heads * ((queries + Block::kQueries - 1) / Block::kQueries);
-  // What follows depends on shapes alone, so that a call's answer does not depend on how it came to its lengths.
-  const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, Block::kQueries>);
-  const auto turns_of = [&](int halves) {
-    return (p.cache.positions + Block::rows_of_turn(halves) - 1) / Block::rows_of_turn(halves);
-  };
-  const auto blocks_of = [&](int halves) {
-    const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns_of(halves)), 1);
-    return Blocks{units, multiprocessors, Block::at_a_time(halves, major >= 10), most_splits};
-  };
-  const Blocks large = blocks_of(4);
-  const Blocks small = blocks_of(2);
-  const int64_t splits = large.quickest_splits(turns_of(4));
-  // Small blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small ones
-  // do not fill it worse, and for many units, unless rings should be long, not even that: they are at different stages.
-  const bool many = sequence_heads >= 2 * multiprocessors;
-  const bool long_rings = p.cache.positions >= kLongCache<kTiles> && (many || kTiles == 4);
-  const bool small_ones = units > multiprocessors && !long_rings
-                              ? many || fill_better(small, large, 0)
-                              : worth_splitting(small, large, splits, p.cache.positions, 0.2);
-  return small_ones ? launch<kDepth, kTiles, 2>(p, small, small.best_splits(), shared, stream)
-                    : launch<kDepth, kTiles, 4>(p, large, splits, shared, stream);
+  int shared = 0;  // bytes, of a block, at most
+  bool from_sm_100 = false;
+
+  Call(const AttendParams& params, cudaStream_t s)
+      : p(params),
+        stream(s),
+        sequence_heads(params.sequences.entries(params.cache.batch) * params.cache.heads),
+        queries(params.rows * (params.query_heads / params.cache.heads)) {}
+
+  cudaError_t find_device() {
+    int device = 0;
+    int major = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    from_sm_100 = major >= 10;
+    return error;
+  }
+};
+
+// Blocks of a kernel instance, of `rings` rings.
+template <int kDepth, int kTiles, int kShare, int kHalves>
+struct Kernel {
+  using Block = AttendBlock<kDepth, kTiles, kShare, kHalves>;
+  Blocks blocks;
+  int rings;
+  int64_t turns;  // of one block over the rows of a unit
+
+  Kernel(const Call& call, int most_rings) : rings(most_rings) {
+    while (Block::bytes(rings) > call.shared && rings > 1) rings /= 2;
+    turns = (call.p.cache.positions + rings * kTileRows - 1) / (rings * kTileRows);
+    blocks.units = call.sequence_heads * ((call.queries + Block::kQueries - 1) / Block::kQueries);
+    blocks.multiprocessors = call.multiprocessors;
+    // 1024: what the GPU keeps of a block's shared memory.
+    const int64_t by_shared = (call.shared + 1024) / (Block::bytes(rings) + 1024);
+    blocks.at_a_time = imax(imin(by_shared, Block::by_registers(call.from_sm_100) * Block::kRings / rings), 1);
+    blocks.part_floats = kPartialFloats<Block::kWidth, Block::kQueries>;
+    const int64_t room = call.p.partial_floats / (blocks.units * blocks.part_floats);
+    // Two parts at least must fit into the rings, where they are merged.
+    const bool can_merge = rings * Block::kRingBytes >= 2 * 4 * blocks.part_floats;
+    blocks.most_splits = blocks.units <= kAttendTickets && can_merge ? imax(imin(room, turns), 1) : 1;
+  }
+
+  cudaError_t launch(const Call& call, int64_t splits) const {
+    const AttendParams& p = call.p;
+    const int64_t units = blocks.units;
+    if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
+    const int64_t bytes = shared_for_a_share(Block::bytes(rings), units * splits, blocks.multiprocessors, call.shared);
+    const Division division{FastDivider::by(static_cast<uint32_t>(units)),
+                            FastDivider::by(static_cast<uint32_t>(units / call.sequence_heads)),
+                            FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
+                            FastDivider::by(static_cast<uint32_t>(p.query_heads / p.cache.heads)),
+                            static_cast<uint32_t>(splits)};
+    const auto kernel = attend_kernel<kDepth, kTiles, kShare, kHalves>;
+    // The same for every call, as two threads may be about to launch different sizes.
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.shared);
+    if (error != cudaSuccess) return error;
+    OverlappingLaunch launch(units * splits, rings * kShare * 32, bytes, call.stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, p, division);
+  }
+};
+
+// 4 or 8 queries a block. `Large` blocks have long rings, two tiles each; `Small` ones, of half as many and shorter
+// rings, fill the GPU better where there are many.
+template <typename Large, typename Small>
+cudaError_t launch_sized(const Call& call, int64_t long_cache) {
+  const int64_t positions = call.p.cache.positions;
+  const Large large(call, Large::Block::kRings);
+  const Small small(call, Small::Block::kRings);
+  const int64_t splits = large.blocks.quickest(large.turns).splits;
+  // Where large blocks do not all run at once, it is enough that small ones do not fill the GPU worse, and for many
+  // units, unless rings should be long, not even that: they are at different stages.
+  const bool many = call.sequence_heads >= 2 * call.multiprocessors;
+  const bool smaller = large.blocks.all_run()
+                           ? worth_splitting(small.blocks, large.blocks, splits, positions, 0.2)
+                           : (many ? positions < long_cache : fill_better(small.blocks, large.blocks, 0));
+  if (!smaller) return large.launch(call, splits);
+  // In between, half as many long rings: of short caches if they all run at once, of longer ones where so many fit.
+  const Large medium(call, Large::Block::kRings / 2);
+  const bool fits = (positions <= 2 * kWorthSplitting && medium.blocks.all_run()) ||
+                    (positions >= kWorthSplitting && medium.blocks.best_filling() >= small.blocks.best_filling() + 0.1);
+  if (Large::Block::kWidth <= 128 && fits) return medium.launch(call, medium.blocks.best_splits());
+  return small.launch(call, small.blocks.best_splits());
 }
 
-// As many queries a block as there are, up to what registers allow.
-template <int kDepth, int kMostTiles>
-cudaError_t launch_for(const AttendParams& p, cudaStream_t stream) {
-  const int64_t queries = p.rows * (p.query_heads / p.cache.heads);
-  if constexpr (kMostTiles >= 4) {
-    if (queries > 8) return launch_either<kDepth, 4>(p, stream);
+template <int kDepth>
+cudaError_t launch_for(const Call& call) {
+  if constexpr (kDepth <= 16) {
+    using Kernel8 = Kernel<kDepth, 1, 2, 4>;
+    if (call.queries > 8) {
+      // Blocks of 16 queries read a row half as often as those of 8, for 1.6 times the work. Where they are few, what
+      // they leave for the last to merge is the larger part of the time.
+      using Kernel16 = Kernel<kDepth, 2, 2, 4>;
+      const Kernel16 large(call, Kernel16::Block::kRings);
+      const Kernel8 of_8(call, Kernel8::Block::kRings);
+      const Blocks::Choice choice = large.blocks.quickest(large.turns, 16);
+      if (choice.time <= of_8.blocks.quickest(of_8.turns).time) {
+        const Kernel16 small(call, Kernel16::Block::kRings / 2);
+        const bool smaller = large.blocks.all_run() ? worth_splitting(small.blocks, large.blocks, choice.splits,
+                                                                      call.p.cache.positions, 0.2)
+                                                    : fill_better(small.blocks, large.blocks, 0);
+        return smaller ? small.launch(call, small.blocks.best_splits()) : large.launch(call, choice.splits);
+      }
+    }
+    if (call.queries > 4) return launch_sized<Kernel8, Kernel<kDepth, 2, 1, 2>>(call, 8192);
   }
-  if constexpr (kMostTiles >= 2) {
-    if (queries > 4) return launch_either<kDepth, 2>(p, stream);
-  }
-  return launch_either<kDepth, 1>(p, stream);
+  return launch_sized<Kernel<kDepth, 1, 1, 4>, Kernel<kDepth, 1, 1, 2>>(call, INT64_MAX);
 }
 
 }  // namespace
@@ -626,10 +657,13 @@ cudaError_t launch_for(const AttendParams& p, cudaStream_t stream) {
 cudaError_t launch_attend(const AttendParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   if (p.rows == 1 && p.query_heads == p.cache.heads && p.cache.head_dim <= 256) return launch_attend_single(p, stream);
-  if (p.cache.head_dim <= 64) return launch_for<4, 4>(p, stream);
-  if (p.cache.head_dim <= 128) return launch_for<8, 4>(p, stream);
-  if (p.cache.head_dim <= 256) return launch_for<16, 2>(p, stream);
-  if (p.cache.head_dim <= 512) return launch_for<32, 1>(p, stream);
+  Call call(p, stream);
+  const cudaError_t error = call.find_device();
+  if (error != cudaSuccess) return error;
+  if (p.cache.head_dim <= 64) return launch_for<4>(call);
+  if (p.cache.head_dim <= 128) return launch_for<8>(call);
+  if (p.cache.head_dim <= 256) return launch_for<16>(call);
+  if (p.cache.head_dim <= 512) return launch_for<32>(call);
   return cudaErrorInvalidValue;
 }
 

@@ -52,6 +52,16 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// A barrier of kWarps neighbouring warps, the first a multiple of that: those number `group` of the block, 14 at most.
+template <int kWarps>
+__device__ __forceinline__ void sync_warps(int group) {
+  if constexpr (kWarps == 1) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(32 * kWarps) : "memory");
+  }
+}
+
 // Four 8 x 8 matrices of 16-bit elements: lane l brings the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ FragmentA load_matrices(const void* row) {
   FragmentA a;

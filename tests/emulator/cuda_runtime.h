@@ -85,6 +85,7 @@ namespace emulator {
 
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void block_barrier();
+void warps_barrier(unsigned warps);  // of so many neighbouring warps
 void check_alignment(const void* address, size_t bytes);
 // Waits for the warp, then returns the 32 values that its lanes brought.
 const uint64_t* warp_exchange(uint64_t value);

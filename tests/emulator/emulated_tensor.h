@@ -64,6 +64,11 @@ inline void wait_for_copies() {
   copies.under_way = later;
 }
 
+template <int kWarps>
+void sync_warps(int) {
+  emulator::warps_barrier(kWarps);
+}
+
 inline uint16_t element_of_row(uint64_t row, unsigned i) {
   uint16_t bits;
   std::memcpy(&bits, reinterpret_cast<const char*>(row) + 2 * i, 2);

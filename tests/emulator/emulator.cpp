@@ -17,7 +17,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-enum class Waiting { no, block, warp, done };
+enum class Waiting { no, block, warps, warp, done };
 
 struct Fiber {
   ucontext_t context;
@@ -27,6 +27,7 @@ struct Fiber {
   Copies copies;
   Operands operands[2];
   unsigned products = 0;
+  unsigned group = 0;  // threads of the barrier that it waits for
 };
 
 ucontext_t scheduler;
@@ -103,6 +104,11 @@ void run_block(unsigned threads) {
       progress = true;
     }
     for (unsigned warp = 0; warp < threads; warp += 32) progress = release(warp, warp + 32, Waiting::warp) || progress;
+    for (unsigned i = 0; i < threads; i += 32) {
+      const Fiber& f = fibers[i];
+      if (f.waiting == Waiting::warps && i % f.group == 0)
+        progress = release(i, i + f.group, Waiting::warps) || progress;
+    }
     progress = release(0, threads, Waiting::block) || progress;
     bool all_done = true;
     for (unsigned i = 0; i < threads; ++i) all_done = all_done && fibers[i].waiting == Waiting::done;
@@ -186,6 +192,11 @@ void check_alignment(const void* address, size_t bytes) {
 }
 
 void block_barrier() { wait(Waiting::block); }
+
+void warps_barrier(unsigned warps) {
+  fibers[current].group = 32 * warps;
+  wait(Waiting::warps);
+}
 
 const uint64_t* warp_exchange(uint64_t value) {
   const unsigned self = current;
