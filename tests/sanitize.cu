@@ -417,7 +417,8 @@ class Case {
 
 }  // namespace
 
-// Arguments: "fp32" leaves out the other dtypes; the name of an instruction set chooses it (on a CPU).
+// Arguments: "fp32" leaves out the other dtypes, and what takes long; "3/8" runs number 3 (from 0) of eight parts of
+// the shapes; the name of an instruction set chooses it (on a CPU).
 int main(int argc, char** argv) {
   // layers, batch, positions, sinks, heads, head_dim, group. One query to a KV head has a kernel of its own; group and
   // count choose among the others' sizes.
@@ -433,21 +434,25 @@ int main(int argc, char** argv) {
   const Shape long_shapes[] = {
       {2, 1, 700, 2, 4, 128, 1}, {1, 2, 300, 0, 1, 96, 16}, {1, 1, 200, 0, 1, 512, 3},
       {1, 150, 40, 0, 1, 16, 1}, {1, 1, 2300, 1, 1, 8, 1},  // sums over more than a piece of rows
+      {1, 1, 600, 0, 1, 256, 1},                            // more parts than are merged at a time
   };
+  const Shape slow_shape = {1, 1, 2000, 0, 1, 512, 3};  // the same of several queries
   // What matters to a GPU alone: appends of many vectors; more KV heads than it has room for blocks, so that blocks are
-  // small and nothing is split.
+  // small, of either size, and nothing is split; blocks of 16 queries.
   const Shape wide_shapes[] = {
-      {1, 1, 300, 0, 32, 128, 1}, {1, 70, 20, 0, 4, 64, 1},  {1, 70, 20, 2, 4, 128, 2},
-      {1, 70, 12, 0, 4, 256, 2},  {1, 70, 12, 0, 4, 512, 2}, {1, 140, 20, 0, 8, 16, 1},
+      {1, 1, 300, 0, 32, 128, 1}, {1, 70, 20, 0, 4, 64, 1},  {1, 70, 20, 2, 4, 128, 2},  {1, 70, 12, 0, 4, 256, 2},
+      {1, 70, 12, 0, 4, 512, 2},  {1, 140, 20, 0, 8, 16, 1}, {1, 40, 20, 0, 4, 128, 8},  {1, 70, 12, 0, 4, 128, 8},
+      {1, 120, 12, 0, 4, 128, 4}, {1, 64, 40, 1, 2, 96, 16}, {1, 64, 20, 0, 2, 256, 16}, {1, 70, 12, 0, 4, 256, 8},
   };
-  if (!kEmulated) shapes.insert(shapes.end(), std::begin(long_shapes), std::end(long_shapes));
-  if (!kOnHost) shapes.insert(shapes.end(), std::begin(wide_shapes), std::end(wide_shapes));
   bool fp32 = false;
+  size_t part = 0;
+  size_t parts = 1;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "fp32") == 0) {
       fp32 = true;
       continue;
     }
+    if (std::sscanf(argv[i], "%zu/%zu", &part, &parts) == 2 && part < parts) continue;
 #if !defined(__CUDACC__) && !defined(SANITIZE_EMULATED)
     if (kvc::cpu::select_instruction_set(argv[i])) continue;
     std::printf("sanitize: this CPU has no %s\n", argv[i]);
@@ -456,8 +461,12 @@ int main(int argc, char** argv) {
     fail(argv[i], "no such argument");
 #endif
   }
+  if (!kEmulated) shapes.insert(shapes.end(), std::begin(long_shapes), std::end(long_shapes));
+  if (!kOnHost) shapes.insert(shapes.end(), std::begin(wide_shapes), std::end(wide_shapes));
+  if (!kOnHost && !fp32) shapes.push_back(slow_shape);
   int count = 0;
-  for (const Shape& shape : shapes) {
+  for (size_t i = part; i < shapes.size(); i += parts) {
+    const Shape& shape = shapes[i];
     for (const kvc::DType dtype : {kvc::DType::f32, kvc::DType::f16, kvc::DType::bf16}) {
       if (fp32 && dtype != kvc::DType::f32) continue;
       std::printf("sanitize: %lld x %lld x %lld positions, %lld heads of %lld, %lld queries each, dtype %d\n",

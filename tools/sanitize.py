@@ -5,7 +5,8 @@ wrote and steps past an end (tests/sanitize_device.h has the buffers).
 
 On a CPU, under AddressSanitizer and UndefinedBehaviorSanitizer: the CPU kernels with each instruction set that this
 machine has, and the GPU kernels' own source as tests/emulator runs it (FP32, as that is slow). On a GPU, under
-compute-sanitizer: memcheck, synccheck, initcheck and racecheck (which takes longest, and sees FP32 alone).
+compute-sanitizer: memcheck, synccheck, initcheck and racecheck (which takes longest: it sees FP32 alone, in parts that
+run side by side, as it keeps a core each busy and the GPU hardly).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ EMULATED_FLAGS = ["--param", "asan-stack=0", "-DSANITIZE_EMULATED", f"-I{EMULATO
 CPU_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 GPU_TOOLS: dict[str, list[str]] = {"memcheck": [], "synccheck": [], "initcheck": [], "racecheck": ["fp32"]}
+PARTS = {"racecheck": 8}  # compute-sanitizer can run ten at a time
 NOTHING_FOUND = ("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")
 
 
@@ -100,10 +102,13 @@ def on_gpu(folder: Path) -> list[str]:
     subprocess.run([*command, "-arch=native", "--threads", "0", "-o", program, *sources], check=True)
     say("built gpu")
     sanitizer = str(toolkit / "bin" / "compute-sanitizer")
-    found = [
-        run(f"GPU kernels, {tool}", [sanitizer, "--tool", tool, program, *arguments], NOTHING_FOUND)
-        for tool, arguments in GPU_TOOLS.items()
-    ]
+    found: list[str | None] = []
+    for tool, arguments in GPU_TOOLS.items():
+        parts = [f"{part}/{PARTS.get(tool, 1)}" for part in range(PARTS.get(tool, 1))]
+        names = [f"GPU kernels, {tool}, {part}" for part in parts]
+        commands = [[sanitizer, "--tool", tool, program, *arguments, part] for part in parts]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            found += pool.map(run, names, commands, [NOTHING_FOUND] * len(parts))
     return [name for name in found if name is not None]
 
 
