@@ -1,7 +1,7 @@
 """Decode attention over the FP16 cache: one new position appended and attended to, FP32 queries, microseconds a layer.
 
-Sweeps the positions held, for 32 heads (`mha32`), 32 query heads on 8 KV heads (`gqa32x8`), 64 on 8 (`gqa64x8`) and 28
-on 4 (`gqa28x4`), and batches. Each layer's query is the answer of the layer before it, so layers cannot overlap. The
+Sweeps the positions held, for 32 heads (`mha32`), 32 query heads on 8 KV heads (`gqa32x8`), 64 on 8 (`gqa64x8`), 28 on 4
+(`gqa28x4`) and 64 on 4 (`gqa64x4`), and batches. Each layer's query is the answer of the layer before it, so layers cannot overlap. The
 ceiling is a kernel that only reads the same bytes, in the same kind of graph.
 
 The others attend to the same stored FP16 data, read in place through views: torch's scaled_dot_product_attention with
@@ -43,7 +43,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kvcache_ext import StreamingKVCacheFp16, reference
 
 HEAD_DIM = 128
-SHAPES = {"mha32": (32, 32), "gqa32x8": (32, 8), "gqa64x8": (64, 8), "gqa28x4": (28, 4)}  # query heads, KV heads
+SHAPES = {  # query heads, KV heads
+    "mha32": (32, 32),
+    "gqa32x8": (32, 8),
+    "gqa64x8": (64, 8),
+    "gqa28x4": (28, 4),
+    "gqa64x4": (64, 4),
+}
 GPU_POSITIONS = [256, 1_024, 4_096, 16_384, 65_536, 131_072, 262_144]
 CPU_POSITIONS = [1_024, 4_096, 65_536]
 BATCHES = [1, 8, 64]

@@ -209,7 +209,6 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
   const int rings = warps / kShare;
   constexpr int kCopiers = 32 * kShare;
   const int copier = static_cast<int>(threadIdx.x % kCopiers);
-  const auto sync_ring = [&] { sync_warps<kShare>(ring_number); };
   const int head_dim = static_cast<int>(p.cache.head_dim);
   const uint32_t first_query = block.tile * kQueries;
   const uint32_t all_queries = division.group_size.divisor * static_cast<uint32_t>(p.rows);
@@ -394,10 +393,16 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
   uint32_t half = 0;  // of the ring
   const auto next_half = [&] { half = half + 1 == kHalves ? 0 : half + 1; };
 #pragma unroll 1
-  for (uint32_t tile = first_tile; tile < tiles; tile += stride) {
+  for (uint32_t tile = first_tile; tile < (kShare > 1 ? tiles + ring_number : tiles); tile += stride) {
+    if (kShare > 1 && tile >= tiles) {
+      // Other rings have another tile. Every warp passes as many barriers: racecheck takes each for one of the block.
+#pragma unroll 1
+      for (int i = p.rows > 1 ? 6 : 4; i > 0; --i) sync_warps<kShare>();
+      break;
+    }
     char* tile_keys = ring + half * Block::kHalfBytes;
     wait_for_copies<kHalves - 1>();
-    sync_ring();
+    sync_warps<kShare>();
 
     // Products of keys (rows) and the two parts of the queries (columns), in two sums that do not wait for each other
     // (where there are many queries, those do not wait for each other).
@@ -415,7 +420,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
         }
       }
     }
-    sync_ring();
+    sync_warps<kShare>();
     copy_half(kHalves % 2 == 1, tile_keys, true);
     next_half();
     // Scores of rows lane / 4 and eight on; then weights.
@@ -451,9 +456,10 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
     }
     char* tile_values = ring + half * Block::kHalfBytes;
     wait_for_copies<kHalves - 1>();
-    sync_ring();
+    sync_warps<kShare>();
     // Zero times NaN is NaN: a value that is not finite and that some query does not see must not be in the product.
     // It is added to the sums of the queries that see it, and taken out of the tile.
+    [[maybe_unused]] int barriers = p.rows > 1 ? 2 : 0;  // still to pass (see above)
     if (!clear && p.rows > 1) {
       bool strange = false;
 #pragma unroll 1
@@ -479,14 +485,19 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
             }
           }
         }
-        sync_ring();
+        sync_warps<kShare>();
 #pragma unroll 1
-        for (int i = lane; i < kTileRows * kWidth; i += 32) {
+        for (int i = copier; i < kTileRows * kWidth; i += kCopiers) {
           uint16_t& bits = reinterpret_cast<uint16_t*>(tile_values)[i];
           if (!is_finite_half(bits)) bits = 0;
         }
-        sync_ring();
+        sync_warps<kShare>();
+        barriers = 0;
       }
+    }
+    if constexpr (kShare > 1) {
+#pragma unroll 1
+      for (; barriers > 0; --barriers) sync_warps<kShare>();
     }
     // Products of values (their elements as rows) and the two parts of the weights.
 #pragma unroll
@@ -501,7 +512,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
         acc[n][k][1] = fmaf(acc[n][k][1], rescale[n], fmaf(sums.x[3], kLowPart, sums.x[2]));
       }
     }
-    sync_ring();
+    sync_warps<kShare>();
     copy_half(kHalves % 2 == 0, tile_values, true);
     next_half();
   }

@@ -52,13 +52,14 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// A barrier of kWarps neighbouring warps, the first a multiple of that: those number `group` of the block, 14 at most.
+// A barrier of this warp and its neighbours, kWarps in all, the first of them a multiple of that. A block has 14 at
+// most.
 template <int kWarps>
-__device__ __forceinline__ void sync_warps(int group) {
+__device__ __forceinline__ void sync_warps() {
   if constexpr (kWarps == 1) {
     __syncwarp();
   } else {
-    asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(32 * kWarps) : "memory");
+    asm volatile("bar.sync %0, %1;\n" ::"r"(threadIdx.x / (32 * kWarps) + 1), "n"(32 * kWarps) : "memory");
   }
 }
 

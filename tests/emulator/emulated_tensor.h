@@ -65,7 +65,7 @@ inline void wait_for_copies() {
 }
 
 template <int kWarps>
-void sync_warps(int) {
+void sync_warps() {
   emulator::warps_barrier(kWarps);
 }
 
