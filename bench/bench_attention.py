@@ -1,8 +1,8 @@
 """Decode attention over the FP16 cache: one new position appended and attended to, FP32 queries, microseconds a layer.
 
-Sweeps the positions held, for 32 heads (`mha32`), 32 query heads on 8 KV heads (`gqa32x8`), 64 on 8 (`gqa64x8`), 28 on 4
-(`gqa28x4`) and 64 on 4 (`gqa64x4`), and batches. Each layer's query is the answer of the layer before it, so layers cannot overlap. The
-ceiling is a kernel that only reads the same bytes, in the same kind of graph.
+Sweeps the positions held, for 32 heads (`mha32`), 32 query heads on 8 KV heads (`gqa32x8`), 64 on 8 (`gqa64x8`), 28 on
+4 (`gqa28x4`) and 64 on 4 (`gqa64x4`), and batches. Each layer's query is the answer of the layer before it, so layers
+cannot overlap. The ceiling is a kernel that only reads the same bytes, in the same kind of graph.
 
 The others attend to the same stored FP16 data, read in place through views: torch's scaled_dot_product_attention with
 each of its backends (FP16 queries and answers), FlashInfer where it is installed, and what FP32 code does without

@@ -27,10 +27,10 @@ def state_bytes(num_layers: int, batch_size: int) -> int:
 
 
 def workspace_floats(device: torch.device | None, head_dim: int) -> int:
-    """FP32 elements of attention's workspace: 1,024 tickets, and what each block of the largest launch leaves.
+    """FP32 elements of attention's workspace: 1,024 tickets, and room for what blocks leave to be merged.
 
     That is the weighted sums, maxima and sums of weights of as many queries as two blocks of 16 a multiprocessor (four
-    of 8) have, for head sizes padded to a power of two.
+    of 8) have, for head sizes padded to a power of two. A launch is cut into no more parts than there is room for.
     """
     multiprocessors = MOST_MULTIPROCESSORS if device is None else 0
     if device is not None and device.type == "cuda":

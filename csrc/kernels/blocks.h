@@ -45,14 +45,15 @@ struct Blocks {
   Choice quickest(int64_t turns, int64_t turn_time = 10) const {
     constexpr int64_t kMerge = 10;  // whatever the number of parts
     Choice best = {1, INT64_MAX};
-    for (int64_t each = (turns + all_splits() - 1) / all_splits(); turn_time * each < best.time; ++each) {
-      const int64_t splits = imax((turns + each - 1) / each, 1);
+    for (int64_t splits = all_splits(); splits > 0; --splits) {
+      const int64_t each = imax((turns + splits - 1) / splits, 1);
+      if (turn_time * each >= best.time) break;
+      splits = imax((turns + each - 1) / each, 1);
       // The third turn has to wait for memory again. Each multiprocessor has so many blocks.
       const int64_t waits =
           turn_time * (each + (each > 2)) * ((units * splits + multiprocessors - 1) / multiprocessors);
       const int64_t time = waits + splits * part_floats / 1024 + (splits > 1 ? kMerge : 0);
       if (time <= best.time) best = {splits, time};
-      if (splits == 1) break;
     }
     return best;
   }

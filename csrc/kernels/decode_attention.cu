@@ -79,13 +79,12 @@ struct AttendBlock {
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
   static constexpr int kHalfBytes = kTileRows * kChunks * 16;  // of a tile: its keys, or its values
-  // At most; a launch may have fewer. As many bytes for every head_dim.
+  // At most; a launch may have fewer. Large blocks of all head sizes over 64 have as many bytes.
   static constexpr int kRings = kDepth > 8 ? 64 / kDepth : kHalves == 2 ? 4 : 8;
+  static_assert(kRings < 16, "each is to have a barrier of its own, beside the block's");
   static constexpr int kQueryStride = kWidth + 8;  // of the sums in shared memory, in floats, spread over the banks
-  // Bytes from one ring to the next: room for its warps' sums, too.
-  static constexpr int kSumsBytes = (kQueries * kQueryStride + 4) * 4;
-  static constexpr int kRingBytes = kHalves * kHalfBytes > kSumsBytes ? kHalves * kHalfBytes : kSumsBytes;
-  static_assert(kRingBytes % 16 == 0);
+  static constexpr int kRingBytes = kHalves * kHalfBytes;
+  static_assert(kRingBytes >= (kQueries * kQueryStride + 4) * 4, "a ring has room for its warps' sums");
 
   // What lies in a block's shared memory, with the rings behind it.
   struct Shared {
@@ -395,7 +394,8 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
 #pragma unroll 1
   for (uint32_t tile = first_tile; tile < (kShare > 1 ? tiles + ring_number : tiles); tile += stride) {
     if (kShare > 1 && tile >= tiles) {
-      // Other rings have another tile. Every warp passes as many barriers: racecheck takes each for one of the block.
+      // Other rings have another tile. Every warp passes as many barriers, as racecheck seems to take each for one of
+      // the block (docs/reliability.md).
 #pragma unroll 1
       for (int i = p.rows > 1 ? 6 : 4; i > 0; --i) sync_warps<kShare>();
       break;
@@ -616,8 +616,8 @@ struct Kernel {
   }
 };
 
-// 4 or 8 queries a block. `Large` blocks have long rings, two tiles each; `Small` ones, of half as many and shorter
-// rings, fill the GPU better where there are many.
+// 4 or 8 queries a block. `Large` blocks have long rings, two tiles each; `Small` ones, of shorter rings and up to a
+// head_dim of 128 half as many, fill the GPU better where there are many.
 template <typename Large, typename Small>
 cudaError_t launch_sized(const Call& call, int64_t long_cache) {
   const int64_t positions = call.p.cache.positions;
@@ -626,7 +626,7 @@ cudaError_t launch_sized(const Call& call, int64_t long_cache) {
   const int64_t splits = large.blocks.quickest(large.turns).splits;
   // Where large blocks do not all run at once, it is enough that small ones do not fill the GPU worse, and for many
   // units, unless rings should be long, not even that: they are at different stages.
-  const bool many = call.sequence_heads >= 2 * call.multiprocessors;
+  const bool many = large.blocks.units >= 2 * call.multiprocessors;
   const bool smaller = large.blocks.all_run()
                            ? worth_splitting(small.blocks, large.blocks, splits, positions, 0.2)
                            : (many ? positions < long_cache : fill_better(small.blocks, large.blocks, 0));

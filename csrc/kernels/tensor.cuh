@@ -52,8 +52,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// A barrier of this warp and its neighbours, kWarps in all, the first of them a multiple of that. A block has 14 at
-// most.
+// A barrier of this warp and its neighbours, kWarps in all, the first of them a multiple of that. A block has 15 beside
+// its own.
 template <int kWarps>
 __device__ __forceinline__ void sync_warps() {
   if constexpr (kWarps == 1) {
