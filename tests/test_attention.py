@@ -496,7 +496,7 @@ def test_one_value_that_is_not_finite(backend: Backend, rows: int, group: int, v
     """It reaches its own element of the answers that see it, and nothing else."""
     twin = attention_twin(backend, 30, overflow="inf")
     values = torch.randn(1, rows, 2, 64, device=backend.device)
-    values[0, 0, 1, 5] = value
+    values[0, rows // 2, 1, 5] = value  # the first half of the queries does not see it
     twin.append(0, torch.randn_like(values), values)
     query = torch.randn(1, rows, 2 * group, 64, device=backend.device)
     out = twin.cache.attend(0, query)
