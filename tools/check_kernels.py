@@ -71,8 +71,8 @@ class Kernel:
         allowed = 0
         if re.match(r"attend_kernel<(16|32)\b", self.name):
             allowed = 128
-        elif re.match(r"attend_kernel<8, 2, 2\b", self.name):
-            allowed = 32
+        elif re.match(r"attend_kernel<8, 2, 2\b", self.name) and int(self.architecture) >= 100:
+            allowed = 40
         return max(self.stack, self.spill_stores, self.spill_loads) > allowed
 
 

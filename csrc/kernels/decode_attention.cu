@@ -392,14 +392,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
   uint32_t half = 0;  // of the ring
   const auto next_half = [&] { half = half + 1 == kHalves ? 0 : half + 1; };
 #pragma unroll 1
-  for (uint32_t tile = first_tile; tile < (kShare > 1 ? tiles + ring_number : tiles); tile += stride) {
-    if (kShare > 1 && tile >= tiles) {
-      // Other rings have another tile. Every warp passes as many barriers, as racecheck seems to take each for one of
-      // the block (docs/reliability.md).
-#pragma unroll 1
-      for (int i = p.rows > 1 ? 6 : 4; i > 0; --i) sync_warps<kShare>();
-      break;
-    }
+  for (uint32_t tile = first_tile; tile < tiles; tile += stride) {
     char* tile_keys = ring + half * Block::kHalfBytes;
     wait_for_copies<kHalves - 1>();
     sync_warps<kShare>();
@@ -459,7 +452,6 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
     sync_warps<kShare>();
     // Zero times NaN is NaN: a value that is not finite and that some query does not see must not be in the product.
     // It is added to the sums of the queries that see it, and taken out of the tile.
-    [[maybe_unused]] int barriers = p.rows > 1 ? 2 : 0;  // still to pass (see above)
     if (!clear && p.rows > 1) {
       bool strange = false;
 #pragma unroll 1
@@ -492,12 +484,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
           if (!is_finite_half(bits)) bits = 0;
         }
         sync_warps<kShare>();
-        barriers = 0;
       }
-    }
-    if constexpr (kShare > 1) {
-#pragma unroll 1
-      for (; barriers > 0; --barriers) sync_warps<kShare>();
     }
     // Products of values (their elements as rows) and the two parts of the weights.
 #pragma unroll
