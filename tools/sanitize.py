@@ -59,9 +59,10 @@ def run(name: str, command: Sequence[str], found_nothing: Sequence[str] = ()) ->
         say(f"left out {name}: this CPU lacks the instructions")
         return None
     fine = result.returncode == 0 and (not found_nothing or any(line in result.stdout for line in found_nothing))
-    say(f"{'ok' if fine else 'FAILED':<6} {name}")
+    say(f"{'ok' if fine else 'FAILED':<6} {name}" + ("" if fine else f", exit code {result.returncode}"))
     if not fine:
-        print((result.stdout + result.stderr)[-6000:], flush=True)
+        said = result.stdout + result.stderr
+        print(said if len(said) < 8000 else f"{said[:4000]}\n[...]\n{said[-4000:]}", flush=True)
     return None if fine else name
 
 
