@@ -13,6 +13,7 @@ On a GPU this is the time of replayed CUDA graphs over as many layers as hold 2 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Callable
 
@@ -209,21 +210,36 @@ def measure_error(device: torch.device, positions: int, results: Results) -> Non
     )
 
 
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def shapes_of(text: str) -> dict[str, tuple[int, int]]:
+    """Of "32/2,8/8": query heads on KV heads, by the names that such measurements have."""
+    pairs = [whole_numbers(part.replace("/", ",")) for part in text.split(",")]
+    if any(len(pair) != 2 or min(pair) < 1 or pair[0] % pair[1] for pair in pairs):
+        raise argparse.ArgumentTypeError(f"takes query heads/KV heads, the first a multiple of the second, got {text}")
+    return {f"mha{q}" if q == kv else f"gqa{q}x{kv}": (q, kv) for q, kv in pairs}
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument(
         "--only", default="", help="those whose name has this in it, such as mha32/b8 (default: all)"
     )
+    arguments.add_argument("--shapes", type=shapes_of, help="others: query heads/KV heads, such as 32/2,71/1")
+    arguments.add_argument("--batches", type=whole_numbers, help="others, such as 1,17")
+    arguments.add_argument("--positions", type=whole_numbers, help="others. No results are written with any of these")
     args = arguments.parse_args()
     torch.set_grad_enabled(False)
     device = choose_device(args.device)
-    results = open_results(args, device)
+    results = open_results(args, device, keep=not (args.shapes or args.batches or args.positions))
     rounds = 3 if args.quick else 5 if on_gpu(device) else 9
 
     sweep = []
-    for batch in BATCHES if on_gpu(device) else BATCHES[:2]:
-        for shape, (query_heads, heads) in SHAPES.items():
-            for positions in GPU_POSITIONS if on_gpu(device) else CPU_POSITIONS:
+    for batch in args.batches or (BATCHES if on_gpu(device) else BATCHES[:2]):
+        for shape, (query_heads, heads) in (args.shapes or SHAPES).items():
+            for positions in args.positions or (GPU_POSITIONS if on_gpu(device) else CPU_POSITIONS):
                 size = 2 * batch * positions * heads * HEAD_DIM * 2
                 # On a GPU two layers at least; on a CPU one, and what converting it to FP32 makes of it.
                 if size > (0.3 if on_gpu(device) else 0.2) * free_bytes(device) or (args.quick and size > 2**28):
