@@ -1,7 +1,8 @@
 """Decoding with a 7B-shape Llama of random weights: tokens a second and peak memory, against transformers' own caches.
 
 One sequence, greedy, at each number of positions held: DynamicCache; StaticCache, eager and compiled with CUDA graphs;
-ours eager, in a CUDA graph (`decode_graph`), and that compiled first. Caches are filled with random keys and values
+ours eager, in a CUDA graph (`decode_graph`), and that compiled first. The tuned ones (only when asked for, as they take
+minutes) are compiled with Inductor's `coordinate_descent_tuning`, and have rows of their own. Caches are filled with random keys and values
 instead of by a prompt. Time is the host's clock over whole steps, each token fed back. The ceiling: the weights and the
 FP16 keys and values, read once for each token, at the rate of a kernel that only reads, of the same run.
 
@@ -48,7 +49,9 @@ GB = 10**9
 
 H200_TARGETS = {
     "generate/7b/fp16/65536": Target(88),
+    "generate/7b/fp16/65536/tuned": Target(88),
     "generate/7b/fp32/65536": Target(69),
+    "generate/7b/fp32/65536/tuned": Target(69),
     "generate/7b/w4/65536": Target(100),
     "generate/7b/w8/65536": Target(95),
     "generate/peak_gb/7b/w4/65536": Target(41, at_least=False),
@@ -122,12 +125,14 @@ def record(
     weights: str,
     positions: int,
     figures: dict[str, Figure],
+    tuned: bool,
     weight_bytes: int,
     reading: float,
 ) -> None:
-    """Ours, the fastest of its ways, with the others beside it."""
-    ours = {OPTIONS[key].name: figure for key, figure in figures.items() if OPTIONS[key].ours}
-    others = {OPTIONS[key].name: figure for key, figure in figures.items() if not OPTIONS[key].ours}
+    """Ours, the fastest of its ways, with the others beside it, all compiled with Inductor's tuning or all without."""
+    options = {OPTIONS[key]: figure for key, figure in figures.items() if OPTIONS[key].tuned == tuned}
+    ours = {option.name: figure for option, figure in options.items() if option.ours}
+    others = {option.name: figure for option, figure in options.items() if not option.ours}
     if not ours:
         return
     best = max(ours, key=lambda name: ours[name].tokens_per_second)
@@ -143,9 +148,10 @@ def record(
     peaks = {name: figure.peak / GB for name, figure in (ours | others).items() if figure.peak}
     value = ours[best].tokens_per_second
     speeds = {name: figure.tokens_per_second for name, figure in others.items()}
+    name = f"{shape.name}/{weights}/{positions}" + ("/tuned" if tuned else "")
     results.add(
         Measurement(
-            f"generate/{shape.name}/{weights}/{positions}",
+            f"generate/{name}",
             value,
             "tok/s",
             reading / needed,
@@ -157,7 +163,7 @@ def record(
     if ours[best].peak:
         results.add(
             Measurement(
-                f"generate/peak_gb/{shape.name}/{weights}/{positions}",
+                f"generate/peak_gb/{name}",
                 ours[best].peak / GB,
                 "GB",
                 peers={name: peaks[name] for name in others},
@@ -244,7 +250,8 @@ def main() -> int:
                 figure = try_option(OPTIONS[key], model, shape, weights, number, device, failed)
                 if figure is not None:
                     figures[key] = figure
-            record(results, shape, weights, number, figures, llama.weight_bytes_read(model), reading)
+            for tuned in (False, True):
+                record(results, shape, weights, number, figures, tuned, llama.weight_bytes_read(model), reading)
             results.save(last=False)
         del model
         llama.tidy(device)

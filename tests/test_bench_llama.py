@@ -99,6 +99,19 @@ def test_gpu015_with_a_full_cache(device: torch.device, monkeypatch: pytest.Monk
     assert {"decode", "step/weights", "step/append_attend", "step/rest", "prefill"} <= names
 
 
+def test_tuned_figures_are_kept_apart(device: torch.device) -> None:
+    results = Results(device, None)
+    speeds = {"graph": 50.0, "graph-compiled": 60.0, "graph-tuned": 70.0, "static-compiled": 40.0, "static": 30.0}
+    figures = {key: bench_generate.Figure(speed, 10**9) for key, speed in speeds.items()}
+    for tuned in (False, True):
+        bench_generate.record(results, SHAPE, "fp16", POSITIONS, figures, tuned, 10**6, 10.0**9)
+    found = results.measurements
+    plain, tuned_ours = found[f"generate/small/fp16/{POSITIONS}"], found[f"generate/small/fp16/{POSITIONS}/tuned"]
+    assert plain.value == 60 and plain.config["option"] == bench_generate.OPTIONS["graph-compiled"].name
+    assert plain.speedups == {"StaticCache, compiled": 1.5, "StaticCache, eager": 2.0}
+    assert tuned_ours.value == 70 and tuned_ours.peers == {} and len(tuned_ours.config["ours"]) == 1
+
+
 def test_without_transformers_a_sentence_says_so(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
