@@ -2,9 +2,10 @@
 
 One sequence, greedy, at each number of positions held: DynamicCache; StaticCache, eager and compiled with CUDA graphs;
 ours eager, in a CUDA graph (`decode_graph`), and that compiled first. The tuned ones (only when asked for, as they take
-minutes) are compiled with Inductor's `coordinate_descent_tuning`, and have rows of their own. Caches are filled with random keys and values
-instead of by a prompt. Time is the host's clock over whole steps, each token fed back. The ceiling: the weights and the
-FP16 keys and values, read once for each token, at the rate of a kernel that only reads, of the same run.
+minutes) are compiled with Inductor's `coordinate_descent_tuning`, and have rows of their own. Caches are filled with
+random keys and values instead of by a prompt. Time is the host's clock over whole steps, each token fed back. The
+ceiling: the weights and the FP16 keys and values, read once for each token, at the rate of a kernel that only reads, of
+the same run.
 
 Peak memory is what the allocator held at most once weights and cache existed, in GB of 10^9 bytes, with the steps' own
 needs in it (captures and compiled code too). What does not fit is said and left out, and so are other failures.
