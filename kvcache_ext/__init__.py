@@ -1,4 +1,4 @@
-"""An FP16 key/value cache for PyTorch models of any float dtype: half the memory, twice the context."""
+"""An FP16 key/value cache for FP32, FP16 and BF16 models in PyTorch: half the memory, twice the context."""
 
 from __future__ import annotations
 

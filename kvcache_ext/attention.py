@@ -166,7 +166,8 @@ def merge_states(
 
     Args:
         outs: answers, all of one shape `[..., D]` and dtype.
-        lses: their natural log-sum-exps, FP32 `[...]`; -inf where a set was empty.
+        lses: their natural log-sum-exps, FP32 `[...]`; -inf where a set was empty, whatever its answer (NaN, of some
+            libraries).
 
     Returns:
         The merged answer, of the same shape and dtype, and its LSE, FP32. Merging empty states gives zeros and -inf.
@@ -196,7 +197,8 @@ def merge_states(
     largest = all_lses.amax(0)
     weights = torch.exp(all_lses - torch.where(largest == -torch.inf, 0.0, largest))
     total = weights.sum(0)
-    merged = torch.stack([out.float() for out in outs]).mul_(weights[..., None]).sum(0)
+    answers = torch.stack([out.float() for out in outs]).masked_fill_((all_lses == -torch.inf)[..., None], 0.0)
+    merged = answers.mul_(weights[..., None]).sum(0)
     merged = torch.where(total[..., None] == 0, 0.0, merged / total[..., None])
     return merged.to(outs[0].dtype), largest + total.log()
 

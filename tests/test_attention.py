@@ -443,6 +443,10 @@ def test_merge_states(device: torch.device, dtype: torch.dtype) -> None:
     assert got[0].dtype == dtype
     torch.testing.assert_close(got[0], want[0], rtol=4 * BOUND[dtype], atol=4 * BOUND[dtype])
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
+    # Of an empty set the answer means nothing, as other libraries have it.
+    assert bool((lses[2] == -torch.inf).all())
+    again = merge_states([outs[0], outs[1], torch.full_like(outs[2], torch.nan), outs[3]], lses)
+    assert torch.equal(again[0], got[0]) and torch.equal(again[1], got[1])
     empty = merge_states([torch.full_like(outs[2], 0)] * 2, [lses[2]] * 2)
     assert not empty[0].any() and (empty[1] == -torch.inf).all()
 

@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 try:
     from kvcache_ext.integrations import transformers as integration
     from kvcache_ext.integrations.transformers import CROP_MARGIN, NAME, Fp16Cache, shared
+    from kvcache_ext.integrations.transformers.version import cache_argument
 except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -612,6 +613,161 @@ def test_graphs_where_there_is_no_room_to_capture(models: Any, device: torch.dev
         assert torch.equal(generate(model, inputs, cache, max_new_tokens=3), want)
 
 
+def test_graphs_replay_only_what_they_know(models: Any, device: torch.device) -> None:
+    """Whatever else a call brings reaches the model, as it does without graphs."""
+    torch.manual_seed(3)
+    config = {"vocab_size": VOCABULARY, "n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 128}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **special)).eval().to(device)
+    inputs = prompts(2, 9, device)
+    inputs["token_type_ids"] = torch.randint(0, VOCABULARY, (2, 9), device=device)
+    cache = Fp16Cache.for_model(model, 64, 2)
+    want = generate(model, inputs, cache)
+    with cache.cuda_graphs(model):
+        cache.reset()
+        assert torch.equal(generate(model, inputs, cache), want)
+    model = models("llama")
+    inputs = prompts(3, 9, device, padded=True)
+    cache = Fp16Cache.for_model(model, 64, 3)
+    mask = ones_after(inputs, 1)
+    new = {"input_ids": inputs["input_ids"][:, :1], "attention_mask": mask}
+    logits_of(model, cache, **inputs)
+    plain = logits_of(model, cache, **new)  # positions are columns then
+    cache.crop(-1)
+    with cache.cuda_graphs(model):
+        assert torch.equal(logits_of(model, cache, **new), plain)
+        cache.crop(-1)
+        embeddings = model.get_input_embeddings()(new["input_ids"])
+        assert torch.equal(logits_of(model, cache, inputs_embeds=embeddings, attention_mask=mask), plain)
+
+
+def test_graphs_return_what_the_model_returns(models: Any, device: torch.device) -> None:
+    model = copy.deepcopy(models("llama"))
+    cache = Fp16Cache.for_model(model, 64, 2)
+    inputs = prompts(2, 9, device)
+    places = torch.full((2, 1), 9, device=device)
+    new = {"input_ids": inputs["input_ids"][:, :1], "position_ids": places, cache_argument(): cache}
+    model.config.output_hidden_states = True
+    for part, field in ((model, "logits"), (model.model, "last_hidden_state")):
+        cache.reset()
+        logits_of(model, cache, input_ids=inputs["input_ids"])
+        with torch.no_grad():
+            want = part(**new)
+            cache.crop(-1)
+            with cache.cuda_graphs(part):
+                got, later = part(**new), part(**new | {"position_ids": places + 1})
+        assert type(got) is type(want) and list(got) == list(want)
+        torch.testing.assert_close(got[field], want[field])
+        torch.testing.assert_close(got.hidden_states, want.hidden_states)
+        assert not torch.equal(got[field], later[field])  # a copy, not what the next step overwrites
+
+
+def test_graphs_with_masks_of_other_kinds(models: Any, device: torch.device) -> None:
+    """A dict of masks, as `generate` makes for compileable caches, and one row for all sequences."""
+    model = models("gemma3")
+    inputs = prompts(2, 12, device, padded=True)
+    want = generate(model, inputs, Fp16Cache.for_model(model, 64, 2))
+    cache = Fp16Cache.for_model(model, 64, 2, compileable=True)
+    with cache.cuda_graphs(model):
+        assert torch.equal(generate(model, inputs, cache, disable_compile=True), want)
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64, 3)
+    ids, row = prompts(3, 6, device)["input_ids"], torch.tensor([[0, 1, 1, 1, 1, 1]], device=device)
+    with cache.cuda_graphs(model):
+        logits_of(model, cache, input_ids=ids, attention_mask=row)
+        row = torch.nn.functional.pad(row, (0, 1), value=1)
+        new = {"input_ids": ids[:, :1], "position_ids": torch.full((3, 1), 5, device=device)}
+        first = logits_of(model, cache, **new, attention_mask=row)
+        cache.crop(-1)
+        cache.reorder_cache(torch.tensor([2, 1, 0], device=device))
+        new["input_ids"] = new["input_ids"].flip(0)
+        torch.testing.assert_close(logits_of(model, cache, **new, attention_mask=row), first.flip(0))
+
+
+def test_crop_after_a_forward_pass_that_was_broken_off(models: Any, device: torch.device) -> None:
+    for family in ("llama", "gemma3"):
+        model = models(family)
+        inputs = prompts(3, 13, device, padded=True)
+        cache = Fp16Cache.for_model(model, 64, 3)
+        logits_of(model, cache, **inputs)
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            logits_of(model, cache, input_ids=inputs["input_ids"][:, :5], attention_mask=ones_after(inputs, 5))
+        hook.remove()
+        before = [each.cache_seqlens.clone() for each in cache.caches]
+        with pytest.raises(RuntimeError, match="broken off; reset"):
+            cache.crop(-2)
+        assert all(torch.equal(each.cache_seqlens, held) for each, held in zip(cache.caches, before, strict=True))
+
+
+def test_a_cache_that_holds_nothing_takes_any_number_of_sequences(models: Any, device: torch.device) -> None:
+    """Also after a call that was refused, and when everything has been taken back."""
+    model = models("llama")
+    inputs = prompts(1, 5, device, padded=True)
+    want = generate(model, inputs, Fp16Cache.for_model(model, 64, 3))
+    cache = Fp16Cache.for_model(model, 64, 3)
+    logits_of(model, cache, **prompts(3, 6, device, padded=True))
+    cache.crop(-6)
+    assert torch.equal(generate(model, inputs, cache), want)
+    cache.reset()
+    with pytest.raises(TypeError, match="float64"):
+        logits_of(copy.deepcopy(model).double(), cache, **prompts(2, 6, device, padded=True))
+    assert torch.equal(generate(model, inputs, cache), want)
+
+
+def test_a_model_of_fp64_is_refused(models: Any) -> None:
+    with pytest.raises(TypeError, match="is an FP64 model"):
+        Fp16Cache.for_model(copy.deepcopy(models("llama")).double(), 64)
+
+
+def test_padding_of_single_tokens_is_known_in_a_compileable_cache(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    ids = prompts(2, 7, device)["input_ids"]
+    mask = torch.ones(2, 7, dtype=torch.int64, device=device)
+    mask[0, 5] = 0
+    held = []
+    for compileable in (False, True):
+        cache = Fp16Cache.for_model(model, 64, 2, compileable=compileable)
+        for begin, end in ((0, 5), (5, 6), (6, 7)):
+            logits_of(model, cache, input_ids=ids[:, begin:end], attention_mask=mask[:, :end])
+        cache.crop(-1)
+        held.append(cache.caches[0].cache_seqlens[0].tolist())
+    assert held == [[5, 6], [5, 6]]
+
+
+def test_copies_of_a_model_and_its_cache_belong_together(models: Any, device: torch.device) -> None:
+    model = copy.deepcopy(models("llama"))
+    cache = Fp16Cache.for_model(model, 64, 1)
+    other, of_other = copy.deepcopy((model, cache))
+    other.set_attn_implementation("eager")
+    inputs = prompts(1, 5, device)
+    want = generate(model, inputs, cache)
+    assert torch.equal(generate(other, inputs, of_other)[:, :7], want[:, :7])
+    of_third, third = copy.deepcopy((cache, model))
+    assert third.config is not model.config and of_third._shared.config is model.config
+
+
+def test_chosen_sequences(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    inputs = prompts(3, 6, device)
+    cache = Fp16Cache.for_model(model, 64, 4)
+    logits_of(model, cache, **inputs)
+    for wrong, error in (([], TypeError), ("a", TypeError), ([True, False], TypeError), ([3], IndexError)):
+        with pytest.raises(error, match="indices of sequences must be"):
+            cache.batch_select_indices(wrong)
+        with pytest.raises(IndexError, match="from 0 to 2"):
+            cache.batch_select_indices(torch.tensor([-1]))
+    cache.batch_select_indices([True, False, True])
+    want = Fp16Cache.for_model(model, 64, 4)
+    logits_of(model, want, input_ids=inputs["input_ids"][::2])
+    new = inputs["input_ids"][:2, :1]
+    torch.testing.assert_close(logits_of(model, cache, input_ids=new), logits_of(model, want, input_ids=new))
+
+
 @pytest.mark.slow
 def test_compiled_generation(models: Any, device: torch.device, counted: dict[str, int]) -> None:
     """`generate` compiles the model by itself for a cache that says it may; padded, and in one graph without breaks."""
@@ -777,8 +933,8 @@ def test_a_full_cache_says_so(models: Any, device: torch.device) -> None:
         logits_of(model, Fp16Cache.for_model(model, 20), **prompts(3, 5, device))
     with pytest.raises(ValueError, match="it holds 1 sequences, and these are 2"):
         cache = Fp16Cache.for_model(model, 20, 2)
-        cache._shared.use_batch(1)
-        logits_of(model, cache, **prompts(2, 5, device))
+        logits_of(model, cache, **prompts(1, 5, device))
+        logits_of(model, cache, input_ids=prompts(2, 5, device)["input_ids"])
 
 
 @pytest.mark.parametrize("attention", ["kvcache_ext", None])

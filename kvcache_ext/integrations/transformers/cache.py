@@ -6,13 +6,12 @@ import functools
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...attention import shown
 from ...cache import StreamingKVCacheFp16
@@ -24,7 +23,7 @@ from .version import CROP_MARGIN, NAME, cache_argument
 
 
 class Fp16Cache(Cache):
-    """A transformers `Cache` whose keys and values are FP16 in preallocated memory, for models of any float dtype.
+    """A transformers `Cache` whose keys and values are FP16 in preallocated memory, for FP32, FP16 and BF16 models.
 
     Make one with `for_model`, and pass it as `past_key_values` to `generate` or to the model.
     """
@@ -65,7 +64,7 @@ class Fp16Cache(Cache):
         Raises:
             NotImplementedError: the model has layers that such a cache cannot hold (see docs/transformers.md).
             MemoryError: it does not fit.
-            TypeError, ValueError: an argument is wrong.
+            TypeError, ValueError: an argument is wrong; the model is FP64.
         """
         if attention not in (None, NAME):
             raise ValueError(f"Fp16Cache: attention must be {NAME!r} or None, got {attention!r}")
@@ -118,6 +117,11 @@ class Fp16Cache(Cache):
         counts = {id(cache): cache.overflow_counts().cpu() for cache in self.caches}
         return torch.stack([counts[id(layer.cache)][layer.index] for layer in self.layers])
 
+    @property
+    def is_updated(self) -> NoReturn:
+        """Asked of a cache by cross-attention (BERT's kind), which this one has no place for."""
+        raise NotImplementedError("Fp16Cache: there is no place in it for the keys and values of cross-attention")
+
     def __repr__(self) -> str:
         windows = sorted({layer.window for layer in self.layers if layer.window is not None})
         return (
@@ -132,13 +136,16 @@ class Fp16Cache(Cache):
         """The number of columns that a mask of this layer has, and the first of them. Asked at each forward pass."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         if not is_compiling():
-            counts = {layer.columns for layer in self.layers}
-            if len(counts) != 1:
-                raise RuntimeError(
-                    f"Fp16Cache: its layers hold from {min(counts)} to {max(counts)} tokens, as after a forward pass "
-                    "that was broken off; reset() it"
-                )
+            self._check_whole()
         return sizes
+
+    def _check_whole(self) -> None:
+        counts = {layer.columns for layer in self.layers}
+        if len(counts) != 1:
+            raise RuntimeError(
+                f"Fp16Cache: its layers hold from {min(counts)} to {max(counts)} tokens, as after a forward pass "
+                "that was broken off; reset() it"
+            )
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
@@ -157,6 +164,7 @@ class Fp16Cache(Cache):
             ValueError: the number is positive, more than there are tokens, or more than the ring of a sliding window
                 layer can take back (128, once it is full). The cache is unchanged.
             TypeError: it is no integer.
+            RuntimeError: a forward pass was broken off, so that layers hold different tokens.
         """
         try:
             count = -operator.index(tokens_to_remove)
@@ -166,6 +174,7 @@ class Fp16Cache(Cache):
             raise ValueError(
                 f"Fp16Cache: crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}"
             )
+        self._check_whole()
         if count == 0:
             return
         for layer in self.layers:
@@ -219,9 +228,17 @@ class Fp16Cache(Cache):
         self._take(torch.arange(active, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these sequences, in this order."""
-        if self._shared.active is not None:
-            self._take(torch.arange(self._shared.active, device="cpu")[torch.as_tensor(indices, device="cpu")])
+        """Only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
+        active = self._shared.active
+        if active is None:
+            return
+        try:
+            chosen = torch.as_tensor(indices, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"Fp16Cache: indices of sequences must be integers [n], got {shown(indices)}") from None
+        if chosen.dtype == torch.bool and chosen.shape == (active,):
+            chosen = chosen.nonzero()[:, 0]
+        self._take(chosen)
 
     def _take(self, indices: Tensor) -> None:
         shared = self._shared
@@ -264,34 +281,53 @@ class Fp16Cache(Cache):
             with cache.cuda_graphs(model):
                 model.generate(**inputs, past_key_values=cache)
 
-        Prefill and everything else runs as it always does. `compile`: see `DecodeGraph`. On a CPU there is no graph.
+        Prefill and everything else runs as it always does: a step without `position_ids` (`generate` passes them), or
+        with an argument that the graph does not know. `compile`: see `DecodeGraph`. On a CPU there is no graph.
         """
         graph: DecodeGraph | None = None
-        argument = cache_argument()
+        names = {cache_argument(), "past_key_values"}  # the old one is understood by all versions
         original, own = model.forward, model.__dict__.get("forward")
+
+        def replayable(kwargs: dict[str, Any]) -> bool:
+            ids, mask, places = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+            given = [kwargs[name] for name in names if kwargs.get(name) is not None]
+            if len(given) != 1 or given[0] is not self or not self._shared.own_attention:
+                return False
+            if not isinstance(ids, Tensor) or tuple(ids.shape) != (self._shared.active, 1):
+                return False
+            if not isinstance(places, Tensor) or places.dim() != 2:  # some models have several for a token
+                return False
+            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+                return False
+            for name, value in kwargs.items():
+                if name in names or name in ("input_ids", "attention_mask", "position_ids") or value is None:
+                    continue
+                if name in ("use_cache", "return_dict"):
+                    known = value is True
+                elif name == "logits_to_keep":  # of one token's logits
+                    known = isinstance(value, int)
+                else:
+                    known = value is False and name.startswith("output_")
+                if not known:
+                    return False
+            return True
 
         @functools.wraps(original)  # generate() reads the signature to know what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal graph
-            ids: Any = kwargs.get("input_ids")
-            mask: Any = kwargs.get("attention_mask")
-            one_token = not args and ids is not None and ids.dim() == 2 and ids.shape[1] == 1
-            plain = not any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "labels"))
-            known = kwargs.get(argument) is self and self._shared.active == (ids.shape[0] if one_token else 0)
-            known = known and kwargs.get("inputs_embeds") is None and self._shared.own_attention
-            places = kwargs.get("position_ids")  # some models have several for a token
-            plain = plain and kwargs.get("return_dict") is not False and (places is None or places.dim() == 2)
-            if not (one_token and plain and known and (mask is None or mask.dim() == 2)):
+            if args or not replayable(kwargs):
                 return original(*args, **kwargs)
+            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
             if graph is None or not graph.serves(ids):
                 if not DecodeGraph.has_room(self):
                     return original(*args, **kwargs)
                 graph = DecodeGraph(model, self, compile=compile, forward=original)
             if mask is not None:
+                mask = mask.to(ids.device).expand(len(ids), -1)
                 for window in {layer.window for layer in self.layers}:
-                    self._shared.plan(mask.to(ids.device), self.get_seq_length(), 1, window, no_padding=True)
-            logits = graph(ids, kwargs.get("position_ids"))
-            return CausalLMOutputWithPast(logits=logits.clone(), **{argument: self})
+                    self._shared.plan(mask, self.get_seq_length(), 1, window, no_padding=True)
+            graph(ids, kwargs["position_ids"])
+            return graph.output()
 
         model.forward = forward
         try:

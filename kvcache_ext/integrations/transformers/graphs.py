@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 WARM_UPS = 3
 
 
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copied(each) for each in value)
+    return value
+
+
 class DecodeGraph:
     """One decode step of a model with its `Fp16Cache`, captured once in a CUDA graph and replayed for each token.
 
@@ -25,8 +33,9 @@ class DecodeGraph:
         logits = step(token)                      # token: int64 [B, 1]; logits: [B, 1, vocabulary]
 
     The logits are overwritten by the next step. A token's position is the number of tokens held, padding not counted,
-    as `generate` has it, unless `position_ids` says otherwise. Lengths move on the device; `get_seq_length()` is kept
-    right by counting replays. The cache must outlive this object.
+    as `generate` has it, unless `position_ids` says otherwise (models whose positions do not begin at 0, such as
+    RoBERTa's, need them). Lengths move on the device; `get_seq_length()` is kept right by counting replays. The cache
+    must outlive this object.
 
     Capturing runs the step a few times and takes those back, for which the cache must have room. With `compile` the
     step goes through torch.compile first, which fuses what lies between the matrix products. On a CPU there is no
@@ -60,14 +69,14 @@ class DecodeGraph:
         self._ids = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
         self._graph: Any = None
-        self._logits: Tensor | None = None
+        self._out: Any = None  # of the step: its tensors are the graph's, and overwritten by the next one
         if device.type == "cuda":
             with torch.cuda.device(device):
                 self._capture(device)
 
     @torch.no_grad()
-    def _step(self) -> Tensor:
-        out = self._forward(
+    def _step(self) -> None:
+        self._out = self._forward(
             input_ids=self._ids,
             position_ids=self._positions,
             attention_mask=None,
@@ -75,7 +84,14 @@ class DecodeGraph:
             use_cache=True,
             return_dict=True,
         )
-        return out.logits
+
+    def _logits(self) -> Tensor:
+        logits: Tensor = self._out[0]  # of a model without a head: its last hidden state
+        return logits
+
+    def output(self) -> Any:
+        """A copy of all that the model returned at the latest step."""
+        return type(self._out)(**{name: _copied(value) for name, value in self._out.items()})
 
     @staticmethod
     def has_room(cache: Fp16Cache) -> bool:
@@ -104,7 +120,7 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph):
-                self._logits = self._step()
+                self._step()
         finally:  # a capture runs nothing on the device
             for layer, (columns, first) in zip(layers, before, strict=True):
                 layer.columns, layer.first = columns, first
@@ -125,9 +141,9 @@ class DecodeGraph:
         self._ids.copy_(input_ids)
         self._positions.copy_(self._held() if position_ids is None else position_ids)
         if self._graph is None:
-            return self._step()
+            self._step()
+            return self._logits()
         self._graph.replay()
         for layer in self._cache.layers:
             layer._advance(1)
-        assert self._logits is not None
-        return self._logits
+        return self._logits()

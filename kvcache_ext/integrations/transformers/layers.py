@@ -118,7 +118,7 @@ class Fp16Layer(CacheLayerMixin):
                 f"Fp16Cache: {self.columns} tokens are in the cache and {rows} more do not fit into "
                 f"max_positions={self.shared.max_positions}; make a larger cache, or reset() this one"
             )
-        self.shared.use_batch(batch)
+        self.shared.use_batch(batch, self.columns)
 
     def _advance(self, rows: int) -> None:
         self.columns += rows

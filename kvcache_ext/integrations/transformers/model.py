@@ -44,6 +44,8 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
     if not isinstance(max_positions, int) or isinstance(max_positions, bool) or max_positions < 1:
         raise ValueError(f"Fp16Cache: max_positions must be a positive int, got {max_positions!r}")
 
+    if getattr(model, "dtype", None) == torch.float64:
+        raise TypeError(f"Fp16Cache: {name} is an FP64 model; FP32, FP16 and BF16 models can have such a cache")
     modules = _attention_modules(model, text.num_hidden_layers)
     plans = []
     for i, layer_type in enumerate(_layer_types(text)):

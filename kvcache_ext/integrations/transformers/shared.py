@@ -47,7 +47,8 @@ def _mask_changed() -> NoReturn:
     raise ValueError(
         "Fp16Cache: attention_mask says something else of the tokens in the cache than it did when they were appended "
         "(padding is not stored, so it cannot come back, and what is stored cannot be hidden by a 2D mask); pass the "
-        "mask of the whole text, old and new, or reset() the cache"
+        "mask of the whole text, old and new, or reset() the cache (a prompt with a mask of its own pattern, such as "
+        "one with images in it, is stored with its padding: for padded ones make the cache with attention=None)"
     )
 
 
@@ -70,20 +71,23 @@ class Shared:
     refresh: Callable[[], None] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        memo[id(self.config)] = self.config  # it is the model's, whose attention may be changed later
         new = Shared.__new__(Shared)
         memo[id(self)] = new
-        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        # The model's, whose attention may be changed later; or its copy's, where that has been copied before.
+        new.config = memo.get(id(self.config), self.config)
+        rest = {name: value for name, value in self.__dict__.items() if name != "config"}
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in rest.items()})
         return new
 
     @property
     def own_attention(self) -> bool:
         return self.config._attn_implementation == NAME
 
-    def use_batch(self, batch: int) -> None:
+    def use_batch(self, batch: int, held: int) -> None:
+        """That a layer which holds so many tokens gets some of so many sequences."""
         if self.active == batch:
             return
-        if self.active is not None:
+        if self.active is not None and held:
             raise ValueError(
                 f"Fp16Cache: it holds {self.active} sequences, and these are {batch}; reset() it to begin anew"
             )
@@ -134,7 +138,7 @@ class Shared:
             )
         mask = mask.bool()
         keep = mask[:, seen:]
-        record = self.records.get(window)
+        record = self.records.get(window) if seen else None  # of nothing: of a call that was refused
         recorded = 0 if record is None else min(record.shape[1], seen)
         same = mask[:, recorded:seen].all()
         if record is not None:
