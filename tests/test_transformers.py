@@ -660,6 +660,11 @@ def test_graphs_return_what_the_model_returns(models: Any, device: torch.device)
         torch.testing.assert_close(got[field], want[field])
         torch.testing.assert_close(got.hidden_states, want.hidden_states)
         assert not torch.equal(got[field], later[field])  # a copy, not what the next step overwrites
+    options = {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": True}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**BASE | options)).eval().to(device)
+    cache = Fp16Cache.for_model(model, 64, 2)
+    logits_of(model, cache, input_ids=inputs["input_ids"])
+    assert cache.decode_graph(model)(inputs["input_ids"][:, :1]).shape == (2, 1, VOCABULARY)
 
 
 def test_graphs_with_masks_of_other_kinds(models: Any, device: torch.device) -> None:
@@ -717,6 +722,21 @@ def test_a_cache_that_holds_nothing_takes_any_number_of_sequences(models: Any, d
     with pytest.raises(TypeError, match="float64"):
         logits_of(copy.deepcopy(model).double(), cache, **prompts(2, 6, device, padded=True))
     assert torch.equal(generate(model, inputs, cache), want)
+    # Slots that have gone out of use, and what was planned for another number of sequences, are of no consequence.
+    for padded in (False, True):
+        cache.reset()
+        logits_of(model, cache, **prompts(3, 6, device, padded=padded))
+        cache.batch_select_indices([0, 1])
+        cache.crop(-6)
+        with pytest.raises(ValueError, match="4 sequences need batch_size=4"):
+            logits_of(model, cache, **prompts(4, 6, device, padded=True))
+        three = prompts(3, 7, device)["input_ids"]
+        got = logits_of(model, cache, input_ids=three)
+        assert torch.equal(got, logits_of(model, Fp16Cache.for_model(model, 64, 3), input_ids=three))
+        cache.crop(-1)
+        assert cache.caches[0].cache_seqlens.tolist() == [[6] * 3] * 3
+        with pytest.raises(ValueError, match="it holds 3 sequences, and these are 2"):
+            logits_of(model, cache, **prompts(2, 7, device))
 
 
 def test_a_model_of_fp64_is_refused(models: Any) -> None:
@@ -737,6 +757,12 @@ def test_padding_of_single_tokens_is_known_in_a_compileable_cache(models: Any, d
         cache.crop(-1)
         held.append(cache.caches[0].cache_seqlens[0].tolist())
     assert held == [[5, 6], [5, 6]]
+    # What the mask says of older tokens is not taken over: a pass of several finds what it contradicts.
+    hides = torch.ones(2, 8, dtype=torch.int64, device=device)
+    hides[:, 0] = 0
+    logits_of(model, cache, input_ids=ids[:, :1], attention_mask=hides[:, :7])
+    with pytest.raises(ValueError, match="something else of the tokens in the cache"):
+        logits_of(model, cache, input_ids=ids[:, :2], attention_mask=torch.nn.functional.pad(hides, (0, 1), value=1))
 
 
 def test_copies_of_a_model_and_its_cache_belong_together(models: Any, device: torch.device) -> None:

@@ -32,7 +32,7 @@ class Fp16Cache(Cache):
         super().__init__(layers=layers)
         self.caches = caches
         self._shared = shared
-        shared.refresh = Refresh(caches)
+        shared.storage = Storage(caches)
 
     @classmethod
     def for_model(
@@ -120,7 +120,7 @@ class Fp16Cache(Cache):
     @property
     def is_updated(self) -> NoReturn:
         """Asked of a cache by cross-attention (BERT's kind), which this one has no place for."""
-        raise NotImplementedError("Fp16Cache: there is no place in it for the keys and values of cross-attention")
+        raise AttributeError("Fp16Cache: there is no place in it for the keys and values of cross-attention")
 
     def __repr__(self) -> str:
         windows = sorted({layer.window for layer in self.layers if layer.window is not None})
@@ -174,9 +174,9 @@ class Fp16Cache(Cache):
             raise ValueError(
                 f"Fp16Cache: crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}"
             )
-        self._check_whole()
         if count == 0:
             return
+        self._check_whole()
         for layer in self.layers:
             left = layer.columns - count
             if left < 0:
@@ -189,6 +189,9 @@ class Fp16Cache(Cache):
         shared = self._shared
         shared.raise_if_late()
         left = self.layers[0].columns - count
+        if left == 0:  # of slots that are not in use, too
+            self.reset()
+            return
         for cache in self.caches:
             layer = next(layer for layer in self.layers if layer.cache is cache)
             record = shared.records.get(layer.window)
@@ -281,8 +284,10 @@ class Fp16Cache(Cache):
             with cache.cuda_graphs(model):
                 model.generate(**inputs, past_key_values=cache)
 
-        Prefill and everything else runs as it always does: a step without `position_ids` (`generate` passes them), or
-        with an argument that the graph does not know. `compile`: see `DecodeGraph`. On a CPU there is no graph.
+        Everything else runs as it always does: more tokens at once, the first of a text, a step without `position_ids`
+        (`generate` passes them) or with an argument that the graph does not know. The token of a one-token step, also
+        where a prompt comes in chunks of one, must not be padding. `compile`: see `DecodeGraph`. On a CPU there is no
+        graph.
         """
         graph: DecodeGraph | None = None
         names = {cache_argument(), "past_key_values"}  # the old one is understood by all versions
@@ -294,6 +299,8 @@ class Fp16Cache(Cache):
             if len(given) != 1 or given[0] is not self or not self._shared.own_attention:
                 return False
             if not isinstance(ids, Tensor) or tuple(ids.shape) != (self._shared.active, 1):
+                return False
+            if kwargs.get("use_cache") is None and getattr(model.config, "use_cache", True) is False:
                 return False
             if not isinstance(places, Tensor) or places.dim() != 2:  # some models have several for a token
                 return False
@@ -339,12 +346,17 @@ class Fp16Cache(Cache):
         self._shared.raise_if_late()
 
 
-class Refresh:
-    """Reads lengths that only the device knows, so that a long prompt goes through what is held and not all slots."""
+class Storage:
+    """What `Shared` asks of all caches."""
 
     def __init__(self, caches: list[StreamingKVCacheFp16]) -> None:
         self.caches = caches
 
-    def __call__(self) -> None:
+    def refresh(self) -> None:
+        """Reads lengths that only the device knows: a long prompt then goes through what is held, not all slots."""
         for cache in self.caches:
             len(cache)
+
+    def clear(self) -> None:
+        for cache in self.caches:
+            cache.clear()

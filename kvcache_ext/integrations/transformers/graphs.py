@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from .version import NAME, cache_argument
 
@@ -21,8 +22,13 @@ WARM_UPS = 3
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _copied(each) for name, each in value.items()})
+    if isinstance(value, dict):
+        return {name: _copied(each) for name, each in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_copied(each) for each in value)
+        parts = [_copied(each) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
@@ -86,12 +92,13 @@ class DecodeGraph:
         )
 
     def _logits(self) -> Tensor:
-        logits: Tensor = self._out[0]  # of a model without a head: its last hidden state
+        has_logits = isinstance(self._out, dict) and "logits" in self._out
+        logits: Tensor = self._out["logits"] if has_logits else self._out[0]  # without a head: the last hidden state
         return logits
 
     def output(self) -> Any:
         """A copy of all that the model returned at the latest step."""
-        return type(self._out)(**{name: _copied(value) for name, value in self._out.items()})
+        return _copied(self._out)
 
     @staticmethod
     def has_room(cache: Fp16Cache) -> bool:

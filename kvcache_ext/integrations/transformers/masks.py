@@ -85,10 +85,10 @@ def make_mask(
         shared.raise_if_late()
         return None
     if shared.compileable and q_length == 1:
-        if attention_mask.shape[1] == seen + 1 and not is_compiling():
-            shared.records[kv_length.window] = attention_mask.expand(batch_size, -1).bool().clone()
+        attention_mask = attention_mask.expand(batch_size, -1)
+        shared.note_last(attention_mask, seen, kv_length.window)
         # The same for every step, so that the compiled code is: what the last column says, without looking.
-        return attention_mask[:, -1:].expand(batch_size, 1).to(torch.int32)[:, None, None].contiguous()
+        return attention_mask[:, -1:].to(torch.int32)[:, None, None].contiguous()
     return shared.plan(attention_mask.expand(batch_size, -1), seen, q_length, kv_length.window)
 
 

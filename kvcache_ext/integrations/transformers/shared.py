@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from .version import NAME
+
+if TYPE_CHECKING:
+    from .cache import Storage
 
 
 class LateCheck:
@@ -68,7 +70,7 @@ class Shared:
     # By device and number of them; never let go, as a captured graph has their address.
     sequences: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
     late: dict[int | None, LateCheck] = field(default_factory=dict)
-    refresh: Callable[[], None] = lambda: None
+    storage: Storage | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         new = Shared.__new__(Shared)
@@ -96,6 +98,8 @@ class Shared:
                 f"Fp16Cache: {batch} sequences need batch_size={batch} or more at construction, got {self.batch_size} "
                 "(beam search and num_return_sequences multiply the batch)"
             )
+        if self.active is not None and self.storage is not None:
+            self.storage.clear()  # of a pass that was broken off in its first layer
         self.active = batch
 
     def slots(self, device: torch.device) -> dict[str, Any]:
@@ -123,6 +127,8 @@ class Shared:
         On a GPU several tokens cost one synchronisation; one token costs none, and a mask that does not fit is then
         noticed at the next step. With `no_padding` a new token that does not exist is an error too.
         """
+        if seen:
+            self.use_batch(mask.shape[0], seen)
         late = self.late.setdefault(window, LateCheck())
         late.raise_if_bad()
         if mask.shape[1] != seen + new:
@@ -151,7 +157,8 @@ class Shared:
         same_, all_old, all_new, left = torch.stack([same, mask[:, :seen].all(), keep.all(), padded_left]).tolist()
         if not same_ or (no_padding and not all_new):
             _mask_changed()
-        self.refresh()
+        if self.storage is not None:
+            self.storage.refresh()
         self.records[window] = None if all_old and all_new else mask.clone()
         if all_new:
             return None
@@ -164,10 +171,21 @@ class Shared:
         """Whether looking at a mask on the host costs a synchronisation."""
         return mask.is_cuda
 
+    def note_last(self, mask: Tensor, seen: int, window: int | None) -> None:
+        """Records what a 2D mask says of a single new token, without looking at the rest."""
+        if is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        record = self.records.get(window) if seen else None
+        before = mask.new_ones(mask.shape[0], seen, dtype=torch.bool)
+        if record is not None:
+            known = record[:, :seen]
+            before[:, : known.shape[1]] = known.to(mask.device)
+        self.records[window] = torch.cat([before, mask[:, -1:].bool()], 1)
+
     def all_held_from(self, column: int, window: int | None) -> None:
         """That from this column on, the layers with this window hold all that came."""
         if is_compiling():  # no mask has been planned for it; and a record that grows would mean compiling anew
             return
         record = self.records.get(window)
         if record is not None:
-            self.records[window] = record[:, :column]
+            self.records[window] = record[:, :column] if column else None
