@@ -664,7 +664,12 @@ def test_graphs_return_what_the_model_returns(models: Any, device: torch.device)
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**BASE | options)).eval().to(device)
     cache = Fp16Cache.for_model(model, 64, 2)
     logits_of(model, cache, input_ids=inputs["input_ids"])
-    assert cache.decode_graph(model)(inputs["input_ids"][:, :1]).shape == (2, 1, VOCABULARY)
+    experts = model.get_experts_implementation()
+    want = logits_of(model, cache, input_ids=inputs["input_ids"][:, :1])
+    cache.crop(-1)
+    got = cache.decode_graph(model)(inputs["input_ids"][:, :1])
+    torch.testing.assert_close(got, want)
+    assert model.get_experts_implementation() == experts
 
 
 def test_graphs_with_masks_of_other_kinds(models: Any, device: torch.device) -> None:
@@ -1140,6 +1145,19 @@ def test_models_that_it_cannot_hold() -> None:
         transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     )
     refused(bloom, "BloomForCausalLM does not take attention")
+
+
+def test_cross_attention_has_no_place() -> None:
+    """A decoder that could attend to an encoder's states, too: it works without them, and says why not with them."""
+    config = tiny("Bert", num_key_value_heads=4, is_decoder=True, add_cross_attention=True)
+    model = transformers.BertLMHeadModel(config).eval()
+    cache = Fp16Cache.for_model(model, 64)
+    ids = prompts(1, 3, torch.device("cpu"))["input_ids"]
+    assert logits_of(model, cache, input_ids=ids).isfinite().all()
+    cache.reset()
+    states = torch.randn(1, 2, config.hidden_size)
+    with pytest.raises(AttributeError, match=r"Fp16Cache: there is no place in it for .* cross-attention"):
+        logits_of(model, cache, input_ids=ids, encoder_hidden_states=states)
 
 
 def test_wrong_arguments(models: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,24 @@ def _copied(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def _experts_for_decoding(model: Any, device: torch.device) -> Iterator[None]:
+    """Mixtures of experts by `batched_mm` on a GPU, as `generate` has them while it decodes.
+
+    Their default, `grouped_mm`, looks at the device from the host where torch has no kernel for the dtype (FP32).
+    """
+    ask = getattr(model, "get_experts_implementation", None)
+    before = ask() if ask is not None and device.type != "cpu" else {}
+    if "grouped_mm" not in before.values():
+        yield
+        return
+    model.set_experts_implementation({k: "batched_mm" if v == "grouped_mm" else v for k, v in before.items()})
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
 class DecodeGraph:
     """One decode step of a model with its `Fp16Cache`, captured once in a CUDA graph and replayed for each token.
 
@@ -44,8 +63,9 @@ class DecodeGraph:
     must outlive this object.
 
     Capturing runs the step a few times and takes those back, for which the cache must have room. With `compile` the
-    step goes through torch.compile first, which fuses what lies between the matrix products. On a CPU there is no
-    graph: each call is the step itself.
+    step goes through torch.compile first, which fuses what lies between the matrix products. Mixtures of experts are
+    captured with `batched_mm`, as `generate` has them while it decodes. On a CPU there is no graph: each call is the
+    step itself.
     """
 
     def __init__(
@@ -77,7 +97,7 @@ class DecodeGraph:
         self._graph: Any = None
         self._out: Any = None  # of the step: its tensors are the graph's, and overwritten by the next one
         if device.type == "cuda":
-            with torch.cuda.device(device):
+            with torch.cuda.device(device), _experts_for_decoding(model, device):
                 self._capture(device)
 
     @torch.no_grad()
