@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from ...attention import shown
 from ...cache import StreamingKVCacheFp16
-from .graphs import DecodeGraph
+from .graphs import DecodeGraph, asks_for_router_logits
 from .layers import Fp16Layer
 from .model import check_attention, plan_layers
 from .shared import Shared
@@ -305,6 +305,8 @@ class Fp16Cache(Cache):
             if not isinstance(places, Tensor) or places.dim() != 2:  # some models have several for a token
                 return False
             if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+                return False
+            if asks_for_router_logits(model) and kwargs.get("output_router_logits") is not False:
                 return False
             for name, value in kwargs.items():
                 if name in names or name in ("input_ids", "attention_mask", "position_ids") or value is None:

@@ -51,6 +51,11 @@ def _experts_for_decoding(model: Any, device: torch.device) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
+def asks_for_router_logits(model: Any) -> bool:
+    """Whether the configuration does, of a mixture of experts: the loss that comes with them cannot be captured."""
+    return bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False))
+
+
 class DecodeGraph:
     """One decode step of a model with its `Fp16Cache`, captured once in a CUDA graph and replayed for each token.
 
@@ -89,7 +94,9 @@ class DecodeGraph:
         if compile:
             self._forward = torch.compile(self._forward)
         self._cache = cache
-        self._cache_argument = cache_argument()
+        self._arguments = {cache_argument(): cache, "use_cache": True, "return_dict": True}
+        if asks_for_router_logits(model):
+            self._arguments["output_router_logits"] = False
         self._batch = shared.active
         device = devices.pop()
         self._ids = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
@@ -103,12 +110,7 @@ class DecodeGraph:
     @torch.no_grad()
     def _step(self) -> None:
         self._out = self._forward(
-            input_ids=self._ids,
-            position_ids=self._positions,
-            attention_mask=None,
-            **{self._cache_argument: self._cache},
-            use_cache=True,
-            return_dict=True,
+            input_ids=self._ids, position_ids=self._positions, attention_mask=None, **self._arguments
         )
 
     def _logits(self) -> Tensor:
