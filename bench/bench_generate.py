@@ -38,6 +38,7 @@ from common import (
     open_results,
     parser,
     print_measurements,
+    print_table,
     quantity,
 )
 from common import compare as compare_samplers
@@ -85,7 +86,7 @@ def read_rate(device: torch.device, quick: bool) -> float:
 
 
 def measure_option(
-    option: Option, model: Any, shape: LlamaShape, weights: str, positions: int, device: torch.device
+    option: Option, model: Any, shape: LlamaShape, weights: str, positions: int, device: torch.device, profile: bool
 ) -> Figure:
     cache = option.prepare(model, shape, positions - llama.RESERVE, positions)
     if on_gpu(device):
@@ -94,11 +95,26 @@ def measure_option(
     with llama.compiler_set_up(weights, option.tuned):
         step = option.step(model, cache)
         seconds = llama.step_seconds(step, device)
-    return Figure(1 / seconds, llama.peak_bytes(device))
+    figure = Figure(1 / seconds, llama.peak_bytes(device))
+    if profile:
+        rows = [
+            [name[:100], f"{kernel.launches:g}", f"{1e6 * kernel.seconds:,.1f}"]
+            for name, kernel in llama.kernels_of(step, device).items()
+        ]
+        title = f"{weights}, {positions:,} positions, {option.name}: a step of {1e6 * seconds:,.0f} us"
+        print_table(title, ["kernel", "launches a step", "us a step"], rows)
+    return figure
 
 
 def try_option(
-    option: Option, model: Any, shape: LlamaShape, weights: str, positions: int, device: torch.device, failed: list[str]
+    option: Option,
+    model: Any,
+    shape: LlamaShape,
+    weights: str,
+    positions: int,
+    device: torch.device,
+    profile: bool,
+    failed: list[str],
 ) -> Figure | None:
     """The figure; where there is none it is said why, and noted in `failed` unless it was for want of memory."""
     what = f"{weights}, {positions:,} positions, {option.name}"
@@ -106,7 +122,7 @@ def try_option(
     words, figure = "", None
     try:
         with torch.no_grad(), one_thread(device):
-            figure = measure_option(option, model, shape, weights, positions, device)
+            figure = measure_option(option, model, shape, weights, positions, device, profile)
     except (torch.OutOfMemoryError, MemoryError):
         words = "does not fit into memory: left out"
     except Exception as error:  # one option's failure is not to cost the others' figures
@@ -199,6 +215,7 @@ def arguments() -> argparse.Namespace:
         help=f"of {','.join(OPTIONS)} (default: all but the tuned; on a CPU none compiled)",
     )
     p.add_argument("--layers", type=int, help="of the model (default: all of them)")
+    p.add_argument("--profile", action="store_true", help="show the time of every kernel of a step, too (on a GPU)")
     args = p.parse_args()
     for name, known in (("weights", WEIGHTS), ("options", OPTIONS)):
         unknown = set(getattr(args, name) or ()) - set(known)
@@ -216,6 +233,9 @@ def main() -> int:
     torch.set_grad_enabled(False)
     device = choose_device(args.device)
     gpu = on_gpu(device)
+    if args.profile and not gpu:
+        print("bench_generate: --profile shows the kernels of a GPU, and here there is none")
+        return 2
     try:
         llama.transformers()
     except Unavailable as why:
@@ -248,7 +268,7 @@ def main() -> int:
         for number in positions:
             figures: dict[str, Figure] = {}
             for key in options:
-                figure = try_option(OPTIONS[key], model, shape, weights, number, device, failed)
+                figure = try_option(OPTIONS[key], model, shape, weights, number, device, args.profile, failed)
                 if figure is not None:
                     figures[key] = figure
             for tuned in (False, True):

@@ -21,7 +21,8 @@ from torch.nn import functional
 GROUP = 128  # weights that share a scale, in 4 bits
 WARM_STEPS = 6
 SAMPLE_STEPS, ROUNDS = 16, 3
-RESERVE = WARM_STEPS + ROUNDS * SAMPLE_STEPS + 2  # positions left free for the steps that are timed
+PROFILED_STEPS = 2
+RESERVE = WARM_STEPS + ROUNDS * SAMPLE_STEPS + PROFILED_STEPS  # positions left free for the steps that are timed
 
 
 class Unavailable(Exception):
@@ -372,6 +373,28 @@ def step_seconds(step: Step, device: torch.device, samples: int = SAMPLE_STEPS, 
 
     run(WARM_STEPS)
     return statistics.median(run(samples) for _ in range(rounds))
+
+
+@dataclass
+class Kernel:
+    launches: float = 0.0  # a step
+    seconds: float = 0.0  # a step, of all of them
+
+
+def kernels_of(step: Step, device: torch.device) -> dict[str, Kernel]:
+    """What runs on the GPU in a step, by torch's profiler, the longest first. Those that overlap count twice."""
+    ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(PROFILED_STEPS):
+            ids = step(ids).argmax(-1)
+        synchronize(device)
+    found: dict[str, Kernel] = {}
+    for event in seen.events():
+        if event.device_type.name == "CUDA":
+            kernel = found.setdefault(event.name, Kernel())
+            kernel.launches += 1 / PROFILED_STEPS
+            kernel.seconds += 1e-6 * event.time_range.elapsed_us() / PROFILED_STEPS
+    return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -74,16 +74,25 @@ def test_one_failing_option_leaves_the_others(
     monkeypatch.setitem(llama.OPTIONS, "dynamic", option)
     chosen = ["--weights", "fp32", "--positions", str(POSITIONS), "--layers", "1", "--options", "eager,static,dynamic"]
     words = ["bench_generate.py", "--quick", "--results", str(tmp_path), "--device", str(device), *chosen]
-    monkeypatch.setattr(sys, "argv", words)
+    gpu = device.type == "cuda"
+    monkeypatch.setattr(sys, "argv", [*words, "--profile"] if gpu else words)
     monkeypatch.setattr(bench_generate, "SEVEN_B", SHAPE)
     monkeypatch.setattr(bench_generate, "TINY", SHAPE)
     assert bench_generate.main() == 0
-    assert "DynamicCache, eager: does not fit into memory: left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "DynamicCache, eager: does not fit into memory: left out" in printed
+    assert ("kvc::" in printed) == gpu  # our kernels, where kernels are shown
     (path,) = tmp_path.glob("*.json")
     entries = {entry["name"]: entry for entry in json.loads(path.read_text())["measurements"]}
     entry = entries[f"generate/small-1-layers/fp32/{POSITIONS}"]
     assert entry["value"] > 0 and entry["ceiling"] > 0 and list(entry["peers"]) == ["StaticCache, eager"]
     assert list(entry["config"]["ours"]) == ["ours, eager"]
+
+
+def test_kernels_are_a_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_generate.py", "--device", "cpu", "--profile"])
+    assert bench_generate.main() == 2
+    assert "the kernels of a GPU" in capsys.readouterr().out
 
 
 def test_gpu015_with_a_full_cache(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
