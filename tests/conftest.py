@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,38 @@ def gigabytes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         yield
         gc.collect()
         torch.cuda.empty_cache()
+
+
+# For models of transformers (llms.py)
+
+
+@pytest.fixture
+def models(device: torch.device) -> Callable[[str], Any]:
+    """Models by family, each made once."""
+    from llms import model_of
+
+    return lambda family: model_of(family, device)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Work this small is slower on several, and far slower where others use them too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def counted() -> Iterator[dict[str, int]]:
+    from llms import NEAR_TIE
+
+    counts = {"tokens": 0, "near ties": 0}
+    yield counts
+    NOTES.append(
+        f"token identity with a DynamicCache that rounds to FP16: {counts['tokens']} tokens compared, "
+        f"{counts['near ties']} sequences parted at near ties (FP64: within {NEAR_TIE})"
+    )
 
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a CPU build")
