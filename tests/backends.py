@@ -15,6 +15,7 @@ from kvcache_ext._extension import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
+EMULATOR_VARIABLE = "KVC_TEST_EMULATOR"  # the way to a library of build_emulator's that the tests are to use
 CPU_BACKENDS = ("cpu-generic", "cpu-avx2", "cpu-avx512", "emulated")
 
 
@@ -34,7 +35,7 @@ class Unavailable(Exception):
     """A backend that this machine does not have."""
 
 
-def build_emulator(folder: Path) -> Path:
+def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
     """Compiles the GPU kernels' own source to run on a CPU (tests/emulator), into `folder`."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -44,8 +45,8 @@ def build_emulator(folder: Path) -> Path:
     command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     command += ["-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
     command += ["-fno-sanitize-recover=all"]
-    command += [f"-I{source_folder}", f"-I{KERNELS}", "-o", str(library), str(source_folder / "emulator.cpp")]
-    command += ["-x", "c++", *(str(source) for source in sorted(KERNELS.glob("*.cu")))]
+    command += [f"-I{source_folder}", f"-I{kernels}", "-o", str(library), str(source_folder / "emulator.cpp")]
+    command += ["-x", "c++", *(str(source) for source in sorted(kernels.glob("*.cu")))]
     subprocess.run(command, check=True)
     return library
 

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU_BACKENDS, KERNELS, ROOT, Backend, Unavailable, build_emulator, using  # noqa: F401
+from backends import (  # noqa: F401
+    CPU_BACKENDS,
+    EMULATOR_VARIABLE,
+    KERNELS,
+    ROOT,
+    Backend,
+    Unavailable,
+    build_emulator,
+    using,
+)
 
 from kvcache_ext import StreamingKVCacheFp16, build_info
 
@@ -30,6 +39,8 @@ def gradient_mode() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GPU kernels' own source, compiled to run on a CPU (tests/emulator)."""
+    if EMULATOR_VARIABLE in os.environ:
+        return Path(os.environ[EMULATOR_VARIABLE])
     try:
         return build_emulator(tmp_path_factory.mktemp("emulator"))
     except Unavailable as reason:

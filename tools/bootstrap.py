@@ -82,6 +82,7 @@ TARGETS = {
     "check-kernels": Target(("sass",), (("python", "tools/check_kernels.py", "{args}"),), torch=False),
     "check-cuda-build": Target((), (("python", "tools/check_cuda_build.py"),)),
     "soak": Target(("test",), (("python", "tools/soak.py", "{args}"),), build=True),
+    "check-barriers": Target(("test",), (("python", "tools/leave_out_barriers.py", "{args}"),), build=True),
     "sanitize": Target((), (("python", "tools/sanitize.py", "{args}"),), torch=False),
     "lint": Target(
         ("lint",),

@@ -1,0 +1,107 @@
+"""Leaves out every barrier of every GPU kernel, one at a time: the tests must fail each time. `make check-barriers`.
+
+The kernels run under the tests' emulator (tests/emulator), so no GPU is needed. A barrier that no test misses is either
+one too many or one that the tests do not reach; both are worth knowing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from backends import EMULATOR_VARIABLE, KERNELS, build_emulator
+
+# A statement that is nothing but a barrier. (`sync_ring` is that of the warps which share a ring.)
+BARRIER = re.compile(r"^ *(?:__syncthreads|sync_ring)\(\);")
+TESTS = {"append.cu": "test_append.py", "copy_sequences.cu": "test_sequences.py"}  # of attention: all other files
+STARTED = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Barrier:
+    file: Path
+    line: int  # from 0
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line + 1}"
+
+
+def barriers() -> list[Barrier]:
+    return [
+        Barrier(path, number)
+        for path in sorted(KERNELS.glob("*.cu*"))
+        for number, line in enumerate(path.read_text().splitlines())
+        if BARRIER.match(line)
+    ]
+
+
+def missed(left_out: Barrier | None) -> str:
+    """The test that fails without it (with all barriers, for None), or the file whose tests break off, or nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = Path(folder) / "kernels"
+        shutil.copytree(KERNELS, kernels)
+        tests = sorted({"test_attention.py", *TESTS.values()})
+        if left_out is not None:
+            copy = kernels / left_out.file.name
+            lines = copy.read_text().splitlines(keepends=True)
+            lines[left_out.line] = BARRIER.sub(";", lines[left_out.line])
+            copy.write_text("".join(lines))
+            tests = [TESTS.get(copy.name, "test_attention.py")]
+        environment = os.environ | {
+            EMULATOR_VARIABLE: str(build_emulator(Path(folder), kernels)),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "emulated", "-p", "no:cacheprovider"]
+        command += [str(ROOT / "tests" / test) for test in tests]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if result.returncode == 0:
+        return ""
+    if result.returncode < 0:  # a step out of bounds, say, at which the emulator's sanitizers end the process
+        return f"{', '.join(tests)}, by {signal.Signals(-result.returncode).name}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"pytest ended with {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return found[1].removeprefix("tests/")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="barriers whose file and line contain this, such as append.cu")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time (default: the cores)")
+    args = parser.parse_args()
+    chosen = [barrier for barrier in barriers() if args.only in str(barrier)]
+    if not chosen:
+        parser.error(f"--only: no barrier's place contains {args.only!r}")
+    failing = missed(None)
+    if failing:
+        print(f"check-barriers: FAILED: with every barrier in its place, {failing} fails")
+        return 1
+    print(f"[{time.monotonic() - STARTED:5.0f} s] with every barrier the tests pass", flush=True)
+    unnoticed = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for barrier, test in zip(chosen, pool.map(missed, chosen), strict=True):
+            if not test:
+                unnoticed.append(str(barrier))
+            what = f"missed by {test}" if test else "NOT MISSED"
+            print(f"[{time.monotonic() - STARTED:5.0f} s] {barrier}: {what}", flush=True)
+    if unnoticed:
+        print(f"check-barriers: FAILED: left out and not missed: {', '.join(unnoticed)}")
+        return 1
+    print(f"check-barriers: PASSED: each of {len(chosen)} barriers is missed by a test when it is left out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
