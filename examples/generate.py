@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU, do not decode in a CUDA graph")
     parser.add_argument("--no-comparison", action="store_true", help="leave DynamicCache out")
     o = parser.parse_args(arguments)
+    if min(o.prompt_tokens, o.tokens, 1 if o.max_positions is None else o.max_positions) < 1:
+        parser.error("numbers of tokens and positions must be at least 1")
 
     torch.manual_seed(0)
     dtype = getattr(torch, o.dtype)

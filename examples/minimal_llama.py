@@ -146,6 +146,9 @@ def main(arguments: list[str] | None = None) -> Tensor:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args(arguments)
+    least = min(o.layers, o.hidden, o.heads, o.kv_heads, o.batch, o.prompt, o.tokens)
+    if least < 1 or o.hidden % o.heads or o.heads % o.kv_heads:
+        parser.error("numbers must be at least 1, hidden a multiple of heads, and heads one of kv-heads")
 
     torch.manual_seed(0)
     config = Config(layers=o.layers, hidden=o.hidden, heads=o.heads, kv_heads=o.kv_heads)

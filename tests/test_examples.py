@@ -38,6 +38,24 @@ def test_minimal_llama(device: torch.device, dtype: str, capsys: pytest.CaptureF
     assert "tok/s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("minimal_llama", ["--tokens", "0"]),
+        ("minimal_llama", ["--heads", "0"]),
+        ("minimal_llama", ["--hidden", "100", "--heads", "3"]),
+        ("generate", ["--tokens", "0"]),
+        ("generate", ["--max-positions", "0"]),
+    ],
+)
+def test_arguments_that_cannot_be(name: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "generate":
+        transformers_or_skip()
+    with pytest.raises(SystemExit):
+        example(name).main(arguments)
+    assert "must be at least 1" in capsys.readouterr().err
+
+
 def test_minimal_llama_decodes_what_it_prefills(device: torch.device) -> None:
     """Each token it generates, step by step, is what all the tokens before it give in one go, or nearly."""
     module = example("minimal_llama")

@@ -185,3 +185,24 @@ def test_graphs_with_masks_of_other_kinds(models: Any, device: torch.device) -> 
         cache.reorder_cache(torch.tensor([2, 1, 0], device=device))
         new["input_ids"] = new["input_ids"].flip(0)
         torch.testing.assert_close(logits_of(model, cache, **new, attention_mask=row), first.flip(0))
+
+
+def test_copies_of_a_model_with_graphs_are_models_of_their_own(models: Any, device: torch.device) -> None:
+    model = copy.deepcopy(models("llama"))
+    inputs = prompts(2, 9, device)
+    cache = Fp16Cache.for_model(model, 64, 2)
+    with cache.cuda_graphs(model):
+        other = copy.deepcopy(model)
+        want = generate(model, inputs, cache)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.set_attn_implementation("eager")
+    assert not generate(other, inputs, Fp16Cache.for_model(other, 64, 2))[:, 9:].any()
+    own, model.forward = model.forward, lambda *args, **kwargs: own(*args, **kwargs)  # as wrappers of models do
+    forward = model.forward
+    cache.reset()
+    with cache.cuda_graphs(model):
+        assert copy.deepcopy(model).forward is forward
+        assert torch.equal(generate(model, inputs, cache), want)
+    assert model.forward is forward

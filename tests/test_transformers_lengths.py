@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from llms import WINDOW, RoundingCache, generate, logits_of, make_model, ones_after, prompts, transformers
+from torch import Tensor
 
 from kvcache_ext.integrations.transformers import CROP_MARGIN, NAME, Fp16Cache
 
@@ -111,6 +112,38 @@ def test_a_forward_pass_that_was_broken_off(models: Any, device: torch.device) -
         logits_of(model, cache, **inputs)
     cache.reset()
     logits_of(model, cache, **inputs)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_crop_of_padding_from_a_full_ring(models: Any, device: torch.device, family: str) -> None:
+    """A ring whose text had padding once has lost fewer tokens than columns: a later crop, and gathering, know."""
+    model = models(family)
+    prompt = prompts(2, 200, device)["input_ids"]
+
+    def ask(cache: Fp16Cache, ids: Tensor, pads: int = 0) -> Tensor:
+        mask = torch.ones(2, 200 + ids.shape[1], dtype=torch.int64, device=device)
+        mask[0, 200 : 200 + pads] = 0
+        places = (mask.cumsum(1) - 1)[:, 200:]
+        return logits_of(model, cache, input_ids=ids, attention_mask=mask, position_ids=places)[:, -1]
+
+    question, other = (prompts(2, n, device)["input_ids"] for n in (10, 4))
+    cache = Fp16Cache.for_model(model, 400, 2)
+    logits_of(model, cache, input_ids=prompt)
+    want = ask(copy.deepcopy(cache), question)
+    ask(cache, question, pads=5)
+    cache.crop(-10)
+    ask(cache, other)
+    gathers = copy.deepcopy(cache)
+    cache.crop(-4)
+    assert cache.layers[0].cache.position == 200
+    torch.testing.assert_close(ask(cache, question), want, rtol=0, atol=2e-3 * float(want.std()))
+    straight = Fp16Cache.for_model(model, 400, 2)
+    logits_of(model, straight, input_ids=prompt)
+    ask(straight, other)
+    model.set_attn_implementation("eager")
+    new = {"input_ids": question[:, :3], "position_ids": torch.arange(204, 207, device=device).expand(2, -1)}
+    want = logits_of(model, straight, **new)
+    torch.testing.assert_close(logits_of(model, gathers, **new), want, rtol=0, atol=2e-3 * float(want.std()))
 
 
 def test_reset_and_copies(models: Any, device: torch.device) -> None:

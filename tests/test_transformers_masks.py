@@ -180,3 +180,23 @@ def test_padding_of_single_tokens_is_known_in_a_compileable_cache(models: Any, d
     logits_of(model, cache, input_ids=ids[:, :1], attention_mask=hides[:, :7])
     with pytest.raises(ValueError, match="something else of the tokens in the cache"):
         logits_of(model, cache, input_ids=ids[:, :2], attention_mask=torch.nn.functional.pad(hides, (0, 1), value=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_masks_in_code_that_is_compiled_in_parts(models: Any, device: torch.device, family: str) -> None:
+    """Where the compiler gives up on the code around the masks, they are refused as in one piece; none is served."""
+    torch._dynamo.reset()
+    model = models(family)
+    ids = prompts(2, 20, device)["input_ids"]
+    cache = Fp16Cache.for_model(model, 64, 2)
+    want = logits_of(model, cache, input_ids=ids)
+    cache.reset()
+    compiled = torch.compile(model, backend="eager")
+    for mask in (torch.ones_like(ids), prompts(2, 20, device, padded=True)["attention_mask"]):
+        with pytest.raises(RuntimeError, match="compiled code can serve a plain causal or sliding pattern without"):
+            logits_of(compiled, cache, input_ids=ids, attention_mask=mask)
+        assert cache.get_seq_length() == 0
+    torch.testing.assert_close(logits_of(compiled, cache, input_ids=ids), want, rtol=0, atol=1e-4)
+    assert cache.caches[0].position == 20
+    torch._dynamo.reset()

@@ -145,12 +145,33 @@ def test_what_the_attention_has_not_is_refused(models: Any, options: dict[str, A
     assert cache.caches[0].position == 0
 
 
+def test_what_beginners_forget(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    inputs = prompts(2, 9, device)
+    cache = Fp16Cache.for_model(model, 64, 2)
+    generate(model, inputs, cache)
+    with pytest.raises(ValueError, match=r"Fp16Cache: .*reset\(\) "):  # another text on the same cache
+        generate(model, inputs, cache)
+    cache.reset()
+    with pytest.raises(ValueError, match="with use_cache=False the whole text comes again"):
+        generate(model, prompts(2, 9, device, padded=True), cache, use_cache=False)
+    few = make_model("llama", device)
+    few.model.layers = few.model.layers[:2]
+    few.config.num_hidden_layers = 2
+    cache = Fp16Cache.for_model(few, 64, 2)
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="made for a model of 2 layers, and this one has a layer 2"):
+        logits_of(model, cache, **inputs)
+
+
 def test_what_layers_are_not_asked_for(models: Any) -> None:
     cache = Fp16Cache.for_model(models("llama"), 64)
     with pytest.raises(NotImplementedError, match="call this on the cache"):
         cache.layers[0].crop(-1)
     with pytest.raises(NotImplementedError, match=r"stay where they are allocated, on .*: there is no offloading"):
         cache.offload(0)
+    with pytest.raises(NotImplementedError, match="there is no offloading"):
+        cache.prefetch(0)
 
 
 @pytest.mark.parametrize("attention", [NAME, None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ...attention import shown
 from ...cache import StreamingKVCacheFp16
-from .graphs import DecodeGraph, asks_for_router_logits
+from .graphs import DecodeGraph, StandIn, asks_for_router_logits
 from .layers import Fp16Layer
 from .model import check_attention, plan_layers
 from .shared import Shared
@@ -53,9 +52,9 @@ class Fp16Cache(Cache):
             max_positions: the longest text, in tokens. Sliding window layers take window + 128 positions at most.
             batch_size: the most sequences at a time. Beams count: batch times `num_beams`.
             attention: "kvcache_ext" sets the model to this package's attention, which reads the FP16 data where it lies
-                (`model.set_attn_implementation("sdpa")` undoes that, also between two calls with the same cache). None
-                leaves the model's attention alone: it then gets gathered keys and values of its own dtype, copied out
-                at every step.
+                (`model.set_attn_implementation("sdpa")`, or "eager", undoes that, also between two calls with the same
+                cache). None leaves the model's attention alone: it then gets gathered keys and values of its own dtype,
+                copied out at every step.
             overflow: what becomes of finite values beyond FP16's range: see `StreamingKVCacheFp16`.
             precision: of attention over many new tokens: "fp32"; "fp16" through torch's FP16 attention where that can
                 serve; "auto" takes "fp16" for models in FP16.
@@ -135,8 +134,14 @@ class Fp16Cache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The number of columns that a mask of this layer has, and the first of them. Asked at each forward pass."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
-        if not is_compiling():
-            self._check_whole()
+        if is_compiling():
+            return sizes
+        self._check_whole()
+        if query_length == 0:
+            raise ValueError(
+                f"Fp16Cache: a forward pass over no tokens: it holds {self.get_seq_length()}, the whole text or more; "
+                "reset() it to begin anew"
+            )
         return sizes
 
     def _check_whole(self) -> None:
@@ -146,6 +151,23 @@ class Fp16Cache(Cache):
                 f"Fp16Cache: its layers hold from {min(counts)} to {max(counts)} tokens, as after a forward pass "
                 "that was broken off; reset() it"
             )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """A layer's new keys and values, `[B, H, T, D]`: see `Fp16Layer.update`."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"Fp16Cache: it was made for a model of {len(self.layers)} layers, and this one has a layer {layer_idx}"
+            )
+        rows: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return rows
+
+    def offload(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: keys and values stay where they are allocated."""
+        self.layers[0].offload()
+
+    prefetch = offload
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
@@ -196,12 +218,14 @@ class Fp16Cache(Cache):
             layer = next(layer for layer in self.layers if layer.cache is cache)
             record = shared.records.get(layer.window)
             record = None if record is None else record[:, : layer.columns]  # more, after a call that was refused
-            if record is None:
-                cache.truncate(left - layer.first, **shared.slots(cache.device))
-            else:
-                removed = record[:, left:].sum(1) + count - max(record.shape[1] - left, 0)
-                held = (cache._state[0] - cache._state[1])[0, : shared.active]
-                cache.truncate(held - removed.to(cache.device), **shared.slots(cache.device))
+            if record is None and layer.first == 0:
+                cache.truncate(left, **shared.slots(cache.device))
+                continue
+            removed: int | Tensor = count
+            if record is not None:
+                removed = (record[:, left:].sum(1) + count - max(record.shape[1] - left, 0)).to(cache.device)
+            held = (cache._state[0] - cache._state[1])[0, : shared.active]
+            cache.truncate(held - removed, **shared.slots(cache.device))
         for layer in self.layers:
             layer.columns = left
             shared.all_held_from(left, layer.window)
@@ -321,7 +345,6 @@ class Fp16Cache(Cache):
                     return False
             return True
 
-        @functools.wraps(original)  # generate() reads the signature to know what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal graph
             if args or not replayable(kwargs):
@@ -338,7 +361,7 @@ class Fp16Cache(Cache):
             graph(ids, kwargs["position_ids"])
             return graph.output()
 
-        model.forward = forward
+        model.forward = StandIn(model, own, original, forward)
         try:
             yield
         finally:

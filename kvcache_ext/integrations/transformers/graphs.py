@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,3 +179,20 @@ class DecodeGraph:
         for layer in self._cache.layers:
             layer._advance(1)
         return self._logits()
+
+
+class StandIn:
+    """What a model has as its `forward` for a while. A copy of the model has its own again."""
+
+    def __init__(self, model: Any, own: Any, original: Callable[..., Any], call: Callable[..., Any]) -> None:
+        self.model, self.own, self.call = model, own, call
+        functools.update_wrapper(self, original)  # generate() reads the signature to know what to pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        model = copy.deepcopy(self.model, memo)
+        return MethodType(type(model).forward, model)

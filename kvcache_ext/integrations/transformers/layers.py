@@ -82,7 +82,7 @@ class Fp16Layer(CacheLayerMixin):
         self.bounded = window is None or cache.max_positions < window + CROP_MARGIN
         shared.bounded = shared.bounded or self.bounded
         self.columns = 0  # that have gone through this layer, padding included
-        self.first = 0  # at least this many of the oldest columns are gone from the ring
+        self.first = 0  # at most this many of the oldest columns are gone from the ring (fewer where some were padding)
         self.is_initialized = True
         self.dtype, self.device, self.batch_size = torch.float16, cache.device, shared.batch_size
 
@@ -220,14 +220,15 @@ class Fp16Layer(CacheLayerMixin):
         batch = self.shared.active or 1
         indices = torch.arange(start, stop, device=self.cache.device)
         record = self.shared.records.get(self.window)
+        start_held = self.cache._state[1, self.index, :batch, None]
         if record is None:
-            indices = indices - self.first
+            if self.first:  # of texts that had padding once fewer are gone
+                indices = indices - start_held
         else:
             held = record[:, :stop].to(self.cache.device)
             if held.shape[1] < stop:
                 held = torch.nn.functional.pad(held, (0, stop - held.shape[1]), value=True)
-            first = self.cache._state[1, self.index, :batch, None]
-            indices = torch.where(held, held.cumsum(1) - 1 - first, -1)[:, start:].contiguous()
+            indices = torch.where(held, held.cumsum(1) - 1 - start_held, -1)[:, start:].contiguous()
         keys, values = self.cache.gather(self.index, indices, dtype=dtype, **self.shared.slots(self.device))
         shape = (batch, stop - start, self.cache.num_heads, self.cache.head_dim)
         return keys.view(shape), values.view(shape)

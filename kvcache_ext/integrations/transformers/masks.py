@@ -54,12 +54,12 @@ def make_mask(
     **options: Any,
 ) -> Tensor | None:
     """The mask that transformers gets for this attention: see the head of this file."""
-    if is_compiling() and kv_offset < 0:  # ours: see `Fp16Layer.get_mask_sizes`
+    if kv_offset < 0:  # ours, asked for its sizes by compiled code: see `Fp16Layer.get_mask_sizes`
         window = -1 - kv_offset
-        if local_size is None:
-            plain = mask_function is causal_mask_function
-        else:
+        if is_compiling() and local_size is not None:
             plain = mask_function.__name__ == "and_mask"  # closures are out of sight here
+        else:  # (not compiling: where the compiler has given up on the code around)
+            plain = _is_plain(mask_function, local_size)
         if plain and attention_mask is None and window == (local_size or 0):
             return None
         if not plain or attention_mask is not None:

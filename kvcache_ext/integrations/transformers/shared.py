@@ -132,10 +132,11 @@ class Shared:
         late = self.late.setdefault(window, LateCheck())
         late.raise_if_bad()
         if mask.shape[1] != seen + new:
+            again = "; with use_cache=False the whole text comes again at each step: leave it out"
             raise ValueError(
                 f"Fp16Cache: attention_mask has {mask.shape[1]} columns, and the cache holds {seen} tokens and gets "
                 f"{new} more: pass the mask of the whole text, old and new, or None if nothing is padding; reset() the "
-                "cache first if this is another text"
+                f"cache first if this is another text{again if mask.shape[1] == new == seen + 1 else ''}"
             )
         if mask.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
