@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from .cache import StreamingKVCacheFp16
 
 MOST_KERNEL_QUERIES = 16  # kMostQueries in csrc/bindings/checks.h
-_KEYS_PER_BLOCK = 1024
+_KEYS_PER_BLOCK = 1024  # at most, and so many that their elements are at most:
+_ELEMENTS_PER_BLOCK = 2**24
 _HALF_QUERIES_PER_BLOCK = 256
 _LARGEST_SCALE = torch.finfo(torch.float32).max
+_SMALLEST_SOFTCAP = 2.0**-149
 _SCORES_PER_BLOCK = 2**24  # FP32 elements at most: 64 MB, whatever T is; some copies of it are alive at a time
 
 
@@ -47,7 +49,7 @@ def kernel_options(
     """The options as the registered ops take them, where 0 means none; for compiled code, which checks them here."""
     if window is not None and window <= 0:
         raise ValueError(f"window must be positive or None, got {window}")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:  # nor NaN
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     return head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0
 
@@ -68,6 +70,7 @@ def _check_long(
     query: Tensor,
     new: tuple[Tensor | None, Tensor | None, Tensor | None],
     scale: float,
+    softcap: float,
     out: Tensor | None,
     batch: int,
 ) -> None:
@@ -87,6 +90,8 @@ def _check_long(
         )
     if not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
         raise ValueError(f"{op}: scale must be finite and within FP32, got {scale}")
+    if softcap != 0.0 and not _SMALLEST_SOFTCAP <= softcap <= _LARGEST_SCALE:
+        raise ValueError(f"{op}: softcap must be positive, finite and within FP32, got {softcap}")
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     if query.dtype not in dtypes:
         raise TypeError(f"{op}: query must be torch.float32, torch.float16 or torch.bfloat16, got {query.dtype}")
@@ -359,6 +364,10 @@ def _(  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
+def keys_per_block(batch: int, heads: int, head_dim: int) -> int:
+    return max(16, min(_KEYS_PER_BLOCK, _ELEMENTS_PER_BLOCK // (batch * heads * head_dim)))
+
+
 def _prefill_in_blocks(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -409,7 +418,8 @@ def _prefill_in_blocks(
         oldest = torch.maximum(oldest, own + 1 - window)
     own = torch.where(t >= padding, own, -1)  # padding queries see nothing
 
-    per_part = max(1, _SCORES_PER_BLOCK // (_KEYS_PER_BLOCK * batch * query.shape[2]))
+    block_keys = keys_per_block(batch, heads, head_dim)
+    per_part = max(1, _SCORES_PER_BLOCK // (block_keys * batch * query.shape[2]))
     parts = [slice(start, min(start + per_part, rows)) for start in range(0, rows, per_part)]
     softmaxes = [_Softmax(query[:, part], heads, scale, softcap) for part in parts]
     visible = [_Visible(own[:, part], oldest[:, part], sinks) for part in parts]
@@ -422,22 +432,21 @@ def _prefill_in_blocks(
 
     shape = (batch, -1, heads, head_dim)
     longest = extension.longest_or_all(state, layer, max_positions, 0, k_cache.shape[1])
-    for begin in range(0, longest, _KEYS_PER_BLOCK):
-        index = torch.arange(begin, min(begin + _KEYS_PER_BLOCK, longest), device=device)
+    for begin in range(0, longest, block_keys):
+        index = torch.arange(begin, min(begin + block_keys, longest), device=device)
         sinks_held = seen.clamp(max=sinks)
         positions = torch.where(index < sinks_held, index, first + index - sinks_held)
         positions = torch.where(positions < seen, positions, 2**62)  # not held
         gathered = ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks, sequences=sequences)
-        # Without new keys, the last query sees no index that is newer than the longest sequence's last.
-        add(
-            _KeyBlock(positions, *(x.view(shape) for x in gathered)),
-            begin - (longest - rows) if new_keys is None else 0,
-        )
+        # Without new keys, query t sees no held index beyond t + longest - rows; but for sinks, behind which the ring
+        # may have lost positions.
+        all_see = new_keys is not None or begin < sinks
+        add(_KeyBlock(positions, *(x.view(shape) for x in gathered)), 0 if all_see else begin - (longest - rows))
     if new_keys is not None and new_values is not None:
-        for begin in range(0, rows, _KEYS_PER_BLOCK):  # a query sees the new keys up to its own
-            index = torch.arange(begin, min(begin + _KEYS_PER_BLOCK, rows), device=device)
+        for begin in range(0, rows, block_keys):  # a query sees the new keys up to its own
+            index = torch.arange(begin, min(begin + block_keys, rows), device=device)
             positions = torch.where(index >= padding, seen + index - padding, -1)
-            new = (x[0, :, begin : begin + _KEYS_PER_BLOCK].float() for x in (new_keys, new_values))
+            new = (x[0, :, begin : begin + block_keys].float() for x in (new_keys, new_values))
             add(_KeyBlock(positions, *new), begin)
     answers, lses = zip(*(s.finish(query[:, p]) for s, p in zip(softmaxes, parts, strict=True)), strict=True)
     return torch.cat(answers, 1), torch.cat(lses, 1)
@@ -500,8 +509,10 @@ def prefill(
 
     `precision="fp32"`:
 
-    Memory beside the answer: FP32 copies of the query and of the answer, and some 256 MB for one block of keys against
-    one block of queries (more only where a single query of the whole batch takes more). It does not synchronise: where
+    Memory beside the answer: FP32 copies of the query and of the answer; FP16 ones of new keys and values; some 28
+    bytes for each element of a block of keys (1,024 positions of every sequence, or fewer: at most 470 MB); and its
+    scores, 64 MB a few times (more only where 16 positions of the whole batch, or a single query of it, take more).
+    It does not synchronise: where
     lengths are not known on the host (after `new_lengths` or a captured graph) it goes through all slots. The error
     against FP64 is that of the kernels, whatever precision is set for matmul or autocast: tests/test_attention.py holds
     it to 1e-6 for N(0, 1) data at small sizes; of thousands of answers of a head the worst come to some 2e-6
@@ -520,9 +531,9 @@ def prefill(
     )
     if is_compiling():
         scale, window, softcap = kernel_options(cache.head_dim, scale, window, softcap)
-        numbers = cache._optional_integers(sequences)
+        numbers = cache._optional_slots("attend" if key is None else "append_attend", sequences)
         batch = cache.batch_size if numbers is None else numbers.shape[0]
-        _check_long(cache, layer, query, new, scale, out, batch)
+        _check_long(cache, layer, query, new, scale, softcap, out, batch)
     else:
         scale, window, softcap, numbers = cache._compiled.check_attend(
             layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
@@ -537,10 +548,18 @@ def prefill(
         else:
             longest = extension.longest_or_all(cache._state, layer, cache.max_positions, chosen.start, chosen.stop)
             if longest + batched.shape[1] <= cache.max_positions:
-                # Nothing is evicted, so that appending first changes nothing for the earlier queries.
+                # Nothing is evicted, so that appending first changes nothing for the earlier queries, and can be taken
+                # back where there is no memory for the answer.
+                before = cache._state[:, layer].clone(), cache._overflow_counts[layer].clone()
                 cache.append(layer, key, value, sequences=sequences)
-                key = value = None
-                answer = _half_answer(cache, layer, batched, scale, chosen)
+                try:
+                    answer = _half_answer(cache, layer, batched, scale, chosen)
+                finally:
+                    if answer is None:
+                        cache._state[:, layer].copy_(before[0])
+                        cache._overflow_counts[layer].copy_(before[1])
+                if answer is not None:
+                    key = value = None
     lse = None
     if answer is None:
         answer, lse = _prefill(

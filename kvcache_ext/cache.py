@@ -144,7 +144,7 @@ class StreamingKVCacheFp16:
             raise ValueError(
                 f"StreamingKVCacheFp16: overflow must be 'saturate' or 'inf', got {attention.shown(overflow)}"
             )
-        self.overflow = overflow
+        self._overflow = overflow
         self.device = _checked_device(device)
 
         planned = memory.plan(
@@ -159,6 +159,11 @@ class StreamingKVCacheFp16:
         self._allocate(planned)
         self._connect()
         self.clear()
+
+    @property
+    def overflow(self) -> str:
+        """What becomes of values that FP16 cannot hold, "saturate" or "inf": as it was made."""
+        return self._overflow
 
     def _allocate(self, planned: memory.Plan) -> None:
         """Allocates all of the cache, or nothing."""
@@ -301,7 +306,7 @@ class StreamingKVCacheFp16:
                 new_lengths,
                 sink_positions=self.sink_positions,
                 saturate=self._saturate,
-                sequences=self._optional_integers(sequences),
+                sequences=self._optional_slots("append", sequences),
             )
         else:
             self._compiled.append(layer, key, value, new_lengths, sequences)
@@ -327,7 +332,7 @@ class StreamingKVCacheFp16:
                 new_lengths,
                 sink_positions=self.sink_positions,
                 saturate=self._saturate,
-                sequences=self._optional_integers(sequences),
+                sequences=self._optional_slots("append_all", sequences),
             )
         else:
             self._compiled.append_all(keys, values, new_lengths, sequences)
@@ -353,12 +358,14 @@ class StreamingKVCacheFp16:
         lengths are not known, an `n` beyond what is held changes nothing.)
         """
         if is_compiling():
-            length = n if isinstance(n, int) else self._integers(n)
+            length = n if isinstance(n, (int, Tensor)) else torch.tensor(list(n), dtype=torch.int64, device=self.device)
+            if not isinstance(n, Tensor) and min([n] if isinstance(n, int) else n, default=0) < 0:
+                raise IndexError(f"truncate: n must be at least 0, got {n}")
             ops.truncate(
                 self.k_cache,
                 self._state,
                 length,
-                sequences=self._optional_integers(sequences),
+                sequences=self._optional_slots("truncate", sequences),
                 sink_positions=self.sink_positions,
             )
         else:
@@ -377,7 +384,9 @@ class StreamingKVCacheFp16:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
         if is_compiling():
-            ops.reset(self.k_cache, self._state, self._optional_integers(sequences), sink_positions=self.sink_positions)
+            ops.reset(
+                self.k_cache, self._state, self._optional_slots("reset", sequences), sink_positions=self.sink_positions
+            )
         else:
             self._compiled.reset(sequences)
 
@@ -400,7 +409,7 @@ class StreamingKVCacheFp16:
                 self.k_cache,
                 self.v_cache,
                 self._state,
-                self._integers(batch_indices),
+                self._slots("reorder", "batch_indices", batch_indices, distinct=False),
                 sink_positions=self.sink_positions,
             )
         else:
@@ -429,22 +438,30 @@ class StreamingKVCacheFp16:
                 self.k_cache,
                 self.v_cache,
                 self._state,
-                self._integers(src),
-                self._integers(dst),
+                self._slots("copy_sequence", "src", src, distinct=False),
+                self._slots("copy_sequence", "dst", dst),
                 sink_positions=self.sink_positions,
             )
         else:
             self._compiled.copy_sequence(src, dst)
 
-    def _integers(self, numbers: int | Sequence[int] | Tensor) -> Tensor:
-        """As a tensor `[n]`, for compiled code. Eager code leaves that to the compiled half, which checks them."""
+    def _slots(self, op: str, name: str, numbers: int | Sequence[int] | Tensor, *, distinct: bool = True) -> Tensor:
+        """Batch slots as a tensor `[n]`, for compiled code. Those of eager code the bindings check."""
         if isinstance(numbers, Tensor):
             return numbers.view(1) if numbers.dim() == 0 else numbers
         as_list = [numbers] if isinstance(numbers, int) else list(numbers)
+        for number in as_list:
+            if not 0 <= number < self.batch_size:
+                raise IndexError(
+                    f"{op}: {name} must be from 0 to {self.batch_size - 1}, as the cache has {self.batch_size} "
+                    f"sequences, got {number}"
+                )
+        if distinct and len(set(as_list)) < len(as_list):
+            raise ValueError(f"{op}: {name} must name each sequence once, got {as_list}")
         return torch.tensor(as_list, dtype=torch.int64, device=self.device)
 
-    def _optional_integers(self, numbers: Sequence[int] | Tensor | None) -> Tensor | None:
-        return None if numbers is None else self._integers(numbers)
+    def _optional_slots(self, op: str, numbers: Sequence[int] | Tensor | None) -> Tensor | None:
+        return None if numbers is None else self._slots(op, "sequences", numbers)
 
     def clear(self) -> None:
         """Forgets every position and zeroes the overflow counters. No data moves."""
@@ -481,8 +498,8 @@ class StreamingKVCacheFp16:
     def get_range_raw(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values at chronological indices `[start, end)` of one layer, as the FP16 that is stored.
 
-        Views of the storage where the range lies in consecutive slots, the same ones for every sequence (until the
-        ring wraps it always does), else copies. Do not write to them.
+        Views of the storage where the range lies in consecutive slots, the same ones for every sequence, else copies:
+        until the ring wraps it does, but for what some sequences do not hold, which is zeros. Do not write to them.
 
         Returns:
             keys, values: FP16 `[B, end - start, H, D]`, or without `B` when it is 1.
@@ -526,7 +543,7 @@ class StreamingKVCacheFp16:
                 sink_positions=self.sink_positions,
                 dtype=dtype,
                 out=out,
-                sequences=self._optional_integers(sequences),
+                sequences=self._optional_slots("gather", sequences),
             )
         return self._compiled.gather(layer, indices, dtype, out, sequences)
 
@@ -547,8 +564,8 @@ class StreamingKVCacheFp16:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Softmax attention of `query` over what one layer holds, read as FP16 where it lies, computed in FP32.
 
-        Causal, aligned to the end: the last of `T` queries sees everything held, the one before it all but the newest
-        position, and so on. Where nothing is seen the answer is zeros, its LSE -inf.
+        Causal, aligned to the end: query t of `T` stands `T - 1 - t` positions before the newest one, whether that is
+        still held or not, and sees what is held up to there. Where nothing is seen the answer is zeros, its LSE -inf.
 
         Args:
             layer: 0 to `num_layers - 1`.
@@ -595,7 +612,7 @@ class StreamingKVCacheFp16:
                 softcap=options[2],
                 out=out,
                 lse=lse,
-                sequences=self._optional_integers(sequences),
+                sequences=self._optional_slots("attend", sequences),
             )
             return out if lse is None else (out, lse)
         return attention.prefill(
@@ -653,7 +670,7 @@ class StreamingKVCacheFp16:
                 softcap=options[2],
                 out=out,
                 lse=lse,
-                sequences=self._optional_integers(sequences),
+                sequences=self._optional_slots("append_attend", sequences),
             )
             return out if lse is None else (out, lse)
         if key is None:  # which prefill takes for nothing to append
@@ -664,7 +681,7 @@ class StreamingKVCacheFp16:
     # Lengths and figures
 
     def __len__(self) -> int:
-        """The number of positions held: the smallest over layers and sequences."""
+        """The number of positions held: the smallest over layers and sequences. (An empty cache so is false.)"""
         return self._compiled.shortest()
 
     def is_empty(self) -> bool:

@@ -50,8 +50,9 @@ def _number(path: Path, config: dict[str, Any], names: tuple[str, ...], least: i
         value = config.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"plan: {name} in {path} must be an int of at least {least}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least or value.bit_length() > 63:
+            got = "one beyond 64 bits" if isinstance(value, int) and value.bit_length() > 63 else repr(value)
+            raise ValueError(f"plan: {name} in {path} must be an int of at least {least}, got {got}")
         return value
     return None
 
@@ -108,7 +109,7 @@ def read_config(folder: Path) -> Shape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"plan: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"plan: {path} is not JSON: {error}") from error
     nested = config.get("text_config") if isinstance(config, dict) else config
     config = nested if isinstance(nested, dict) else config  # models of text and images

@@ -575,6 +575,49 @@ def test_prefill_in_many_blocks(
         check_both(twin, Backend(device.type, device), rows=40, new_lengths=lengths, window=window)
 
 
+@pytest.mark.parametrize("rows", [17, 40, 90])
+@pytest.mark.parametrize("sinks", [2, 11, 30])
+def test_prefill_of_evicted_positions(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, sinks: int, rows: int
+) -> None:
+    """Queries at positions that the ring has lost, also more of them than it holds, see its sinks, in whatever part."""
+    monkeypatch.setattr(attention, "_KEYS_PER_BLOCK", 8)
+    monkeypatch.setattr(attention, "_SCORES_PER_BLOCK", 8 * 2 * 4 * 7)  # seven queries
+    twin = attention_twin(
+        Backend(device.type, device), 3, batch_size=2, max_positions=33, sink_positions=sinks, num_heads=2
+    )
+    rows_of = [torch.randn(2, 2, 90, twin.cache.head_dim, device=device).transpose(1, 2) for _ in range(2)]
+    twin.append(0, *rows_of, new_lengths=torch.tensor([90, 50], device=device))
+    query = torch.randn(2, rows, 4, twin.cache.head_dim, device=device)
+    for window in (None, 5):
+        out, lse = twin.cache.attend(0, query, window=window, return_lse=True)
+        want, want_lse = reference.attend(
+            twin.cache.k_cache, twin.cache.v_cache, twin.cache._state, 0, query, sink_positions=sinks, window=window
+        )
+        torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
+        torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "heads", "head_dim"), [(1, 32, 128), (8, 32, 128), (300, 32, 128), (5000, 64, 256)])
+def test_memory_of_a_block_of_keys(
+    batch: int, heads: int, head_dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = attention.keys_per_block(batch, heads, head_dim)
+    assert 16 <= keys <= 1024 and (keys == 16 or keys * batch * heads * head_dim <= 2**24)
+    if batch == 8:  # the blocks are that small, and the answer is the same
+        one = make_cache(device, batch_size=batch, max_positions=64, num_heads=2, head_dim=16)
+        new = [torch.randn(batch, 50, 2, 16, device=device) for _ in range(3)]
+        want = one.append_attend(0, *new)
+        sizes = []
+        block = attention._KeyBlock.__init__
+        monkeypatch.setattr(attention, "_ELEMENTS_PER_BLOCK", 2**13)
+        monkeypatch.setattr(
+            attention._KeyBlock, "__init__", lambda self, p, k, v: (sizes.append(k.shape[1]), block(self, p, k, v))[1]
+        )
+        torch.testing.assert_close(one.attend(0, new[0]), want, rtol=0, atol=1e-5)
+        assert sizes == [32, 18]
+
+
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("group", [1, 4])
 def test_fp16_prefill(device: torch.device, dtype: torch.dtype, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,6 +672,27 @@ def test_fp16_prefill_where_it_cannot_be(device: torch.device) -> None:
     assert not one.attend(0, query, precision="fp16").any()  # nothing is held
     with pytest.raises(ValueError, match="precision must be 'fp32' or 'fp16', got 'fp8'"):
         one.attend(0, query, precision="fp8")
+
+
+def test_fp16_prefill_without_memory_for_the_answer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was appended for it is taken back, and all goes on as if the call had not been."""
+    one, two = (make_cache(device, max_positions=64, head_dim=64) for _ in range(2))
+    new = [torch.randn(1, 20, 2, 64, device=device) for _ in range(3)]
+    new[1][0, 3, 1, 5] = 1e6  # counted
+    for cache in (one, two):
+        cache.append(0, new[2], new[2])
+
+    def no_memory(*_: object, **__: object) -> object:
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "scaled_dot_product_attention", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            one.append_attend(0, *new, precision="fp16")
+    assert torch.equal(one._state, two._state) and one.position == 20
+    assert one.overflow_counts().tolist() == two.overflow_counts().tolist() == [0, 0]
+    assert_same_bits(one.append_attend(0, *new, precision="fp16"), two.append_attend(0, *new, precision="fp16"))
+    assert one.overflow_counts().tolist() == [1, 0] and one.position == 40
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5])

@@ -161,6 +161,10 @@ WRONG_LONG_CALLS = {
     "fewer values": (lambda c, q, k: c.append_attend(0, q, k, k[:, :5]), "value"),
     "heads of keys": (lambda c, q, k: c.append_attend(0, q, k[:, :, :1], k[:, :, :1]), "key must have shape"),
     "scale": (lambda c, q, k: c.attend(0, q, scale=float("nan")), "scale must be finite"),
+    **{
+        f"softcap {x}": (lambda c, q, k, x=x: c.attend(0, q, softcap=x), "softcap must be positive")
+        for x in (float("nan"), float("inf"), 1e39, 1e-50)
+    },
     "dtype": (lambda c, q, k: c.attend(0, q.double()), "query must be torch.float32"),
     "heads": (lambda c, q, k: c.attend(0, q[:, :, :3]), "multiple of the cache's 2 heads"),
     "head_dim": (lambda c, q, k: c.attend(0, q[..., :8]), "query must have shape"),
@@ -186,6 +190,41 @@ def test_long_calls_are_checked_in_compiled_code(device: torch.device, name: str
         with pytest.raises(Exception, match=None if fullgraph else match):
             torch.compile(lambda q, k: call(cache, q, k), backend="aot_eager", fullgraph=fullgraph)(query, key)
         assert cache.position == 20
+
+
+WRONG_LISTS = {
+    "append twice": lambda c, k: c.append(0, k, k, sequences=[1, 1]),
+    "append below": lambda c, k: c.append(0, k, k, sequences=[-1, 0]),
+    "append_all": lambda c, k: c.append_all(k.expand(2, *k.shape), k.expand(2, *k.shape), sequences=[0, 2]),
+    "reset": lambda c, k: c.reset([7]),
+    "reorder": lambda c, k: c.reorder([1, -1]),
+    "copy_sequence from": lambda c, k: c.copy_sequence(5, [0]),
+    "copy_sequence to": lambda c, k: c.copy_sequence([0, 1], [1, 1]),
+    "truncate": lambda c, k: c.truncate([1, -1]),
+    "truncate all": lambda c, k: c.truncate(-1),
+    "truncate some": lambda c, k: c.truncate(1, sequences=[0, 0]),
+    "gather": lambda c, k: c.gather(0, torch.arange(2, device=k.device), sequences=[2]),
+    "attend": lambda c, k: c.attend(0, k, sequences=[0, 9]),
+    "attend with many": lambda c, k: c.attend(0, k.repeat(1, 9, 1, 1), sequences=[0, 9]),
+    "append_attend": lambda c, k: c.append_attend(0, k, k, k, sequences=[0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LISTS)
+def test_lists_are_checked_in_compiled_code(device: torch.device, name: str) -> None:
+    call = WRONG_LISTS[name]
+    cache = make_cache(device, head_dim=16, batch_size=2)
+    key = torch.randn(2, 3, 2, 16, device=device)
+    cache.append(0, key, key)
+    before = cache._state.clone()
+    with pytest.raises((ValueError, IndexError)) as eager:
+        call(cache, key)
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        # With fullgraph the compiler does not pass the sentence on.
+        with pytest.raises(Exception if fullgraph else eager.type, match=None if fullgraph else name.split()[0]):
+            torch.compile(lambda k: call(cache, k), backend="aot_eager", fullgraph=fullgraph)(key)
+    assert torch.equal(cache._state, before)
 
 
 @pytest.mark.parametrize("rows", [1, 20])

@@ -134,6 +134,13 @@ def step_of_layers(cache: StreamingKVCacheFp16, x: Tensor, lengths: Tensor) -> T
     return answer
 
 
+def test_the_policy_is_that_of_construction() -> None:
+    cache = make_cache(torch.device("cpu"), overflow="inf")
+    with pytest.raises(AttributeError):
+        cache.overflow = "saturate"  # type: ignore[misc]
+    assert cache.overflow == "inf"
+
+
 @pytest.mark.parametrize("overflow", ["saturate", "inf"])
 def test_compiled(device: torch.device, overflow: str) -> None:
     torch._dynamo.reset()

@@ -186,6 +186,8 @@ def test_options_go_before_the_config(tmp_path: Path, capsys: pytest.CaptureFixt
         ("[1]", "must hold a JSON object, got a list"),
         ("{}", "has no num_hidden_layers; give the shape as --layers, --heads and --head-dim instead"),
         ('{"num_hidden_layers": 0}', "num_hidden_layers in"),
+        ("[" * 200_000, "is not JSON"),
+        ('{"num_hidden_layers": 1' + "0" * 400 + "}", "must be an int of at least 1, got one beyond 64 bits"),
         ('{"num_hidden_layers": "12"}', "must be an int of at least 1, got '12'"),
         ('{"num_hidden_layers": 2, "num_kv_heads": [2, 4]}', "must be an int of at least 1, got [2, 4]"),
         ('{"num_hidden_layers": 2, "num_key_value_heads": 2}', "has no hidden_size"),

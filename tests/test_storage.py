@@ -676,7 +676,7 @@ def test_paths_of_wrong_types(bad: Any) -> None:
             call(bad)
 
 
-@pytest.mark.parametrize("bad", ["", "a\0b"])
+@pytest.mark.parametrize("bad", ["", "a\0b", "newdir/"])
 def test_paths_that_are_no_names(bad: str) -> None:
     for call in (make_cache(torch.device("cpu")).save, StreamingKVCacheFp16.load):
         with pytest.raises(ValueError, match="path must be a file's name"):

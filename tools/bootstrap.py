@@ -70,7 +70,7 @@ REPORT = ("python", "bench/report.py")
 
 TARGETS = {
     "build": Target((), build=True),
-    "test": Target(("test",), (("python", "-m", "pytest", "tests", "{args}"),), build=True, optional=("transformers",)),
+    "test": Target(("test",), (("python", "-m", "pytest", "{args}"),), build=True, optional=("transformers",)),
     "bench": Target(("bench",), (("python", "bench/gpu015.py", "{args}"),), build=True, optional=("transformers",)),
     "bench-all": Target(
         ("bench",),
