@@ -541,31 +541,31 @@ def prefill(
     # torch's kernels take the maximum of the unscaled scores, so that 0 and negative scales give NaN.
     chosen = _run_of(cache, sequences) if half and scale > 0 else None
     batched = query if query.dim() == 4 else query[None]
-    answer = None
-    if chosen is not None:
-        if key is None or value is None:
-            answer = _half_answer(cache, layer, batched, scale, chosen)
+    answer = lse = before = None
+    if chosen is not None and key is not None and value is not None:
+        of = (cache._state, layer, chosen.start, chosen.stop)
+        longest = extension.longest_or_all(cache._state, layer, cache.max_positions, chosen.start, chosen.stop)
+        if longest + batched.shape[1] > cache.max_positions or (longest > 0 and extension.run_or_none(*of)[0] < 0):
+            chosen = None
         else:
-            longest = extension.longest_or_all(cache._state, layer, cache.max_positions, chosen.start, chosen.stop)
-            if longest + batched.shape[1] <= cache.max_positions:
-                # Nothing is evicted, so that appending first changes nothing for the earlier queries, and can be taken
-                # back where there is no memory for the answer.
-                before = cache._state[:, layer].clone(), cache._overflow_counts[layer].clone()
-                cache.append(layer, key, value, sequences=sequences)
-                try:
-                    answer = _half_answer(cache, layer, batched, scale, chosen)
-                finally:
-                    if answer is None:
-                        cache._state[:, layer].copy_(before[0])
-                        cache._overflow_counts[layer].copy_(before[1])
-                if answer is not None:
-                    key = value = None
-    lse = None
-    if answer is None:
-        answer, lse = _prefill(
-            cache.k_cache, cache.v_cache, cache._state, layer, batched, key, value, new_lengths, cache.sink_positions,
-            cache.overflow == "saturate", scale, window, softcap, numbers,
-        )  # fmt: skip
+            # Nothing is evicted, so that appending first changes nothing for the earlier queries, and can be taken back
+            # where there is no memory for the answer.
+            before = cache._state[:, layer].clone(), cache._overflow_counts[layer].clone()
+            cache.append(layer, key, value, sequences=sequences)
+            key = value = None
+    try:
+        if chosen is not None:
+            answer = _half_answer(cache, layer, batched, scale, chosen)
+        if answer is None:
+            answer, lse = _prefill(
+                cache.k_cache, cache.v_cache, cache._state, layer, batched, key, value, new_lengths,
+                cache.sink_positions, cache.overflow == "saturate", scale, window, softcap, numbers,
+            )  # fmt: skip
+    except BaseException:
+        if before is not None:
+            cache._state[:, layer].copy_(before[0])
+            cache._overflow_counts[layer].copy_(before[1])
+        raise
     if key is not None and value is not None:
         cache.append(layer, key, value, new_lengths=new_lengths, sequences=sequences)
     answer = answer.reshape(query.shape)

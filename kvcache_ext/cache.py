@@ -358,9 +358,13 @@ class StreamingKVCacheFp16:
         lengths are not known, an `n` beyond what is held changes nothing.)
         """
         if is_compiling():
-            length = n if isinstance(n, (int, Tensor)) else torch.tensor(list(n), dtype=torch.int64, device=self.device)
-            if not isinstance(n, Tensor) and min([n] if isinstance(n, int) else n, default=0) < 0:
-                raise IndexError(f"truncate: n must be at least 0, got {n}")
+            length: int | Tensor
+            if isinstance(n, Tensor):
+                length = n.view(1) if n.dim() == 0 else n
+            else:
+                if any(number < 0 for number in ([n] if isinstance(n, int) else n)):
+                    raise IndexError(f"truncate: n must be at least 0, got {n}")
+                length = n if isinstance(n, int) else torch.tensor(list(n), dtype=torch.int64, device=self.device)
             ops.truncate(
                 self.k_cache,
                 self._state,
@@ -451,12 +455,13 @@ class StreamingKVCacheFp16:
             return numbers.view(1) if numbers.dim() == 0 else numbers
         as_list = [numbers] if isinstance(numbers, int) else list(numbers)
         for number in as_list:
-            if not 0 <= number < self.batch_size:
+            if isinstance(number, int) and not 0 <= number < self.batch_size:  # else it is a number of the device's
                 raise IndexError(
                     f"{op}: {name} must be from 0 to {self.batch_size - 1}, as the cache has {self.batch_size} "
                     f"sequences, got {number}"
                 )
-        if distinct and len(set(as_list)) < len(as_list):
+        # (Not by a set: to hash a number makes it a constant of the compiled code.)
+        if distinct and any(a == b for i, a in enumerate(as_list) for b in as_list[:i] if isinstance(a, int)):
             raise ValueError(f"{op}: {name} must name each sequence once, got {as_list}")
         return torch.tensor(as_list, dtype=torch.int64, device=self.device)
 

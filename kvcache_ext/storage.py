@@ -361,7 +361,7 @@ def _checked_path(op: str, path: Any) -> Path:
         encoded = os.fsencode(name)
     except UnicodeEncodeError:  # half of a surrogate pair
         encoded = b""
-    if encoded == b"" or b"\0" in encoded or os.path.basename(name) == "":
+    if encoded == b"" or b"\0" in encoded or os.path.basename(name) in ("", ".", ".."):
         raise ValueError(f"{op}: path must be a file's name, got {name!r}")
     return Path(os.path.realpath(name))  # what a link points to is written and read, the link stays
 

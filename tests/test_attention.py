@@ -695,6 +695,18 @@ def test_fp16_prefill_without_memory_for_the_answer(device: torch.device, monkey
     assert one.overflow_counts().tolist() == [1, 0] and one.position == 40
 
 
+def test_fp16_prefill_of_ragged_sequences_is_not_begun(device: torch.device) -> None:
+    """It is FP32's; the host goes on knowing how long they are, as nothing is appended to be taken back."""
+    cache = make_cache(device, batch_size=2, max_positions=64, head_dim=64)
+    key = torch.randn(2, 20, 2, 64, device=device)
+    for sequence, length in enumerate((20, 9)):
+        cache.append(0, key[:1, :length], key[:1, :length], sequences=[sequence])
+    version = cache._state._version
+    cache.append_attend(0, key, key, key, precision="fp16")
+    assert cache._state._version == version
+    assert cache.cache_seqlens[0].tolist() == [40, 29]
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_fp16_prefill_of_scales_that_torch_cannot(device: torch.device, scale: float) -> None:
     """torch's kernels give NaN for them (0) or overflow; such a call gets the FP32 answer."""

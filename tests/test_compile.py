@@ -227,6 +227,31 @@ def test_lists_are_checked_in_compiled_code(device: torch.device, name: str) -> 
     assert torch.equal(cache._state, before)
 
 
+def test_numbers_that_change_are_no_constants(device: torch.device) -> None:
+    """Slots and lengths as ints: compiled once for all of them, not once for each."""
+    cache = make_cache(device, head_dim=16, batch_size=32)
+    key = torch.randn(1, 1, 2, 16, device=device)
+
+    def step(key: torch.Tensor, slot: int, length: int) -> None:
+        cache.append(0, key, key, sequences=[slot])
+        cache.attend(0, key, sequences=[slot])
+        cache.copy_sequence(slot, slot + 1)
+        cache.truncate(length, sequences=[slot])
+        cache.truncate([length, length], sequences=[slot, slot + 1])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for slot in range(2, 30):
+        compiled(key, slot, slot % 7)
+    cache.reset()
+    cache.append(0, key.expand(32, -1, -1, -1), key.expand(32, -1, -1, -1))
+    torch._dynamo.reset()
+    torch.compile(lambda n: cache.truncate(n, sequences=[1]), fullgraph=True, backend="aot_eager")(
+        torch.tensor(0, device=device)
+    )
+    assert cache.cache_seqlens[0].tolist() == [1, 0, *[1] * 30]
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 def test_gradients_are_refused_in_compiled_code(device: torch.device, rows: int) -> None:
     cache = make_cache(device, head_dim=16, max_positions=64)

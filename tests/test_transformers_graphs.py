@@ -206,3 +206,32 @@ def test_copies_of_a_model_with_graphs_are_models_of_their_own(models: Any, devi
         assert copy.deepcopy(model).forward is forward
         assert torch.equal(generate(model, inputs, cache), want)
     assert model.forward is forward
+
+
+def test_graphs_of_two_caches_on_one_model(models: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models("llama")
+    inputs = prompts(2, 9, device)
+    caches = [Fp16Cache.for_model(model, 64, 2) for _ in range(2)]
+    want = generate(model, inputs, caches[0], max_new_tokens=8)
+    caches[0].reset()
+    steps = []
+    call = integration.DecodeGraph.__call__
+    monkeypatch.setattr(
+        integration.DecodeGraph, "__call__", lambda self, *args: (steps.append(self._cache), call(self, *args))[1]
+    )
+    with caches[0].cuda_graphs(model), caches[1].cuda_graphs(model):
+        for cache in caches:
+            assert torch.equal(generate(model, inputs, cache, max_new_tokens=8), want)
+    assert [sum(each is cache for each in steps) for cache in caches] == [7, 7]
+    assert "forward" not in model.__dict__
+
+
+def test_a_graph_of_a_function_that_calls_the_model(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64, 2)
+    ids = prompts(2, 9, device)["input_ids"]
+    logits_of(model, cache, input_ids=ids)
+    want = logits_of(model, cache, input_ids=ids[:, :1], position_ids=torch.full((2, 1), 9, device=device))
+    cache.crop(-1)
+    step = cache.decode_graph(lambda **arguments: model(**arguments))
+    torch.testing.assert_close(step(ids[:, :1]), want)

@@ -26,6 +26,7 @@ from backends import EMULATOR_VARIABLE, KERNELS, build_emulator
 # A statement that is nothing but a barrier. (`sync_ring` is that of the warps which share a ring.)
 BARRIER = re.compile(r"^ *(?:__syncthreads|sync_ring)\(\);")
 TESTS = {"append.cu": "test_append.py", "copy_sequences.cu": "test_sequences.py"}  # of attention: all other files
+LONGEST = 3600  # seconds of the tests
 STARTED = time.monotonic()
 
 
@@ -62,10 +63,14 @@ def missed(left_out: Barrier | None) -> str:
         environment = os.environ | {
             EMULATOR_VARIABLE: str(build_emulator(Path(folder), kernels)),
             "OMP_NUM_THREADS": "1",
+            "UBSAN_OPTIONS": "abort_on_error=1",  # the emulator's; else its end would look like that of failing tests
         }
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "emulated", "-p", "no:cacheprovider"]
         command += [str(ROOT / "tests" / test) for test in tests]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            return f"{', '.join(tests)}, which do not end"
     if result.returncode == 0:
         return ""
     if result.returncode < 0:  # a step out of bounds, say, at which the emulator's sanitizers end the process

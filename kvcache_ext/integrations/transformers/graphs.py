@@ -56,7 +56,9 @@ def _experts_for_decoding(model: Any, device: torch.device) -> Iterator[None]:
 
 def asks_for_router_logits(model: Any) -> bool:
     """Whether the configuration does, of a mixture of experts: the loss that comes with them cannot be captured."""
-    return bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False))
+    config: Any = getattr(model, "config", None)  # a function that calls the model has none
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "output_router_logits", False))
 
 
 class DecodeGraph:
@@ -185,8 +187,8 @@ class StandIn:
     """What a model has as its `forward` for a while. A copy of the model has its own again."""
 
     def __init__(self, model: Any, own: Any, original: Callable[..., Any], call: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original, updated=())  # generate() reads the signature to know what to pass
         self.model, self.own, self.call = model, own, call
-        functools.update_wrapper(self, original)  # generate() reads the signature to know what to pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
