@@ -551,7 +551,7 @@ def prefill(
             # Nothing is evicted, so that appending first changes nothing for the earlier queries, and can be taken back
             # where there is no memory for the answer.
             before = cache._state[:, layer].clone(), cache._overflow_counts[layer].clone()
-            cache.append(layer, key, value, sequences=sequences)
+            cache._append(layer, key, value, sequences=sequences)
             key = value = None
     try:
         if chosen is not None:
@@ -567,7 +567,7 @@ def prefill(
             cache._overflow_counts[layer].copy_(before[1])
         raise
     if key is not None and value is not None:
-        cache.append(layer, key, value, new_lengths=new_lengths, sequences=sequences)
+        cache._append(layer, key, value, new_lengths=new_lengths, sequences=sequences)
     answer = answer.reshape(query.shape)
     if out is not None:
         answer = out.copy_(answer)

@@ -24,7 +24,7 @@ def test_shapes_and_memory(models: Any, device: torch.device) -> None:
     assert cache.memory_bytes() == (2 * (WINDOW + CROP_MARGIN) + 500) * 2 * 2 * 16 * 2 * 2
     assert cache.is_sliding == [True, False, True]
     assert cache.get_max_length() == 500
-    assert len(cache) == 3 and cache.is_initialized and not cache.is_compileable
+    assert len(cache) == 3 and not cache.is_initialized and not cache.is_compileable
     assert "3 layers" in repr(cache)
     assert cache.overflow_counts().tolist() == [0, 0, 0]
 

@@ -66,8 +66,9 @@ def test_cross_attention_has_no_place() -> None:
     assert logits_of(model, cache, input_ids=ids).isfinite().all()
     cache.reset()
     states = torch.randn(1, 2, config.hidden_size)
-    with pytest.raises(AttributeError, match=r"Fp16Cache: there is no place in it for .* cross-attention"):
+    with pytest.raises(NotImplementedError, match=r"Fp16Cache: there is no place in it for .* cross-attention"):
         logits_of(model, cache, input_ids=ids, encoder_hidden_states=states)
+    assert cache.get_seq_length() == cache.caches[0].position == 0
 
 
 def test_wrong_arguments(models: Any) -> None:

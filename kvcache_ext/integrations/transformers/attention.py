@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .layers import NewRows, without_gradient
@@ -27,6 +28,13 @@ def attend(
     """What transformers calls for this attention: `query` `[B, Hq, T, D]`; answers `[B, T, Hq, D]`."""
     if not isinstance(key, NewRows):  # no cache, or another one
         return _other_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, options)
+    if not is_compiling():
+        key.layer.shared.handed_out = None
+        if key.appended:
+            raise RuntimeError(
+                "Fp16Cache: a layer's attention came after the cache was asked for something else, by when its keys "
+                "and values had been taken for a past made by hand; reset() the cache"
+            )
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -138,13 +146,17 @@ def _other_attention(
     """Attention over plain tensors: a forward pass without a cache, or with another."""
     if mask is not None and mask.dtype in (torch.int8, torch.int32):
         raise RuntimeError("Fp16Cache: a mask that was prepared for an Fp16Cache reached attention without one")
+    rows, keys = query.shape[2], key.shape[2]
+    causal = options.get("is_causal")
+    if mask is None and rows > 1 and keys > rows and (getattr(module, "is_causal", True) if causal is None else causal):
+        # A mask that was not needed for an Fp16Cache: torch's own causal one is aligned to the other corner.
+        mask = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
     if softcap is None and s_aux is None:
         answer, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
         return answer, None
     if dropout != 0.0:
         raise NotImplementedError(f"{NAME!r} attention has no dropout beside a softcap or sinks; use 'eager'")
     if mask is None:
-        rows, keys = query.shape[2], key.shape[2]
         mask = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
     _check_mask(mask, query, key.shape[2])
     return _masked(query, key, value, mask, scaling, softcap, s_aux), None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from transformers.cache_utils import Cache
 from ...attention import shown
 from ...cache import StreamingKVCacheFp16
 from .graphs import DecodeGraph, StandIn, asks_for_router_logits
-from .layers import Fp16Layer
-from .model import check_attention, plan_layers
-from .shared import Shared
+from .layers import AbsentLayer, Fp16Layer, LayerGroup
+from .model import LayerPlan, check_attention, keep_cache_where_rope_changes, plan_layers
+from .passes import Pass, Positions, real_tokens, watch
+from .shared import Shared, check_columns
 from .version import CROP_MARGIN, NAME, cache_argument
 
 
@@ -27,11 +29,30 @@ class Fp16Cache(Cache):
     Make one with `for_model`, and pass it as `past_key_values` to `generate` or to the model.
     """
 
-    def __init__(self, layers: list[Fp16Layer], caches: list[StreamingKVCacheFp16], shared: Shared) -> None:
-        super().__init__(layers=layers)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        raise TypeError(
+            "Fp16Cache: make one with Fp16Cache.for_model(model, max_positions), or with Fp16Cache.load(path, model)"
+        )
+
+    @classmethod
+    def _of(cls, layers: list[Fp16Layer], caches: list[LayerGroup], shared: Shared) -> Fp16Cache:
+        self = cls.__new__(cls)
+        Cache.__init__(self, layers=layers)
         self.caches = caches
         self._shared = shared
         shared.storage = Storage(caches)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fp16Cache:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new._shared = copy.deepcopy(self._shared, memo)  # first: layers are copied along with it alone
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._shared.settle()
+        return super().__reduce_ex__(protocol)
 
     @classmethod
     def for_model(
@@ -69,18 +90,27 @@ class Fp16Cache(Cache):
             raise ValueError(f"Fp16Cache: attention must be {NAME!r} or None, got {attention!r}")
         if precision not in ("auto", "fp32", "fp16"):
             raise ValueError(f"Fp16Cache: precision must be 'auto', 'fp32' or 'fp16', got {precision!r}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+            raise TypeError(f"Fp16Cache: batch_size must be an int, got {shown(batch_size)}")
+        if batch_size < 1:
+            raise ValueError(f"Fp16Cache: batch_size must be at least 1, got {batch_size}")
+        if not isinstance(overflow, str) or overflow not in ("saturate", "inf"):
+            raise ValueError(f"Fp16Cache: overflow must be 'saturate' or 'inf', got {shown(overflow)}")
         plans, config = plan_layers(model, max_positions)
+        here = [plan for plan in plans if plan.present]
         if attention is not None:
-            check_attention(model, plans)
+            check_attention(model, here)
         members: dict[tuple[Any, ...], list[int]] = {}
         for i, plan in enumerate(plans):
-            members.setdefault(plan.group, []).append(i)
-        shared = Shared(batch_size, max_positions, config, precision, compileable)
+            if plan.present:
+                members.setdefault(plan.group, []).append(i)
+        shared = Shared(batch_size, max_positions, config, precision, compileable, layer_count=len(plans))
+        shared.positions = Positions(batch_size, here[0].device)
         layers: list[Fp16Layer | None] = [None] * len(plans)
         caches = []
         for indices in members.values():
             first = plans[indices[0]]
-            cache = StreamingKVCacheFp16(
+            cache = LayerGroup(
                 len(indices),
                 first.capacity,
                 first.heads,
@@ -92,6 +122,8 @@ class Fp16Cache(Cache):
             caches.append(cache)
             for position, i in enumerate(indices):
                 layers[i] = Fp16Layer(shared, cache, position, plans[i].window)
+        beside = next(layer for layer in layers if layer is not None)
+        whole = [layer or AbsentLayer(beside, plan.window) for layer, plan in zip(layers, plans, strict=True)]
         if attention is not None:
             model.set_attn_implementation(NAME)
             if config._attn_implementation != NAME:
@@ -99,7 +131,9 @@ class Fp16Cache(Cache):
                     f"Fp16Cache: the attention of {type(model).__name__} cannot be set; make the cache with "
                     "attention=None, which gives the model gathered keys and values"
                 )
-        return cls([layer for layer in layers if layer is not None], caches, shared)
+        watch(model)
+        keep_cache_where_rope_changes(model)
+        return cls._of(whole, caches, shared)
 
     # Figures
 
@@ -113,13 +147,12 @@ class Fp16Cache(Cache):
 
     def overflow_counts(self) -> Tensor:
         """Finite values that FP16 could not hold, by layer: int64 on the CPU (so this waits for the device)."""
+        self._shared.settle()
         counts = {id(cache): cache.overflow_counts().cpu() for cache in self.caches}
-        return torch.stack([counts[id(layer.cache)][layer.index] for layer in self.layers])
-
-    @property
-    def is_updated(self) -> NoReturn:
-        """Asked of a cache by cross-attention (BERT's kind), which this one has no place for."""
-        raise AttributeError("Fp16Cache: there is no place in it for the keys and values of cross-attention")
+        none = torch.zeros((), dtype=torch.int64, device="cpu")
+        return torch.stack(
+            [none if isinstance(at, AbsentLayer) else counts[id(at.cache)][at.index] for at in self.layers]
+        )
 
     def __repr__(self) -> str:
         windows = sorted({layer.window for layer in self.layers if layer.window is not None})
@@ -129,14 +162,81 @@ class Fp16Cache(Cache):
             f"{self.get_seq_length()} tokens)"
         )
 
+    # A forward pass (see passes.py)
+
+    def begin_pass(self, decoder: Any, tokens: Tensor, options: dict[str, Any]) -> None:
+        """Before a pass of the model's decoder over `tokens`, `[B, T]` or `[B, T, ...]`, with these keyword arguments.
+
+        Raises what is wrong with it before anything is stored: ValueError, NotImplementedError, RuntimeError.
+        """
+        shared = self._shared
+        shared.settle()
+        shared.passing = None
+        if len(self.layers) != shared.layer_count:
+            raise NotImplementedError(
+                f"Fp16Cache: {type(decoder).__name__} has changed its list of {shared.layer_count} layers to one of "
+                f"{len(self.layers)}, and what it added would be left out when tokens are taken back or forgotten"
+            )
+        if options.get("encoder_hidden_states") is not None:
+            raise NotImplementedError(
+                "Fp16Cache: there is no place in it for the keys and values of cross-attention (encoder_hidden_states: "
+                "an image's or an encoder's states)"
+            )
+        self._check_whole()
+        batch, rows = tokens.shape[:2]
+        columns, mask = self.get_seq_length(), options.get("attention_mask")
+        if columns > 0:
+            shared.use_batch(batch, columns)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            check_columns(mask, columns, rows)
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if shared.positions is not None and not capturing:
+            waits = columns > 0 and rows > 1
+            shared.positions.raise_if_fed_twice(wait=waits)
+            if (waits or (columns > 0 and not shared.positions.last.is_cuda)) and batch == shared.active:
+                real, known = real_tokens(mask, batch, rows)
+                if known:
+                    shared.positions.check(options.get("position_ids"), real, batch, rows)
+        shared.passing = Pass(columns)
+
+    def end_pass(self, decoder: Any, tokens: Tensor, options: dict[str, Any]) -> None:
+        """After a pass that went through."""
+        shared = self._shared
+        batch, rows = tokens.shape[:2]
+        position_ids = options.get("position_ids")
+        if is_compiling() and (rows > 1 or position_ids is None):
+            return
+        passing, shared.passing = shared.passing, None
+        if not is_compiling() and passing is not None and options.get("use_cache") is not False:
+            if rows > 0 and self.get_seq_length() == passing.columns:
+                raise NotImplementedError(
+                    f"Fp16Cache: {type(decoder).__name__} was given this cache and stored nothing in it: it keeps no "
+                    "keys and values in such a cache"
+                )
+        real, known = real_tokens(options.get("attention_mask"), batch, rows)
+        if shared.positions is None or not known or batch > self.batch_size:
+            return
+        if position_ids is not None:
+            shared.positions.note(position_ids, real, batch, rows)
+        elif not shared.has_padding() and real is None:
+            shared.positions.assume(batch, self.get_seq_length())
+
     # What generation does to a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The columns that a layer has: tokens and padding."""
+        length: int = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+        return length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The number of columns that a mask of this layer has, and the first of them. Asked at each forward pass."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         if is_compiling():
             return sizes
+        self._shared.settle()
         self._check_whole()
+        if self._shared.compileable and self._shared.positions is not None:  # `begin_pass` is compiled away
+            self._shared.positions.raise_if_fed_twice()
         if query_length == 0:
             raise ValueError(
                 f"Fp16Cache: a forward pass over no tokens: it holds {self.get_seq_length()}, the whole text or more; "
@@ -171,13 +271,17 @@ class Fp16Cache(Cache):
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
+        shared = self._shared
+        shared.handed_out = shared.passing = None
         for cache in self.caches:
-            cache.clear()
+            StreamingKVCacheFp16.clear(cache)
         for layer in self.layers:
             layer.columns = layer.first = 0
-        self._shared.records.clear()
-        self._shared.active = None
-        self._shared.late.clear()
+        shared.records.clear()
+        shared.active = None
+        shared.late.clear()
+        if shared.positions is not None:
+            shared.positions.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest `-tokens_to_remove` tokens back: assisted decoding's rejected ones.
@@ -198,6 +302,7 @@ class Fp16Cache(Cache):
             )
         if count == 0:
             return
+        self._shared.settle()
         self._check_whole()
         for layer in self.layers:
             left = layer.columns - count
@@ -209,7 +314,7 @@ class Fp16Cache(Cache):
                     f"{CROP_MARGIN} tokens; reset() the cache and prefill the text anew"
                 )
         shared = self._shared
-        shared.raise_if_late()
+        shared.raise_if_late(wait=True)
         left = self.layers[0].columns - count
         if left == 0:  # of slots that are not in use, too
             self.reset()
@@ -219,16 +324,18 @@ class Fp16Cache(Cache):
             record = shared.records.get(layer.window)
             record = None if record is None else record[:, : layer.columns]  # more, after a call that was refused
             if record is None and layer.first == 0:
-                cache.truncate(left, **shared.slots(cache.device))
+                StreamingKVCacheFp16.truncate(cache, left, **shared.slots(cache.device))
                 continue
             removed: int | Tensor = count
             if record is not None:
                 removed = (record[:, left:].sum(1) + count - max(record.shape[1] - left, 0)).to(cache.device)
             held = (cache._state[0] - cache._state[1])[0, : shared.active]
-            cache.truncate(held - removed, **shared.slots(cache.device))
+            StreamingKVCacheFp16.truncate(cache, held - removed, **shared.slots(cache.device))
         for layer in self.layers:
             layer.columns = left
             shared.all_held_from(left, layer.window)
+        if shared.positions is not None:
+            shared.positions.remove(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was. `beam_idx`: integers `[n]`.
@@ -242,6 +349,7 @@ class Fp16Cache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times, beside each other. `batch_size` must have room for them."""
+        self._shared.settle()
         active = self._shared.active
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"Fp16Cache: repeats must be an integer, at least 1, got {shown(repeats)}")
@@ -256,6 +364,7 @@ class Fp16Cache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
+        self._shared.settle()
         active = self._shared.active
         if active is None:
             return
@@ -269,6 +378,7 @@ class Fp16Cache(Cache):
 
     def _take(self, indices: Tensor) -> None:
         shared = self._shared
+        shared.settle()
         if shared.active is None:
             return
         if not isinstance(indices, Tensor):
@@ -289,7 +399,9 @@ class Fp16Cache(Cache):
         rest = torch.arange(len(indices), self.batch_size, device=indices.device)
         whole = torch.cat([indices.long(), rest])
         for cache in self.caches:
-            cache.reorder(whole.to(cache.device))
+            StreamingKVCacheFp16.reorder(cache, whole.to(cache.device))
+        if shared.positions is not None:
+            shared.positions.take(indices)
         for window, record in shared.records.items():
             if record is not None:
                 shared.records[window] = record[indices.to(record.device)]
@@ -368,13 +480,13 @@ class Fp16Cache(Cache):
             del model.forward
             if own is not None:
                 model.forward = own
-        self._shared.raise_if_late()
+        self._shared.raise_if_late(wait=True)
 
 
 class Storage:
     """What `Shared` asks of all caches."""
 
-    def __init__(self, caches: list[StreamingKVCacheFp16]) -> None:
+    def __init__(self, caches: list[LayerGroup]) -> None:
         self.caches = caches
 
     def refresh(self) -> None:
@@ -384,4 +496,4 @@ class Storage:
 
     def clear(self) -> None:
         for cache in self.caches:
-            cache.clear()
+            StreamingKVCacheFp16.clear(cache)

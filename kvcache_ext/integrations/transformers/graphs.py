@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .passes import Positions
 from .version import NAME, cache_argument
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ def asks_for_router_logits(model: Any) -> bool:
     config: Any = getattr(model, "config", None)  # a function that calls the model has none
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return bool(getattr(text, "output_router_logits", False))
+
+
+@contextmanager
+def _unwatched(positions: Positions | None) -> Iterator[None]:
+    """While steps run that are taken back, all of them at one position."""
+    if positions is None:
+        yield
+        return
+    positions.paused = True
+    try:
+        yield
+    finally:
+        positions.paused = False
 
 
 class DecodeGraph:
@@ -140,14 +154,19 @@ class DecodeGraph:
         for layer in layers:
             layer._check(self._batch, WARM_UPS)
         counts = [cache.overflow_counts() for cache in self._cache.caches]
+        positions = self._cache._shared.positions
+        fed = None if positions is None else positions.last.clone()
         self._positions.copy_(self._held())
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _unwatched(positions):
             for _ in range(WARM_UPS):
                 self._step()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self._cache.crop(-WARM_UPS)
+        with _unwatched(positions):
+            self._cache.crop(-WARM_UPS)
+        if positions is not None:
+            positions.last.copy_(fed)
         for cache, count in zip(self._cache.caches, counts, strict=True):
             cache._overflow_counts.copy_(count)
         before = [(layer.columns, layer.first) for layer in layers]
@@ -170,6 +189,9 @@ class DecodeGraph:
                 f"DecodeGraph: it steps {self._batch} sequences by one token each, got input_ids of shape "
                 f"{list(input_ids.shape)} and a cache that holds {shared.active}"
             )
+        shared.settle()
+        if shared.positions is not None:
+            shared.positions.raise_if_fed_twice()
         for layer in self._cache.layers:
             layer._check(self._batch, 1)
         self._ids.copy_(input_ids)

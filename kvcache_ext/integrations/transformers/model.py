@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .version import CROP_MARGIN, NAME
+from .version import CROP_MARGIN, NAME, cache_argument
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class LayerPlan:
     heads: int
     head_dim: int
     window: int | None
+    present: bool = True  # else another stage of a pipeline has this layer
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -33,86 +36,130 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(f"Fp16Cache: {name} is an encoder-decoder model; only decoders are supported")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "kv_lora_rank", None):
+    layer_configs = _layer_configs(text)
+    if any(getattr(each, "kv_lora_rank", None) for each in layer_configs):
         raise NotImplementedError(
             f"Fp16Cache: {name} has multi-head latent attention, whose keys and values differ in size"
         )
-    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
+    if _value(text, "num_kv_shared_layers", 0) or "reuse" in (_value(text, "kv_sharing_modes") or ()):
         raise NotImplementedError(f"Fp16Cache: {name} has layers that share the keys and values of others")
-    if getattr(text, "cross_attention_layers", None):
+    if _value(text, "cross_attention_layers"):
         raise NotImplementedError(f"Fp16Cache: {name} has cross-attention layers")
     if not isinstance(max_positions, int) or isinstance(max_positions, bool) or max_positions < 1:
         raise ValueError(f"Fp16Cache: max_positions must be a positive int, got {max_positions!r}")
 
     if getattr(model, "dtype", None) == torch.float64:
         raise TypeError(f"Fp16Cache: {name} is an FP64 model; FP32, FP16 and BF16 models can have such a cache")
-    modules = _attention_modules(model, text.num_hidden_layers)
+    modules, present = _attention_modules(model, text.num_hidden_layers)
     plans = []
-    for i, layer_type in enumerate(_layer_types(text)):
+    for i, layer_type in enumerate(_layer_types(text, layer_configs)):
         if layer_type not in ("full_attention", "sliding_attention"):
             raise NotImplementedError(
                 f"Fp16Cache: layer {i} of {name} is of type {layer_type!r}; only 'full_attention' and "
                 "'sliding_attention' layers can be held"
             )
-        module = modules.get(i)
-        layer_config = getattr(text, "per_layer_config", None)
-        layer_config = text if layer_config is None else layer_config[i]
-        if not isinstance(getattr(layer_config, "num_attention_heads", None), int):
-            raise NotImplementedError(
-                f"Fp16Cache: {name} names no num_attention_heads: it has no attention of this kind"
-            )
-        heads = getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads
-        head_dim = getattr(layer_config, "head_dim", None)
-        head_dim = head_dim or layer_config.hidden_size // layer_config.num_attention_heads
-        if module is not None:
-            head_dim = module.head_dim if isinstance(getattr(module, "head_dim", None), int) else head_dim
-            sizes = [getattr(getattr(module, part, None), "out_features", None) for part in ("k_proj", "v_proj")]
-            if isinstance(sizes[0], int) and sizes[0] % head_dim == 0:
-                heads = sizes[0] // head_dim
-            elif isinstance(getattr(module, "num_kv_heads", None), int):  # Falcon
-                heads = module.num_kv_heads
-            if None not in sizes and sizes[0] != sizes[1]:
-                raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has keys and values of different sizes")
+        heads, head_dim = _shape(name, i, layer_configs[i], modules.get(i))
         window = None
         capacity = max_positions
         if layer_type == "sliding_attention":
-            window = layer_config.sliding_window
+            window = layer_configs[i].sliding_window
             if window is None:
                 raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has a sliding window of no size")
             capacity = min(max_positions, window + CROP_MARGIN)
-        plans.append(LayerPlan(_device(model, module), capacity, heads, head_dim, window))
+        here = i in present or not present
+        device = _device(model, modules.get(i)) if here else torch.device("cpu")
+        plans.append(LayerPlan(device, capacity, heads, head_dim, window, here))
+    plans += [plans[i] for i in _repeated_layers(name, text)]
+    if not any(plan.present for plan in plans):
+        raise NotImplementedError(f"Fp16Cache: {name} has no layers")
     configs = [module.config for module in modules.values() if hasattr(module, "config")]
     return plans, configs[0] if configs else text
 
 
-def _layer_types(text: Any) -> list[str]:
-    given = getattr(text, "layer_types", None)
+def _value(config: Any, name: str, default: Any = None) -> Any:
+    """An attribute of a configuration; one that differs from layer to layer counts as absent."""
+    try:
+        return getattr(config, name, default)
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError
+        return default
+
+
+def _layer_configs(text: Any) -> list[Any]:
+    """The configuration of each layer, where layers may differ; else the model's, for each."""
+    per_layer = _value(text, "per_layer_config")
+    return [text if per_layer is None else per_layer[i] for i in range(text.num_hidden_layers)]
+
+
+def _shape(name: str, index: int, config: Any, module: Any) -> tuple[int, int]:
+    """Heads and head_dim of the keys and values that a layer caches."""
+    if not isinstance(getattr(config, "num_attention_heads", None), int):
+        raise NotImplementedError(f"Fp16Cache: {name} names no num_attention_heads: it has no attention of this kind")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if module is None:
+        return heads, head_dim
+    head_dim = module.head_dim if isinstance(getattr(module, "head_dim", None), int) else head_dim
+    sizes = [getattr(getattr(module, part, None), "out_features", None) for part in ("k_proj", "v_proj")]
+    if isinstance(sizes[0], int) and sizes[0] % head_dim == 0:
+        heads = sizes[0] // head_dim
+    elif getattr(module, "new_decoder_architecture", False):  # Falcon's, which repeats its keys to all heads
+        heads = config.num_attention_heads
+    elif isinstance(getattr(module, "num_kv_heads", None), int):  # Falcon
+        heads = module.num_kv_heads
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise NotImplementedError(f"Fp16Cache: layer {index} of {name} has keys and values of different sizes")
+    return heads, head_dim
+
+
+def _repeated_layers(name: str, text: Any) -> list[int]:
+    """The layers that a looped model goes through again, in the order in which it appends cache layers for that."""
+    if hasattr(text, "n_recurrent_loops"):  # Dory
+        if text.recurrent_kv_cache_mode == "last_loop":
+            raise NotImplementedError(
+                f"Fp16Cache: {name} reads the keys and values of other loops from its cache (recurrent_kv_cache_mode="
+                "'last_loop')"
+            )
+        first, loops = text.n_input_layers, text.n_recurrent_loops
+        return list(range(first, first + text.n_recurrent_layers)) * (loops - 1)
+    if hasattr(text, "loop_num_passes"):  # Inkling 2
+        return list(range(text.loop_layer_index_start, text.loop_layer_index_end)) * (text.loop_num_passes - 1)
+    return []
+
+
+def _layer_types(text: Any, layer_configs: list[Any]) -> list[str]:
+    given = _value(text, "layer_types")
     if given is not None:
         return list(given)
-    if getattr(text, "sliding_window", None) is not None:
-        kind = "sliding_attention"
-    elif getattr(text, "attention_chunk_size", None) is not None:
-        kind = "chunked_attention"
-    else:
-        kind = "full_attention"
-    return [kind] * text.num_hidden_layers
+    types = []
+    for config in layer_configs:
+        if getattr(config, "sliding_window", None) is not None:
+            types.append("sliding_attention")
+        elif getattr(config, "attention_chunk_size", None) is not None:
+            types.append("chunked_attention")
+        else:
+            types.append("full_attention")
+    return types
 
 
-def _attention_modules(model: Any, layers: int) -> dict[int, Any]:
-    """The attention module of each layer, as far as they are to be found."""
+def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int]]:
+    """The attention module of each layer, as far as they are to be found, and the layers that the model has."""
     root = model.get_decoder() if hasattr(model, "get_decoder") else model
     found: dict[int, Any] = {}
+    present: set[int] = set()
     for module in (root or model).modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and 0 <= index < layers and hasattr(module, "head_dim") and index not in found:
-            found[index] = module
-    return found
+        if isinstance(index, int) and 0 <= index < layers:
+            present.add(index)
+            if hasattr(module, "head_dim") and index not in found:
+                found[index] = module
+    return found, present
 
 
 def _device(model: Any, module: Any) -> torch.device:
-    """Where a layer computes."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
+    """Where a layer computes: accelerate's hooks know, on the module, on one within it, or on one around it."""
+    hooked = [] if module is None else [module, *module.modules(), *_around(model, module)]
+    devices = (getattr(getattr(each, "_hf_hook", None), "execution_device", None) for each in hooked)
+    device = next((device for device in devices if device is not None), None)
     if device is None:
         parameter = None if module is None else next(module.parameters(), None)
         device = model.device if parameter is None else parameter.device
@@ -120,6 +167,44 @@ def _device(model: Any, module: Any) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"Fp16Cache: the model must be on a CPU or a CUDA device, got {str(device)!r}")
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _around(model: Any, module: Any) -> list[Any]:
+    """The modules that hold this one, the innermost first."""
+    name = next((name for name, each in model.named_modules() if each is module), "")
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)] if name else []
+
+
+class KeepsCache:
+    """`prepare_inputs_for_generation` of a model with longrope, whose text may outgrow its first set of frequencies.
+
+    At that token transformers lets go of the cache that it was given and goes on in one of its own. Here the cache
+    forgets the text instead, and goes on holding it: the whole text is fed anew either way.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        functools.update_wrapper(self, type(model).prepare_inputs_for_generation, updated=())  # generate reads it
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        inputs = type(self.model).prepare_inputs_for_generation(self.model, *arguments, **options)
+        name = cache_argument()
+        given = options.get(name)
+        if hasattr(given, "begin_pass") and inputs.get(name) is None:
+            given.reset()
+            inputs[name] = given
+        return inputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeepsCache:
+        return KeepsCache(copy.deepcopy(self.model, memo))
+
+
+def keep_cache_where_rope_changes(model: Any) -> None:
+    if hasattr(getattr(model, "config", None), "original_max_position_embeddings") and hasattr(
+        model, "prepare_inputs_for_generation"
+    ):
+        model.prepare_inputs_for_generation = KeepsCache(model)
 
 
 def check_attention(model: Any, plans: list[LayerPlan]) -> None:

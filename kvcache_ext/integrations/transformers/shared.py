@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .passes import Pass, Positions
 from .version import NAME
 
 if TYPE_CHECKING:
     from .cache import Storage
+    from .layers import NewRows
 
 
 class LateCheck:
@@ -54,6 +56,18 @@ def _mask_changed() -> NoReturn:
     )
 
 
+def check_columns(mask: Tensor, held: int, new: int) -> None:
+    """Whether a 2D mask is of the whole text: what the cache holds, and so many new tokens."""
+    if mask.shape[1] == held + new:
+        return
+    again = "; with use_cache=False the whole text comes again at each step: leave it out"
+    raise ValueError(
+        f"Fp16Cache: attention_mask has {mask.shape[1]} columns, and the cache holds {held} tokens and gets {new} "
+        "more: pass the mask of the whole text, old and new, or None if nothing is padding; reset() the cache first "
+        f"if this is another text{again if mask.shape[1] == new == held + 1 else ''}"
+    )
+
+
 @dataclass
 class Shared:
     """What the layers of one cache have in common. (Not the cache itself: a cycle would keep its memory alive.)"""
@@ -63,6 +77,7 @@ class Shared:
     config: Any  # of the model's attention modules: says which attention is in use
     precision: str
     compileable: bool
+    layer_count: int = 0
     bounded: bool = False  # whether some layer has room for max_positions tokens and no more
     active: int | None = None  # sequences in use; None before the first tokens
     # Which columns the layers with each window hold: bool [active, n]. None: all of them. Columns beyond n are held.
@@ -71,12 +86,16 @@ class Shared:
     sequences: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
     late: dict[int | None, LateCheck] = field(default_factory=dict)
     storage: Storage | None = None
+    positions: Positions | None = None  # that the sequences were fed
+    passing: Pass | None = None  # the forward pass under way, where it is known
+    handed_out: NewRows | None = None  # by `update`, and not yet attended to
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         new = Shared.__new__(Shared)
         memo[id(self)] = new
         # The model's, whose attention may be changed later; or its copy's, where that has been copied before.
         new.config = memo.get(id(self.config), self.config)
+        self.settle()
         rest = {name: value for name, value in self.__dict__.items() if name != "config"}
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in rest.items()})
         return new
@@ -90,8 +109,16 @@ class Shared:
         if self.active == batch:
             return
         if self.active is not None and held:
+            times, rest = divmod(batch, self.active)
+            repeat_hint = ""
+            if rest == 0 and times > 1:
+                repeat_hint = (
+                    f", or batch_repeat_interleave({times}) it to go on with each of its sequences {times} times "
+                    "(num_return_sequences, num_beams)"
+                )
             raise ValueError(
                 f"Fp16Cache: it holds {self.active} sequences, and these are {batch}; reset() it to begin anew"
+                + repeat_hint
             )
         if batch > self.batch_size:
             raise ValueError(
@@ -100,7 +127,22 @@ class Shared:
             )
         if self.active is not None and self.storage is not None:
             self.storage.clear()  # of a pass that was broken off in its first layer
+            if self.positions is not None:
+                self.positions.forget()
         self.active = batch
+
+    def has_padding(self) -> bool:
+        """Whether padding is known of."""
+        return any(record is not None for record in self.records.values())
+
+    def settle(self) -> None:
+        """Appends rows that `update` handed out to somebody who is no model's attention: a past made by hand.
+
+        Those of a forward pass that was broken off before its attention are dropped.
+        """
+        rows, self.handed_out = self.handed_out, None
+        if rows is not None and not rows.of_a_pass:
+            rows.layer.append_rows(rows)
 
     def slots(self, device: torch.device) -> dict[str, Any]:
         """The batch slots in use, as the cache's methods take them; nothing where all of them are."""
@@ -111,12 +153,14 @@ class Shared:
             self.sequences[key] = torch.arange(key[1], device=device)
         return {"sequences": self.sequences[key]}
 
-    def raise_if_late(self) -> None:
-        """Whether a mask that has been looked at since the last step was wrong."""
+    def raise_if_late(self, *, wait: bool = False) -> None:
+        """Whether a mask that has been looked at since the last step was wrong; with `wait` also any position."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         for late in self.late.values():
             late.raise_if_bad()
+        if wait and self.positions is not None:
+            self.positions.raise_if_fed_twice(wait=True)
 
     def plan(self, mask: Tensor, seen: int, new: int, window: int | None, *, no_padding: bool = False) -> Tensor | None:
         """What a 2D mask `[B, seen + new]` means for the layers with this window.
@@ -131,13 +175,7 @@ class Shared:
             self.use_batch(mask.shape[0], seen)
         late = self.late.setdefault(window, LateCheck())
         late.raise_if_bad()
-        if mask.shape[1] != seen + new:
-            again = "; with use_cache=False the whole text comes again at each step: leave it out"
-            raise ValueError(
-                f"Fp16Cache: attention_mask has {mask.shape[1]} columns, and the cache holds {seen} tokens and gets "
-                f"{new} more: pass the mask of the whole text, old and new, or None if nothing is padding; reset() the "
-                f"cache first if this is another text{again if mask.shape[1] == new == seen + 1 else ''}"
-            )
+        check_columns(mask, seen, new)
         if mask.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "Fp16Cache: an attention_mask cannot be captured into a CUDA graph, as it grows with the text; pass "
