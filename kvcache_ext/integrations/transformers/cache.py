@@ -17,7 +17,7 @@ from ...attention import shown
 from ...cache import StreamingKVCacheFp16
 from .graphs import DecodeGraph, StandIn, asks_for_router_logits
 from .layers import AbsentLayer, Fp16Layer, LayerGroup
-from .model import LayerPlan, check_attention, keep_cache_where_rope_changes, plan_layers
+from .model import check_attention, check_takes_a_cache, keep_cache_where_rope_changes, plan_layers
 from .passes import Pass, Positions, real_tokens, watch
 from .shared import Shared, check_columns
 from .version import CROP_MARGIN, NAME, cache_argument
@@ -97,6 +97,7 @@ class Fp16Cache(Cache):
         if not isinstance(overflow, str) or overflow not in ("saturate", "inf"):
             raise ValueError(f"Fp16Cache: overflow must be 'saturate' or 'inf', got {shown(overflow)}")
         plans, config = plan_layers(model, max_positions)
+        check_takes_a_cache(model)
         here = [plan for plan in plans if plan.present]
         if attention is not None:
             check_attention(model, here)
@@ -189,6 +190,12 @@ class Fp16Cache(Cache):
             shared.use_batch(batch, columns)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             check_columns(mask, columns, rows)
+        elif columns > 0 and options.get("use_cache") is False and options.get("position_ids") is None:
+            raise ValueError(
+                f"Fp16Cache: a forward pass with use_cache=False over {rows} tokens, and the cache holds {columns}: "
+                "generate() feeds the whole text at each step then; leave use_cache=False out (in the model's config, "
+                "too)"
+            )
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if shared.positions is not None and not capturing:
             waits = columns > 0 and rows > 1
@@ -216,9 +223,12 @@ class Fp16Cache(Cache):
         real, known = real_tokens(options.get("attention_mask"), batch, rows)
         if shared.positions is None or not known or batch > self.batch_size:
             return
+        mask = options.get("attention_mask")
         if position_ids is not None:
             shared.positions.note(position_ids, real, batch, rows)
-        elif not shared.has_padding() and real is None:
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            shared.positions.assume(batch, mask.bool().sum(1))
+        elif real is None and not shared.has_padding():
             shared.positions.assume(batch, self.get_seq_length())
 
     # What generation does to a cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,10 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
     if getattr(model, "dtype", None) == torch.float64:
         raise TypeError(f"Fp16Cache: {name} is an FP64 model; FP32, FP16 and BF16 models can have such a cache")
     modules, present = _attention_modules(model, text.num_hidden_layers)
+    per_stack = getattr(text, "num_layers_per_stack", None)
+    if per_stack:  # HrmText goes through fewer modules several times, each time with cache layers of their own
+        modules = {i: modules[i % per_stack] for i in range(text.num_hidden_layers) if i % per_stack in modules}
+        present = set(modules)
     plans = []
     for i, layer_type in enumerate(_layer_types(text, layer_configs)):
         if layer_type not in ("full_attention", "sliding_attention"):
@@ -205,6 +210,15 @@ def keep_cache_where_rope_changes(model: Any) -> None:
         model, "prepare_inputs_for_generation"
     ):
         model.prepare_inputs_for_generation = KeepsCache(model)
+
+
+def check_takes_a_cache(model: Any) -> None:
+    """Some models know other kinds of memory, and would take this one without a word."""
+    parameters = inspect.signature(model.forward).parameters
+    if not {"cache", "past_key_values"} & set(parameters) and len(parameters) > 2:
+        raise NotImplementedError(
+            f"Fp16Cache: {type(model).__name__} takes no cache of this kind: its forward has no past_key_values"
+        )
 
 
 def check_attention(model: Any, plans: list[LayerPlan]) -> None:

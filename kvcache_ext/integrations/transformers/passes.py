@@ -79,9 +79,16 @@ class Positions:
         """That the newest `count` columns of every sequence are gone. (Some of them may have been padding.)"""
         self.last.sub_(count)
 
-    def assume(self, batch: int, columns: int) -> None:
-        """That so many columns came without positions: those are taken to count from 0."""
-        self.last[:batch].clamp_(min=columns - 1)
+    def assume(self, batch: int, tokens: int | Tensor) -> None:
+        """That each sequence has so many tokens (an int, or `[B]`), some of which came without positions.
+
+        Those are taken to count from 0. (Models that count padding, too, are then further on than this.)
+        """
+        last = self.last[:batch]
+        if isinstance(tokens, Tensor):
+            torch.maximum(last, tokens.to(last.device) - 1, out=last)
+        else:
+            last.clamp_(min=tokens - 1)
 
     @staticmethod
     def _of_tokens(position_ids: Any, rows: int) -> tuple[Tensor, bool] | None:
