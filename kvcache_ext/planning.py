@@ -132,7 +132,9 @@ def read_config(folder: Path) -> Shape:
     if _number(path, config, ("state_size", "ssm_state_size")) and not any(name in config for name in QUERY_HEADS[:2]):
         raise ValueError(f"plan: {path} describes a model without attention (state_size), which has no keys and values")
     heads = _number(path, config, KV_HEADS)
-    if config.get("multi_query") is True and config.get("new_decoder_architecture") is not True:
+    if config.get("new_decoder_architecture") is True:
+        heads = _needed(path, config, query_heads)  # Falcon repeats its keys to all heads before it caches them
+    elif config.get("multi_query") is True:
         heads = 1  # Falcon's config has num_kv_heads all the same
     elif heads is None:
         heads = _needed(path, config, query_heads)

@@ -110,7 +110,7 @@ def test_small_figures(capsys: pytest.CaptureFixture[str]) -> None:
         (MPT | {"attn_config": {"kv_n_heads": 8}}, (32, 8, 128, 2048)),  # and DBRX
         (CHATGLM, (28, 2, 128, 8192)),
         (CHATGLM | {"multi_query_attention": False}, (28, 32, 128, 8192)),
-        (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 8}, (32, 8, 64, 2048)),
+        (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 8}, (32, 71, 64, 2048)),  # repeated, then cached
     ],
 )
 def test_configs(tmp_path: Path, entries: dict[str, Any], shape: tuple[int | None, ...]) -> None:

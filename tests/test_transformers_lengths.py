@@ -288,3 +288,14 @@ def test_windows_have_no_end(models: Any, device: torch.device) -> None:
     cache = Fp16Cache.for_model(model, WINDOW + CROP_MARGIN)
     logits_of(model, cache, **prompts(1, 700, device))
     assert cache.get_seq_length() == 700 and len(cache.caches[0]) == WINDOW + CROP_MARGIN
+
+
+@pytest.mark.parametrize("max_positions", [5, 20, 136, 137])
+def test_a_window_layer_has_no_more_slots_than_the_longest_text(
+    models: Any, device: torch.device, max_positions: int
+) -> None:
+    cache = Fp16Cache.for_model(models("mistral"), max_positions)
+    slots = min(max_positions, WINDOW + CROP_MARGIN)
+    assert [c.max_positions for c in cache.caches] == [slots]
+    assert cache.memory_bytes() == 3 * slots * 2 * 16 * 2 * 2
+    assert cache.get_max_length() == (max_positions if max_positions < WINDOW + CROP_MARGIN else -1)

@@ -200,3 +200,21 @@ def test_masks_in_code_that_is_compiled_in_parts(models: Any, device: torch.devi
     torch.testing.assert_close(logits_of(compiled, cache, input_ids=ids), want, rtol=0, atol=1e-4)
     assert cache.caches[0].position == 20
     torch._dynamo.reset()
+
+
+def test_masked_tokens_after_a_prompt_without_a_mask(models: Any, device: torch.device) -> None:
+    """In a compileable cache: the mask of a single token says nothing of the prompt, which was no padding."""
+    model = models("llama")
+    ids = prompts(2, 12, device)["input_ids"]
+    cache = Fp16Cache.for_model(model, 64, 2, compileable=True)
+    reference = RoundingCache(config=model.config)
+    for part in (slice(0, 7), slice(7, 8), slice(8, 12)):
+        mask = torch.ones(2, part.stop, dtype=torch.int64, device=device)
+        mask[0, 8:10] = 0 if part.stop == 12 else 1
+        options = {} if part.stop == 7 else {"attention_mask": mask}
+        got = logits_of(model, cache, input_ids=ids[:, part], **options)
+        model.set_attn_implementation("eager")
+        want = logits_of(model, reference, input_ids=ids[:, part], **options)
+        model.set_attn_implementation("kvcache_ext")
+        torch.testing.assert_close(got[mask[:, part] == 1], want[mask[:, part] == 1], rtol=1e-3, atol=1e-3)
+    assert cache.caches[0].cache_seqlens[0].tolist() == [10, 12]
