@@ -100,7 +100,8 @@ def _shape(name: str, index: int, config: Any, module: Any) -> tuple[int, int]:
     if not isinstance(getattr(config, "num_attention_heads", None), int):
         raise NotImplementedError(f"Fp16Cache: {name} names no num_attention_heads: it has no attention of this kind")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "dim_head", None)  # CPM-Ant's
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     if module is None:
         return heads, head_dim
     head_dim = module.head_dim if isinstance(getattr(module, "head_dim", None), int) else head_dim
