@@ -41,7 +41,8 @@ from common import (
     synchronize,
 )
 
-from kvcache_ext import StreamingKVCacheFp16, memory, storage
+from kvcache_ext import StreamingKVCacheFp16, memory
+from kvcache_ext.files import transfer
 
 LARGE = 8 * 10**9  # bytes from which one round is enough, since it takes minutes
 CHUNK = 8 * 2**20  # of the plain file
@@ -234,7 +235,7 @@ def add_results(bench: Bench, results: Results, rounds: int) -> None:
     add("storage/save", "save", "torch.save", ceilings["save"])
     add("storage/load", "load", "torch.load", ceilings["load"])
     add("storage/load/page_cache", "load, page cache", "torch.load, page cache", None)
-    pinned = storage.BUFFERS * storage.BLOCK_BYTES if on_gpu(bench.device) else 0
+    pinned = transfer.BUFFERS * transfer.BLOCK_BYTES if on_gpu(bench.device) else 0
     for op in ("save", "load"):
         made = bench.size if op == "load" and not on_gpu(bench.device) else 0
         peaks = [max(bench.peaks[name] - made, 0) / 1e9 for name in (op, f"torch.{op}")]

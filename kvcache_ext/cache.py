@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import attention, memory, ops, storage
+from . import attention, files, memory, ops
 from ._extension import build_info, extension
 
 _OVERFLOW_POLICIES = ("saturate", "inf")
@@ -734,29 +734,42 @@ class StreamingKVCacheFp16:
 
     # Files
 
-    def save(self, path: str | PathLike[str], *, progress: bool | Callable[[int, int], object] | None = None) -> None:
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        sequences: Sequence[int] | Tensor | None = None,
+        progress: bool | Callable[[int, int], object] | None = None,
+    ) -> None:
         """Writes what is held to a file in the safetensors format, and the state with it: `load` goes on from there.
 
         The file holds the positions held and no others, oldest first, as the FP16 that is stored, bit for bit; with
         them the positions seen (so that `position` and `cache_seqlens` come back), the overflow counters, and
-        checksums. `kvcache_ext/storage.py` says what is where, for other readers.
+        checksums. The head of `kvcache_ext/files/__init__.py` says what is where, for other readers.
 
         It is written under another name in the same folder, synced, and renamed: `path` names the old file or the whole
-        new one, never half of it, whatever happens. An error removes what was written so far; a process that is
-        killed leaves it (`.<name>.<8 digits>.tmp`), and `load` refuses that. Waits for the current stream of the
-        cache's device. Takes up to 84 MB of pinned host memory for a GPU's cache, for a CPU's next to none.
+        new one, never half of it, whatever happens. An error removes what was written so far. A process that is killed
+        leaves it (`.<name>.<8 digits>.tmp`). `load` refuses such a file unless it is whole, because the process was
+        killed between the last write and the renaming; it is then what `path` would have named.
+
+        Waits for the current stream of the cache's device. Takes up to 84 MB of pinned host memory for a GPU's cache,
+        for a CPU's next to none.
 
         Args:
             path: the file. One that is there is replaced, keeping its mode; a link is followed.
+            sequences: the batch sequences to save, in that order: distinct ints as a list, or an int64 or int32 tensor
+                `[n]` on any device. The file is then one of a cache with `batch_size` n: sequence i of it is sequence
+                `sequences[i]` of this one. The overflow counters belong to layers, and are saved as they are. None
+                means all.
             progress: True shows a bar (tqdm's, where that is installed) or lines on stderr; a function is called now
                 and then with the bytes of keys and values done and all that there are. What it raises ends the save.
 
         Raises:
-            TypeError, ValueError: an argument is wrong.
+            TypeError, ValueError, IndexError: an argument is wrong.
             OSError: the file cannot be written, such as for lack of space, of which what is free is looked at first.
-            RuntimeError: the current stream is being captured into a graph.
+            RuntimeError: the current stream is being captured into a graph, or the cache's memory has been moved.
         """
-        storage.save(self, path, progress)
+        files.save(self, path, sequences, progress)
 
     @classmethod
     def load(
@@ -786,7 +799,42 @@ class StreamingKVCacheFp16:
             TypeError, ValueError, OSError, RuntimeError: an argument is wrong, the file cannot be read, the current
                 stream is being captured into a graph.
         """
-        return storage.load(cls, path, device, max_positions, progress)
+        return files.load(cls, path, device, max_positions, progress)
+
+    def load_sequences(
+        self,
+        path: str | PathLike[str],
+        sequences: Sequence[int] | Tensor,
+        *,
+        progress: bool | Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Reads a file of `save` into chosen sequences of this cache, in every layer. In place.
+
+        Sequence `sequences[i]` becomes what sequence i of the file was: the positions held, bit for bit, with their
+        numbers. Where this cache has fewer slots, what is held is what a ring of this size would hold: the sinks and
+        the newest. Other sequences and the overflow counters are untouched, and the file's overflow policy does not
+        matter. Graphs that were captured from the cache go on working.
+
+        The file is read twice: once to compare all checksums, then into the cache, on the current stream of its device.
+        Waits until that is done. Takes up to 84 MB of host memory, pinned for a GPU's cache.
+
+        Args:
+            path: the file. It must have as many sequences as are named, and this cache's num_layers, num_heads,
+                head_dim and sink_positions.
+            sequences: distinct batch sequences: ints as a list, or an int64 or int32 tensor `[n]` on any device.
+            progress: as for `save`. The bytes of both passes count.
+
+        Raises:
+            ValueError: the file is none of `save`'s, has a newer format, is truncated or damaged, or does not fit the
+                cache.
+            TypeError, ValueError, IndexError, OSError, RuntimeError: an argument is wrong, the file cannot be read, the
+                current stream is being captured into a graph, or the cache's memory has been moved.
+
+            The cache is unchanged after an error, with one exception: where the second pass fails (the disk fails, the
+            file changes after the first pass, `progress` raises), the named sequences are empty, as after `reset`. The
+            ValueError or OSError then says so.
+        """
+        files.load_sequences(self, path, sequences, progress)
 
     # Copies (copy.copy, copy.deepcopy, pickle) have tensors and lengths of their own.
 

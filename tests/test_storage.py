@@ -24,7 +24,9 @@ import torch
 from conftest import ROOT, Backend, assert_same_bits, make_cache, needs_gpu
 from torch import Tensor
 
-from kvcache_ext import StreamingKVCacheFp16, memory, reference, storage
+from kvcache_ext import StreamingKVCacheFp16, memory, reference
+from kvcache_ext.files import transfer
+from kvcache_ext.files.rows import Block
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
 
@@ -32,7 +34,7 @@ LAYERS, HEADS, HEAD_DIM = 2, 2, 8
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are no multiple of a row (32 bytes here), so that small caches have many."""
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(transfer, "BLOCK_BYTES", 100)
 
 
 @pytest.fixture
@@ -144,8 +146,8 @@ def test_round_trip(backend: Backend, name: str, path: Path, small_blocks: None)
 def test_blocks_of_the_usual_size(device: torch.device, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = StreamingKVCacheFp16(2, 700, 8, 128, batch_size=6, device=device, sink_positions=2)
     fill(cache, 900, 0, [900, 0, 1, 400, 701, 899])
-    assert cache.memory_bytes() > 4 * storage.BLOCK_BYTES
-    monkeypatch.setattr(storage, "SYNC_BLOCKS", 2)
+    assert cache.memory_bytes() > 4 * transfer.BLOCK_BYTES
+    monkeypatch.setattr(transfer, "SYNC_BLOCKS", 2)
     cache.save(path)
     assert_same_held(StreamingKVCacheFp16.load(path, device=device), cache)
 
@@ -223,18 +225,18 @@ class LateEvent:
             self.copies = []
 
 
-class LateBuffers(storage._Buffers):
+class LateBuffers(transfer.Buffers):
     """The way through pinned buffers, on a CPU."""
 
-    def make_events(self, count: int) -> list[Any]:
+    def make_events(self, count: int, gpus: list[torch.device]) -> list[Any]:
         return [LateEvent() for _ in range(count)]
 
-    def fetch(self, i: int, block: storage.Block) -> None:
+    def fetch(self, i: int, block: Block) -> None:
         event = self.events[i % len(self.events)]
         assert not event.copies, "the buffer is still in use"
         event.copies = [(here, there) for there, here in self.pairs(i, block)]
 
-    def store(self, i: int, block: storage.Block) -> None:
+    def store(self, i: int, block: Block) -> None:
         event = self.events[i % len(self.events)]
         assert not event.copies, "the buffer is still in use"
         event.copies = list(self.pairs(i, block))
@@ -251,10 +253,10 @@ def test_the_way_of_a_gpu(
     use(cache)
     cache.save(path)
     data = path.read_bytes()
-    monkeypatch.setattr(storage, "BUFFERS", count)
+    monkeypatch.setattr(transfer, "BUFFERS", count)
     slots = (cache.max_positions, max(cache.max_positions // 2, cache.sink_positions + 1))
     usual = [StreamingKVCacheFp16.load(path, device="cpu", max_positions=n) for n in slots]
-    monkeypatch.setattr(storage, "_way", LateBuffers)
+    monkeypatch.setattr(transfer, "block_memory", LateBuffers)
     cache.save(path)
     assert path.read_bytes() == data
     for n, want in zip(slots, usual, strict=True):
@@ -798,8 +800,9 @@ def test_an_error_leaves_the_old_file(saved: Path, error: type[BaseException], d
 
 KILLED = """
 import os, signal, sys, torch
-from kvcache_ext import StreamingKVCacheFp16, storage
-storage.BLOCK_BYTES = 100
+from kvcache_ext import StreamingKVCacheFp16
+from kvcache_ext.files import transfer
+transfer.BLOCK_BYTES = 100
 cache = StreamingKVCacheFp16(2, 64, 2, 8, device="cpu")
 rows = torch.randn(2, 64, 2, 8)
 cache.append_all(rows, rows)
@@ -990,5 +993,5 @@ def test_a_save_takes_next_to_no_memory(device: torch.device, path: Path) -> Non
     if before == 0:
         pytest.skip("the peak of memory is not told here")
     cache.save(path)
-    buffers = 10 * storage.BLOCK_BYTES if device.type == "cuda" else 0
+    buffers = 10 * transfer.BLOCK_BYTES if device.type == "cuda" else 0
     assert peak() - before < 16 * 2**20 + buffers < cache.memory_bytes()
