@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import errno
 import json
@@ -22,11 +23,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Backend, assert_same_bits, make_cache, needs_gpu
-from torch import Tensor
+from saved import LateBuffers, assert_same_held, contents, fill, header_of, held, rows
 
-from kvcache_ext import StreamingKVCacheFp16, memory, reference
+import kvcache_ext
+from kvcache_ext import StreamingKVCacheFp16, memory
 from kvcache_ext.files import transfer
-from kvcache_ext.files.rows import Block
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
 
@@ -40,41 +41,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "cache.safetensors"
-
-
-def rows(cache: StreamingKVCacheFp16, count: int, seed: int = 0) -> Tensor:
-    shape = (cache.batch_size, count, cache.num_heads, cache.head_dim)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(cache.device)
-
-
-def fill(cache: StreamingKVCacheFp16, count: int, seed: int = 0, new_lengths: list[int] | None = None) -> None:
-    """The same number of positions for every layer, each with values of its own."""
-    lengths = None if new_lengths is None else torch.tensor(new_lengths, device=cache.device)
-    for layer in range(cache.num_layers):
-        new = rows(cache, count, 100 * seed + layer)
-        cache.append(layer, new, -new, new_lengths=lengths)
-
-
-def held(cache: StreamingKVCacheFp16, layer: int, sequence: int) -> list[int]:
-    seen, first = (int(cache._state[i, layer, sequence]) for i in (0, 1))
-    return reference.held_positions(seen, first, cache.sink_positions)
-
-
-def contents(cache: StreamingKVCacheFp16, layer: int, sequence: int) -> tuple[Tensor, ...]:
-    """All that a sequence holds, as stored."""
-    indices = torch.arange(len(held(cache, layer, sequence)), device=cache.device)
-    return cache.gather(layer, indices, dtype=torch.float16, sequences=[sequence])
-
-
-def assert_same_held(got: StreamingKVCacheFp16, want: StreamingKVCacheFp16) -> None:
-    """State, counters and everything held; the slots may differ."""
-    assert torch.equal(got._state.cpu(), want._state.cpu())
-    assert torch.equal(got.overflow_counts().cpu(), want.overflow_counts().cpu())
-    assert (len(got), got.position) == (len(want), want.position)
-    for layer in range(want.num_layers):
-        for b in range(want.batch_size):
-            for mine, theirs in zip(contents(got, layer, b), contents(want, layer, b), strict=True):
-                assert_same_bits(mine.cpu(), theirs.cpu())
 
 
 # Round trips
@@ -208,40 +174,6 @@ def test_positions_beyond_32_bits(device: torch.device, path: Path) -> None:
     assert_same_held(loaded, cache)
 
 
-class LateEvent:
-    """Copies of a GPU that are done no earlier than somebody waits for them."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.copies: list[tuple[Tensor, Tensor]] = []
-
-    def record(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        with self.lock:
-            for target, source in self.copies:
-                target.copy_(source)
-            self.copies = []
-
-
-class LateBuffers(transfer.Buffers):
-    """The way through pinned buffers, on a CPU."""
-
-    def make_events(self, count: int, gpus: list[torch.device]) -> list[Any]:
-        return [LateEvent() for _ in range(count)]
-
-    def fetch(self, i: int, block: Block) -> None:
-        event = self.events[i % len(self.events)]
-        assert not event.copies, "the buffer is still in use"
-        event.copies = [(here, there) for there, here in self.pairs(i, block)]
-
-    def store(self, i: int, block: Block) -> None:
-        event = self.events[i % len(self.events)]
-        assert not event.copies, "the buffer is still in use"
-        event.copies = list(self.pairs(i, block))
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_the_way_of_a_gpu(
@@ -358,6 +290,35 @@ def test_safetensors_reads_an_empty_one(path: Path) -> None:
     assert tensors["keys.1"].shape == (0, HEADS, HEAD_DIM)
 
 
+# A file of version 1 as the release 0.1.0 wrote it: zlib, base 85.
+VERSION_1 = """
+c-ozkziZn-6vwah2VDwTx*N?$&@Y4%TF_L|#0Cv&6g3T!Y@aG&>j&1^v6}>L%;>ey!CP1V0WE0gP!bz5hzPCS`WJM`&^zN6JB<tRTb}N#_x-&0
+bW$IJS)6dT9U|;DUF_O6w|&BSaVK;!x6QSB4Y%PV8}%^<xgP4IK^#$Cpr_+bfKg|;sKRdwn>>9Pbwj)D4yb_^h*YS%xZ&Gr@BvXlqC)8Q?IcbE
+Oo^;Wox6PGHq&_v_G~wUaL!1BsI}x_HT8DfXxa4vMl*$H-D5hb*N%^=5JVn#My&`%Y_ldFBy57$ip+q%%T9+Pl#U=b+duZa6k&=w<e{t{QL7hp
+QhZOZtimmYncFCOkNxzX_ALbpvdsK{HnAIVH^Tqp{7az-C@4I`w9p`>_p;!AB`6DSL4pFj3!(5(6hwyTx$Q1m3qk=<ROG*N2x}k|8A^h(Fvl7Y
+3V@O_yHonRHd<*nT>7AIByoWv-vLlmD5-RjvkHr6U^yPo^D6zxJU_UVSLshza8~J$Ze<!Tz%JPZdt?t(wJND*RZ!Dvq?XmdDLB;(-EfS=AjZ%b
+8Dk?et_(oH7jQu?z$Li^6Kz5!*#u0rDVb(da070%T+f|6$w@xUNBKC<@~d3i*Y|<BVOC7u)J)xU%)}(-&>Wd#bJoY&v2^ReaxC9UtiDC8b4$C{
+uR*a<R0_V(3cYZOq#(tx7!~7U)~DPl_41%}O216Xeo4yn^5f^`5A^)&_fIdsiSOS2{Pi0WoM-R
+"""
+
+
+def test_a_file_of_version_1(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None) -> None:
+    """Files that were saved once can be loaded for ever; and as long as it is version 1, bytes are the same."""
+    path.write_bytes(zlib.decompress(base64.b85decode(VERSION_1.replace("\n", ""))))
+    shape = {"max_positions": 8, "num_heads": 1, "head_dim": 2, "batch_size": 3, "sink_positions": 1}
+    cache = make_cache(torch.device("cpu"), overflow="inf", **shape)
+    for layer in range(LAYERS):
+        new = torch.arange(3 * 13 * 2).view(3, 13, 1, 2) + 100.0 * layer
+        new[0, -1] = 70_000.0
+        cache.append(layer, new, -new, new_lengths=torch.tensor([13, 0, 5]))
+    loaded = StreamingKVCacheFp16.load(path, device="cpu")
+    assert repr(loaded) == repr(cache)
+    assert_same_held(loaded, cache)
+    monkeypatch.setattr(kvcache_ext, "__version__", "0.1.0")
+    cache.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
 def test_held_positions_and_nothing_else(path: Path) -> None:
     cache = make_cache(torch.device("cpu"), num_layers=1, max_positions=100_000)
     fill(cache, 10)
@@ -464,12 +425,6 @@ def test_damaged_rows_are_named(saved: Path) -> None:
     load_fails(saved, f"is damaged: its bytes {start + 300:,} to {start + 399:,} are not those that were saved")
 
 
-def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
 def write_file(path: Path, header: object, rest: bytes, state_bytes: int = (3 * 2 + 1) * 8) -> None:
     """With the first checksum right, so that it is not what gives the file away."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -561,24 +516,67 @@ def test_wrong_entries(
     load_fails(saved, words)
 
 
+def write_state(path: Path, seen: int, first: int, length: int, rows: int | None = None, overflows: int = 0) -> None:
+    """A file that is right in all but, perhaps, the state of sequence 0. Sequence 1 holds 4 positions."""
+    rows = length + 4 if rows is None else rows
+    header, _ = header_of(path)
+    size, begin = rows * 2 * 8 * 2, 7 * 8
+    for name in ("keys.0", "values.0"):
+        header[name] = {"dtype": "F16", "shape": [rows, 2, 8], "data_offsets": [begin, begin + size]}
+        begin += size
+    blocks = [bytes(100)] * (2 * size // 100) + [bytes(2 * size % 100)] * (2 * size % 100 > 0)
+    checksum_bytes = 4 * (1 + len(blocks))
+    header["checksums"] = {
+        "dtype": "U32",
+        "shape": [1 + len(blocks)],
+        "data_offsets": [begin, begin + checksum_bytes],
+    }
+    state = struct.pack("<7q", seen, 4, first, 1, length, 4, overflows)
+    tail = struct.pack(f"<{len(blocks)}I", *map(zlib.crc32, blocks))
+    write_file(path, header, state + b"".join(blocks) + bytes(4) + tail)
+
+
+@pytest.mark.parametrize(
+    "seen, first, length", [(11, 4, 8), (0, 1, 0), (1, 1, 1), (2**62 - 1, 2**62 - 8, 8), (11, 11, 1)]
+)
+def test_possible_lengths(saved: Path, seen: int, first: int, length: int) -> None:
+    """So that it is nothing else that gives away the files of the next test."""
+    write_state(saved, seen, first, length)
+    cache = StreamingKVCacheFp16.load(saved, device="cpu")
+    assert cache._state[:2, 0, 0].tolist() == [seen, first]
+
+
 @pytest.mark.parametrize(
     "seen, first, length",
-    [(-1, 1, 0), (11, 0, 8), (11, 3, 8), (11, 4, 7), (0, 2, 0), (11, 12, 1), (2**62 + 11, 2**62 + 4, 8)],
+    [
+        pytest.param(-1, 1, -1, id="seen below 0"),
+        pytest.param(2**62, 2**62 - 7, 8, id="seen too large"),
+        pytest.param(5, 0, 6, id="first is a sink"),
+        pytest.param(11, 3, 9, id="more than the ring has"),
+        pytest.param(0, 2, 0, id="first beyond seen"),
+        pytest.param(11, 4, 7, id="held is less"),
+        pytest.param(11, 4, 9, id="held is more"),
+    ],
 )
 def test_impossible_lengths(saved: Path, no_allocation: None, seen: int, first: int, length: int) -> None:
-    header, rest = header_of(saved)
-    numbers = list(struct.unpack("<7q", rest[:56]))
-    assert numbers[0::2][:3] == [11, 4, 8]
-    numbers[0], numbers[2], numbers[4] = seen, first, length
-    write_file(saved, header, struct.pack("<7q", *numbers) + rest[56:])
-    load_fails(saved, "no cache has the lengths that it gives for layer 0")
+    """Each breaks one condition, and no other: without that one the file would be loaded."""
+    write_state(saved, seen, first, length)
+    load_fails(
+        saved,
+        "is damaged: no cache has the lengths that it gives "
+        f"for layer 0: {seen} seen, {first} the first, {length} held",
+    )
+
+
+@pytest.mark.parametrize("rows", [11, 13])
+def test_lengths_of_other_rows(saved: Path, no_allocation: None, rows: int) -> None:
+    write_state(saved, 11, 4, 8, rows)
+    load_fails(saved, f"is damaged: no cache has the lengths that it gives for layer 0: 12 positions, {rows} rows")
 
 
 def test_impossible_counters(saved: Path, no_allocation: None) -> None:
-    header, rest = header_of(saved)
-    numbers = list(struct.unpack("<7q", rest[:56]))
-    write_file(saved, header, struct.pack("<7q", *numbers[:6], -1) + rest[56:])
-    load_fails(saved, "it gives -1 overflows for layer 0")
+    write_state(saved, 11, 4, 8, overflows=-1)
+    load_fails(saved, "is damaged: it gives -1 overflows for layer 0")
 
 
 @pytest.mark.parametrize(
@@ -807,11 +805,16 @@ cache = StreamingKVCacheFp16(2, 64, 2, 8, device="cpu")
 rows = torch.randn(2, 64, 2, 8)
 cache.append_all(rows, rows)
 
-def kill(done, total):
-    if done >= total * float(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-cache.save(sys.argv[1], progress=kill)
+def progress(done, total):
+    if sys.argv[2] != "fsync" and done >= total * float(sys.argv[2]):
+        kill()
+
+if sys.argv[2] == "fsync":  # called when all is written
+    os.fsync = kill
+cache.save(sys.argv[1], progress=progress)
 """
 
 
@@ -825,6 +828,18 @@ def test_a_killed_save(saved: Path, share: str) -> None:
     (left,) = (saved.parent / name for name in listing(saved) if name != saved.name)
     assert left.name.startswith(f".{saved.name}.") and left.suffix == ".tmp"
     load_fails(left, "is truncated")
+
+
+def test_a_save_killed_when_all_is_written(saved: Path) -> None:
+    """What it leaves is whole, and is the new file in all but its name."""
+    data = saved.read_bytes()
+    command = [sys.executable, "-c", KILLED, str(saved), "fsync"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert saved.read_bytes() == data
+    (left,) = (saved.parent / name for name in listing(saved) if name != saved.name)
+    assert left.name.startswith(f".{saved.name}.") and left.suffix == ".tmp"
+    assert len(StreamingKVCacheFp16.load(left, device="cpu")) == 64
 
 
 def test_the_new_file_is_synced_before_it_gets_the_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
