@@ -35,6 +35,7 @@ def write(op: str, target: Path, selection: Selection, layout: Layout, small: by
             transfer.transfer(os.pwritev, fd, [memoryview(head)], 0)
         checksums = [zlib.crc32(head)]
         with (
+            torch.inference_mode(False),
             torch.no_grad(),
             transfer.on_device(selection.devices),
             ThreadPoolExecutor(transfer.THREADS + 1) as pool,
