@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import assert_same_bits
 from torch import Tensor
@@ -90,3 +92,21 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """How many bytes of host memory the process takes more, at most, while a call runs."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        pytest.skip("the peak of memory cannot be reset here")
+
+    def peak() -> int:
+        lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+        return next((int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:"), 0)
+
+    before = peak()
+    if before == 0:
+        pytest.skip("the peak of memory is not told here")
+    call()
+    return peak() - before

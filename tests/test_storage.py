@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Backend, assert_same_bits, make_cache, needs_gpu
-from saved import LateBuffers, assert_same_held, contents, fill, header_of, held, rows
+from saved import LateBuffers, assert_same_held, contents, fill, header_of, held, peak_memory, rows
 
 import kvcache_ext
 from kvcache_ext import StreamingKVCacheFp16, memory
@@ -994,19 +994,6 @@ def test_a_save_takes_next_to_no_memory(device: torch.device, path: Path) -> Non
     cache = StreamingKVCacheFp16(4, 16_384, 8, 128, device=device)
     fill(cache, 10_000)
     cache.save(path)  # the threads and their stacks
-    refs = Path("/proc/self/clear_refs")
-    try:
-        refs.write_text("5")  # the peak begins anew
-    except OSError:
-        pytest.skip("the peak of memory cannot be reset here")
-
-    def peak() -> int:
-        lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-        return next((int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:"), 0)
-
-    before = peak()
-    if before == 0:
-        pytest.skip("the peak of memory is not told here")
-    cache.save(path)
+    taken = peak_memory(lambda: cache.save(path))
     buffers = 10 * transfer.BLOCK_BYTES if device.type == "cuda" else 0
-    assert peak() - before < 16 * 2**20 + buffers < cache.memory_bytes()
+    assert taken < 16 * 2**20 + buffers < cache.memory_bytes()

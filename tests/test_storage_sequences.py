@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HAS_GPU, Backend, assert_same_bits, make_cache, needs_gpu
-from saved import LateBuffers, assert_same_held, contents, fill, rows
+from saved import LateBuffers, assert_same_held, contents, fill, peak_memory, rows
 
 from kvcache_ext import StreamingKVCacheFp16
 from kvcache_ext.files import transfer
@@ -33,9 +33,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["cpu", "late", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """ "late": a CPU, through buffers as on a GPU, with copies as late as they may be."""
+    """The one called late is a CPU, through buffers as on a GPU, with copies as late as they may be."""
     if request.param == "late":
-        monkeypatch.setattr(transfer, "Buffers", LateBuffers)
         monkeypatch.setattr(transfer, "block_memory", LateBuffers)
         monkeypatch.setattr(transfer, "BUFFERS", 3)
         return torch.device("cpu")
@@ -447,6 +446,17 @@ def test_paths_and_progress(path: Path) -> None:
     data = 2 * 32 * (2 * 8 + 5 + 8)
     ends = [min(i, data) for i in range(100, data + 100, 100)]
     assert calls == [(done, 2 * data) for done in (0, *ends, *(data + end for end in ends))]
+
+
+def test_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block for each buffer, however large the file."""
+    monkeypatch.setattr(transfer, "BLOCK_BYTES", 2**20)
+    cache = StreamingKVCacheFp16(4, 4096, 8, 128, batch_size=2, device="cpu")
+    fill(cache, 4096)
+    cache.save(path, sequences=[1])
+    cache.load_sequences(path, [0])  # the threads and their stacks
+    limit = (transfer.BUFFERS + 4) * 2**20
+    assert peak_memory(lambda: cache.load_sequences(path, [0])) < limit < path.stat().st_size / 2
 
 
 # Graphs and streams

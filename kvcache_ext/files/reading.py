@@ -65,24 +65,20 @@ class OpenFile:
             reporting(self.op, self.path, progress, data_bytes * (2 if verify else 1)) as report,
         ):
             report(0)
-            largest = min(block_bytes, data_bytes)
-            memory = transfer.block_memory(selection.storages(), layout.blocks, largest)
+            memory = transfer.block_memory(selection.storages(), layout.blocks, min(block_bytes, data_bytes))
             blocks = list(cut(selection.pieces(found.seen, first, lost), block_bytes))
-            if verify:
-                through = memory
-                if not isinstance(memory, transfer.Buffers):
-                    through = transfer.Buffers((), layout.blocks, largest)
-                self._pass(through, list(cut([(NOWHERE, 0, data_bytes)], block_bytes)), report, store=False)
+            if verify:  # to nowhere
+                self._pass(memory, list(cut([(NOWHERE, 0, data_bytes)], block_bytes)), report)
             with self._emptying(selection, emptied):
                 done_before = data_bytes if verify else 0
-                self._pass(memory, blocks, lambda done: report(done_before + done), store=True)
+                self._pass(memory, blocks, lambda done: report(done_before + done))
                 selection.write_state(found.seen, first)
                 if overflow_counts:
                     selection.write_overflow_counts(found.overflow_counts)
                 memory.finish()
 
-    def _pass(self, memory: InPlace, blocks: list[Block], report: Callable[[int], object], *, store: bool) -> None:
-        """Reads all blocks and compares their checksums. `store`: and brings them to where they belong."""
+    def _pass(self, memory: InPlace, blocks: list[Block], report: Callable[[int], object]) -> None:
+        """Reads all blocks, compares their checksums and brings them to where they belong."""
         found, done = self.found, 0
         with ThreadPoolExecutor(transfer.THREADS) as pool:
             tasks = transfer.readers(self.op, memory, blocks, self.fd, found.data_start, self.path)
@@ -94,8 +90,7 @@ class OpenFile:
                         f"{self.op}: {self.path} is damaged: its bytes {start:,} to {end:,} are not those that were "
                         "saved"
                     )
-                if store:
-                    memory.store(i, blocks[i])
+                memory.store(i, blocks[i])
                 done += block_size(blocks[i])
                 report(done)
 

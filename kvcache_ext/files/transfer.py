@@ -133,7 +133,7 @@ class CopyEvent:
 
 
 class Buffers(InPlace):
-    """Blocks that go through buffers in turn: between storages of any devices and a file, or from a file to nowhere.
+    """Blocks that go through buffers in turn, between storages of any devices and a file.
 
     Each buffer has an event for the copies that it is part of.
     """
