@@ -108,13 +108,14 @@ class StreamingKVCacheFp16:
     Conversion is IEEE round-to-nearest-even, bit for bit `tensor.to(torch.float16)`; NaN stays NaN, inf stays inf.
 
     GPU. Calls run on the current stream of the cache's device and do not synchronise, except those that need a length
-    on the host (`len`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate` to an int or a list) after
-    lengths have moved on the device alone, which is after a captured graph, `new_lengths`, or another tensor of lengths
-    or of sequences. `append`, `append_all`, `gather`, `attend`, `append_attend`, `clear`, and with tensors `truncate`,
-    `reset`, `reorder` and `copy_sequence` can be captured into a CUDA graph, and each replay moves the cache on. A
-    graph cannot record a list, which is copied from the host: calls raise if they get one during capture. A cache is
-    used by one stream at a time and must outlive the graphs that were captured from it. The same calls work under
-    `torch.compile(fullgraph=True)`; those that need a length on the host do not.
+    on the host (`len`, `lengths`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate` and `drop_newest`
+    with an int or a list) after lengths have moved on the device alone, which is after a captured graph, `new_lengths`,
+    or another tensor of lengths or of sequences. `append`, `append_all`, `gather`, `attend`, `append_attend`, `clear`,
+    `device_lengths`, and with tensors `truncate`, `drop_newest`, `reset`, `reorder` and `copy_sequence` can be captured
+    into a CUDA graph, and each replay moves the cache on. A graph cannot record a list, which is copied from the host:
+    calls raise if they get one during capture. A cache is used by one stream at a time and must outlive the graphs that
+    were captured from it. The same calls work under `torch.compile(fullgraph=True)`; those that need a length on the
+    host do not.
     """
 
     def __init__(
@@ -360,22 +361,59 @@ class StreamingKVCacheFp16:
         lengths are not known, an `n` beyond what is held changes nothing.)
         """
         if is_compiling():
-            length: int | Tensor
-            if isinstance(n, Tensor):
-                length = n.view(1) if n.dim() == 0 else n
-            else:
-                if any(number < 0 for number in ([n] if isinstance(n, int) else n)):
-                    raise IndexError(f"truncate: n must be at least 0, got {n}")
-                length = n if isinstance(n, int) else torch.tensor(list(n), dtype=torch.int64, device=self.device)
-            ops.truncate(
-                self.k_cache,
-                self._state,
-                length,
-                sequences=self._optional_slots("truncate", sequences),
-                sink_positions=self.sink_positions,
-            )
+            self._shorten("truncate", n, sequences, newest=False)
         else:
             self._compiled.truncate(n, sequences)
+
+    def drop_newest(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
+        """Takes back the newest `n` positions of every layer and sequence, or of the chosen sequences. No data moves.
+
+        What `truncate` to `n` less than is held does, for whoever does not know how many are held: rejected draft
+        tokens, a prompt that was broken off. Layers may hold different numbers; each loses its own newest `n`.
+
+        Args:
+            n: an int for all, `0 <= n <= len(cache)` (or what the shortest of the chosen sequences holds); a list of
+                ints, one a sequence, likewise checked; or an int64 or int32 tensor `[B]` on the cache's device, which
+                is read there without a synchronisation, so that each of its numbers is clamped to 0 and to what its
+                sequence holds. With `sequences`, one number for each of those.
+            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device. With a
+                tensor `n` is clamped on the device, whatever it is.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is wrong or out of range. The cache is unchanged.
+
+        A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
+        lengths are not known, an `n` beyond what is held takes back all of it.)
+        """
+        if is_compiling():
+            self._shorten("drop_newest", n, sequences, newest=True)
+        else:
+            self._compiled.drop_newest(n, sequences)
+
+    def _shorten(
+        self,
+        op: str,
+        n: int | Sequence[int] | Tensor,
+        sequences: Sequence[int] | Tensor | None,
+        *,
+        newest: bool,
+    ) -> None:
+        """`truncate` and `drop_newest` in compiled code."""
+        length: int | Tensor
+        if isinstance(n, Tensor):
+            length = n.view(1) if n.dim() == 0 else n
+        else:
+            if any(number < 0 for number in ([n] if isinstance(n, int) else n)):
+                raise IndexError(f"{op}: n must be at least 0, got {n}")
+            length = n if isinstance(n, int) else torch.tensor(list(n), dtype=torch.int64, device=self.device)
+        ops.truncate(
+            self.k_cache,
+            self._state,
+            length,
+            sequences=self._optional_slots(op, sequences),
+            sink_positions=self.sink_positions,
+            newest=newest,
+        )
 
     def reset(self, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Forgets every position of the chosen sequences (None: of all) in every layer. No data moves.
@@ -421,13 +459,26 @@ class StreamingKVCacheFp16:
         else:
             self._compiled.reorder(batch_indices)
 
-    def copy_sequence(self, src: int | Sequence[int] | Tensor, dst: int | Sequence[int] | Tensor) -> None:
+    def copy_sequence(
+        self,
+        src: int | Sequence[int] | Tensor,
+        dst: int | Sequence[int] | Tensor,
+        *,
+        source: StreamingKVCacheFp16 | None = None,
+    ) -> None:
         """Sequence `dst` becomes a copy of sequence `src`, in every layer: a fork, a shared prompt. In place.
 
         With several of them, `dst[i]` becomes what `src[i]` was before the call. Costs the rows that are moved, as
         `reorder` does.
 
+        With `source`, `src` are sequences of that cache, and `dst[i]` becomes what `src[i]` of it is: the rows held,
+        with their numbers. In a smaller ring than `source`'s, it holds what a ring of that size would hold: the sinks
+        and the newest. In a larger one, positions that had been evicted stay so. Overflow counters stay, as they belong
+        to no sequence; `source` is not changed.
+
         Args:
+            source: another cache on the same device, with the same `num_layers`, `num_heads`, `head_dim` and
+                `sink_positions`, of any `batch_size` and `max_positions`. None, or the cache itself: from its own.
             src, dst: an int, a list of ints, or an int64 or int32 tensor `[n]` (or of no dimension) on the cache's
                 device; equally many, but that an int `src` goes with any list: `copy_sequence(0, [1, 2])`. Those of
                 `dst` must be distinct, which cannot be checked of a tensor without a synchronisation: what becomes of
@@ -439,7 +490,9 @@ class StreamingKVCacheFp16:
         """
         if isinstance(src, int) and isinstance(dst, (list, tuple)):
             src = [src] * len(dst)
-        if is_compiling():
+        if source is not None and source is not self:
+            self._copy_from(source, src, dst)
+        elif is_compiling():
             ops.copy_sequences(
                 self.k_cache,
                 self.v_cache,
@@ -451,15 +504,57 @@ class StreamingKVCacheFp16:
         else:
             self._compiled.copy_sequence(src, dst)
 
-    def _slots(self, op: str, name: str, numbers: int | Sequence[int] | Tensor, *, distinct: bool = True) -> Tensor:
-        """Batch slots as a tensor `[n]`, for compiled code. Those of eager code the bindings check."""
+    def _copy_from(
+        self, source: StreamingKVCacheFp16, src: int | Sequence[int] | Tensor, dst: int | Sequence[int] | Tensor
+    ) -> None:
+        self._check_source(source)
+        if is_compiling():
+            ops.copy_from(
+                self.k_cache,
+                self.v_cache,
+                self._state,
+                source.k_cache,
+                source.v_cache,
+                source._state,
+                source._slots("copy_sequence", "src", src, distinct=False, owner="source"),
+                self._slots("copy_sequence", "dst", dst),
+                sink_positions=self.sink_positions,
+            )
+        else:
+            self._compiled.copy_from(src, dst, source._compiled)
+
+    def _check_source(self, source: Any) -> None:
+        if not isinstance(source, StreamingKVCacheFp16):
+            raise TypeError(
+                f"copy_sequence: source must be a StreamingKVCacheFp16 or None, got {attention.shown(source)}"
+            )
+        if source.device != self.device:
+            raise ValueError(f"copy_sequence: source must be on the cache's device {self.device}, got {source.device}")
+        for name in ("num_layers", "num_heads", "head_dim", "sink_positions"):
+            wanted, got = getattr(self, name), getattr(source, name)
+            if got != wanted:
+                raise ValueError(f"copy_sequence: source must have the cache's {name}, {wanted}, got {got}")
+
+    def _slots(
+        self,
+        op: str,
+        name: str,
+        numbers: int | Sequence[int] | Tensor,
+        *,
+        distinct: bool = True,
+        owner: str = "the cache",
+    ) -> Tensor:
+        """Batch slots as a tensor `[n]`, for compiled code. Those of eager code the bindings check.
+
+        `owner`: what an error calls this cache.
+        """
         if isinstance(numbers, Tensor):
             return numbers.view(1) if numbers.dim() == 0 else numbers
         as_list = [numbers] if isinstance(numbers, int) else list(numbers)
         for number in as_list:
             if isinstance(number, int) and not 0 <= number < self.batch_size:  # else it is a number of the device's
                 raise IndexError(
-                    f"{op}: {name} must be from 0 to {self.batch_size - 1}, as the cache has {self.batch_size} "
+                    f"{op}: {name} must be from 0 to {self.batch_size - 1}, as {owner} has {self.batch_size} "
                     f"sequences, got {number}"
                 )
         # (Not by a set: to hash a number makes it a constant of the compiled code.)
@@ -690,6 +785,30 @@ class StreamingKVCacheFp16:
     def __len__(self) -> int:
         """The number of positions held: the smallest over layers and sequences. (An empty cache so is false.)"""
         return self._compiled.shortest()
+
+    def lengths(self) -> list[int]:
+        """The number of positions held by each sequence: the smallest over layers.
+
+        Reads the device where the host does not know them, as `len` does; `device_lengths` never waits.
+
+        Returns:
+            `B` ints.
+
+        Raises:
+            RuntimeError: the current stream is being captured into a graph.
+        """
+        return self._compiled.lengths()
+
+    def device_lengths(self) -> Tensor:
+        """The number of positions held by each sequence of each layer, on the device, without a synchronisation.
+
+        Can be captured into a graph. (`cache_seqlens` counts the positions seen, evicted ones among them.)
+
+        Returns:
+            A new int64 tensor `[L, B]` on the cache's device.
+        """
+        seen, first = self._state[0], self._state[1]
+        return seen.clamp(max=self.sink_positions) + (seen - first).clamp(min=0)
 
     def is_empty(self) -> bool:
         """Whether `len(cache)` is 0."""

@@ -8,8 +8,8 @@ cache as its tensors:
   scratch row that is zero between calls.
 - `overflow_counts`: int64 `[layers]`.
 
-`append`, `append_all`, `append_attend`, `copy_sequences`, `truncate`, `reset` and `clear` change them in place and
-return nothing. Each op is written again in plain torch in `kvcache_ext.reference`.
+`append`, `append_all`, `append_attend`, `copy_sequences`, `copy_from`, `truncate`, `reset` and `clear` change them in
+place and return nothing. Each op is written again in plain torch in `kvcache_ext.reference`.
 
 `sequences`, int64 or int32 `[n]`, are the batch slots that a call is about: its other tensors have batch n then. They
 must be distinct, which is not checked; entries whose slot is out of range are left out, and read as zeros.
@@ -153,6 +153,28 @@ def copy_sequences(
     _ops.copy_sequences(k_cache, v_cache, state, sources, destinations, sink_positions)
 
 
+def copy_from(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    source_k_cache: Tensor,
+    source_v_cache: Tensor,
+    source_state: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    *,
+    sink_positions: int = 0,
+) -> None:
+    """Sequences `destinations` become what `sources` of another cache are, in every layer: rows held, and numbering.
+
+    The other cache has the same layers, kv_heads, head_dim and sinks; a smaller ring keeps the sinks and the newest.
+    Both are int64 or int32 `[n]`, `destinations` distinct. A pair with an index out of range does nothing.
+    """
+    _ops.copy_from(
+        k_cache, v_cache, state, source_k_cache, source_v_cache, source_state, sources, destinations, sink_positions
+    )
+
+
 def truncate(
     k_cache: Tensor,
     state: Tensor,
@@ -160,16 +182,19 @@ def truncate(
     *,
     sequences: Tensor | None = None,
     sink_positions: int = 0,
+    newest: bool = False,
 ) -> None:
     """Keeps the `length` oldest held positions of every layer and sequence (all of them where fewer are held).
+
+    With `newest`, takes back the `length` newest instead (likewise all of them where fewer are held).
 
     A tensor `length`, int64 or int32 `[batch]` or `[n]`, has one number for each sequence, or for each of the chosen
     `sequences`, `[n]`.
     """
     if isinstance(length, Tensor):
-        _ops.truncate(k_cache, state, 0, sink_positions, length, sequences)
+        _ops.truncate(k_cache, state, 0, sink_positions, length, sequences, newest)
     else:
-        _ops.truncate(k_cache, state, length, sink_positions, None, sequences)
+        _ops.truncate(k_cache, state, length, sink_positions, None, sequences, newest)
 
 
 def reset(k_cache: Tensor, state: Tensor, sequences: Tensor | None = None, *, sink_positions: int = 0) -> None:
@@ -255,9 +280,22 @@ def _(k_cache, v_cache, state, sources, destinations, sink_positions):  # type: 
     _check_devices("copy_sequences", k_cache, v_cache=v_cache, state=state, sources=sources, destinations=destinations)
 
 
+@torch.library.register_fake("kvcache_ext::copy_from")
+def _(  # type: ignore[no-untyped-def]
+    k_cache, v_cache, state, source_k_cache, source_v_cache, source_state, sources, destinations, sink_positions
+):
+    _check_devices(
+        "copy_from", k_cache, v_cache=v_cache, state=state, source_k_cache=source_k_cache,
+        source_v_cache=source_v_cache, source_state=source_state, sources=sources, destinations=destinations,
+    )  # fmt: skip
+
+
 @torch.library.register_fake("kvcache_ext::truncate")
-def _(k_cache, state, length, sink_positions, lengths=None, sequences=None):  # type: ignore[no-untyped-def]
-    _check_devices("truncate", k_cache, state=state, lengths=lengths, sequences=sequences)
+def _(  # type: ignore[no-untyped-def]
+    k_cache, state, length, sink_positions, lengths=None, sequences=None, newest=False
+):
+    op = "drop_newest" if newest else "truncate"
+    _check_devices(op, k_cache, state=state, lengths=lengths, sequences=sequences)
 
 
 @torch.library.register_fake("kvcache_ext::reset")

@@ -230,8 +230,47 @@ def copy_sequences(
             state[:2, layer, destination] = old_state[:2, layer, source]
 
 
-def truncate(state: Tensor, length: int | Tensor, *, sequences: Tensor | None = None, sink_positions: int = 0) -> None:
+def copy_from(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    state: Tensor,
+    source_k_cache: Tensor,
+    source_v_cache: Tensor,
+    source_state: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    *,
+    sink_positions: int = 0,
+) -> None:
+    """Sequences `destinations` become what `sources` of another cache are: its positions, as many as a ring of this
+    size would hold (the sinks and the newest), each in the slot that it has here."""
+    layers, batch, positions = k_cache.shape[:3]
+    source_batch, source_positions = source_k_cache.shape[1:3]
+    for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
+        if not (0 <= source < source_batch and 0 <= destination < batch):
+            continue
+        for layer in range(layers):
+            seen, first = source_state[:2, layer, source].tolist()
+            first = max(first, seen - (positions - sink_positions))
+            for position in held_positions(seen, first, sink_positions):
+                slot = slot_of(position, positions, sink_positions)
+                source_slot = slot_of(position, source_positions, sink_positions)
+                k_cache[layer, destination, slot] = source_k_cache[layer, source, source_slot]
+                v_cache[layer, destination, slot] = source_v_cache[layer, source, source_slot]
+            state[0, layer, destination], state[1, layer, destination] = seen, first
+
+
+def truncate(
+    state: Tensor,
+    length: int | Tensor,
+    *,
+    sequences: Tensor | None = None,
+    sink_positions: int = 0,
+    newest: bool = False,
+) -> None:
     """Keeps the `length` (a tensor: `length[i]`) oldest held positions of the chosen sequences, in every layer.
+
+    With `newest`, takes back that many of the newest instead: each layer and sequence keeps what it holds less those.
 
     What is kept is a prefix of the held positions, so the next position appended is the one after the last kept; with
     sinks alone kept whole, it is the first of the rest. Evicted positions do not come back: `first` stays, unless
@@ -242,7 +281,10 @@ def truncate(state: Tensor, length: int | Tensor, *, sequences: Tensor | None = 
         for i, b in _chosen(sequences, batch):
             n = max(int(length[i]), 0) if isinstance(length, Tensor) else length
             seen, first = int(state[0, layer, b]), int(state[1, layer, b])
-            if n >= len(held_positions(seen, first, sink_positions)):
+            held = len(held_positions(seen, first, sink_positions))
+            if newest:
+                n = max(held - n, 0)
+            if n >= held:
                 continue
             if n < sink_positions:
                 seen, first = n, sink_positions

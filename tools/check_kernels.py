@@ -5,8 +5,8 @@
   default, and every kernel of it needs neither register spills nor a stack frame. (But for attention that uses all
   255 registers: with head sizes over 128 up to 128 bytes may be spilled, and on sm_100 and newer, for 16 queries of
   head sizes from 72 to 128, up to 96.)
-- append, gather and copy_sequences load and store 16 bytes at a time: LDG.E.128 and STG.E.128 are in their machine
-  code.
+- append, gather, copy_sequences and copy_from load and store 16 bytes at a time: LDG.E.128 and STG.E.128 are in their
+  machine code.
 - Every csrc/kernels/cpu/*.cpp compiles with warnings as errors as C++17 (torch up to 2.11) and C++20 (torch since), and
   for aarch64 where a cross compiler is there.
 
@@ -39,6 +39,7 @@ WIDE_LOADS_AND_STORES = (
     "append",
     "gather",
     "copy_sequences",
+    "copy_from",
 )  # moving bytes is all they do, so they move as many at a time as there are
 DISASSEMBLED_ARCHITECTURE = "90"
 
@@ -242,8 +243,9 @@ def check_wide_accesses(check: Check, disassembler: list[str], scratch: Path) ->
         kernels = wide_accesses(listing.output)
         totals = {kind: sum(counts[kind] for counts in kernels.values()) for kind in ("LDG", "STG")}
         problems = [f"no {kind}.E.128 in {name}" for kind, total in totals.items() if total == 0]
-        # The second template argument (copy_sequences has no other) is how many elements a thread moves at a time: 16
-        # bytes on the wider side, but for the kernels of odd shapes, where it is 1. States are no elements.
+        # The second template argument (copy_sequences and copy_from have no other) is how many elements a thread moves
+        # at a time: 16 bytes on the wider side, but for the kernels of odd shapes, where it is 1. States are no
+        # elements.
         problems += [
             f"no 16-byte access in {kernel}"
             for kernel, counts in kernels.items()

@@ -190,6 +190,22 @@ ChosenSequences chosen_sequences(const char* op, const CheckedCache& cache, cons
   return chosen;
 }
 
+void check_source(const char* op, const CheckedCache& cache, const CheckedCache& source) {
+  const c10::Device device = cache.tensors.k_cache.device();
+  TORCH_CHECK_VALUE(source.tensors.k_cache.device() == device, op, ": source must be on the cache's device ", device,
+                    ", got ", source.tensors.k_cache.device());
+  const auto check_equal = [&](const char* name, int64_t wanted, int64_t got) {
+    TORCH_CHECK_VALUE(got == wanted, op, ": source must have the cache's ", name, ", ", wanted, ", got ", got);
+  };
+  check_equal("num_layers", cache.view.layers, source.view.layers);
+  check_equal("num_heads", cache.view.heads, source.view.heads);
+  check_equal("head_dim", cache.view.head_dim, source.view.head_dim);
+  check_equal("sink_positions", cache.view.sinks, source.view.sinks);
+  const auto shared = [&](Extent memory) { return cache.holds(memory) || memory.overlaps(cache.state); };
+  TORCH_CHECK_VALUE(!shared(source.keys) && !shared(source.values) && !shared(source.state), op,
+                    ": source must not share memory with the cache that is written to");
+}
+
 void check_layer(const char* op, int64_t layer, const CacheView& c) {
   TORCH_CHECK_INDEX(layer >= 0 && layer < c.layers, op, ": layer must be from 0 to ", c.layers - 1,
                     ", as the cache has ", c.layers, " layers, got ", layer);

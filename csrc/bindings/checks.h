@@ -56,6 +56,9 @@ Integers checked_integers(const char* op, const char* name, const at::Tensor& t,
 // The sequences that a call is about; null: all. As many entries the call's tensors have.
 ChosenSequences chosen_sequences(const char* op, const CheckedCache& cache, const IntegerArgument* sequences);
 
+// Raises unless sequences of `source` can be copied into `cache`: one device, one model's sizes, no shared memory.
+void check_source(const char* op, const CheckedCache& cache, const CheckedCache& source);
+
 void check_layer(const char* op, int64_t layer, const CacheView& cache);
 
 // A new key or value of one layer (`layers` 0) or of all (`layers` = L, a leading dimension). Fills in T and the dtype;

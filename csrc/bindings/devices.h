@@ -12,6 +12,7 @@ void append_cpu(const AppendParams& params);
 void gather_cpu(const GatherParams& params);
 void attend_cpu(const AttendParams& params);  // with the append, where there is one
 void copy_sequences_cpu(const CopySequencesParams& params);
+void copy_from_cpu(const CopyFromParams& params);
 void truncate_cpu(const TruncateParams& params);
 
 // Replaces the CPU's ops by those of a shared library, or by the built-in ones again (an empty path). The tests run the
@@ -24,6 +25,7 @@ void append_cuda(const AppendParams& params, c10::Device device);
 void gather_cuda(const GatherParams& params, c10::Device device);
 void attend_cuda(const AttendParams& params, c10::Device device);
 void copy_sequences_cuda(const CopySequencesParams& params, c10::Device device);
+void copy_from_cuda(const CopyFromParams& params, c10::Device device);
 void truncate_cuda(const TruncateParams& params, c10::Device device);
 // The number of the graph capture that the current stream is part of; 0: none.
 uint64_t capture_cuda(c10::Device device);

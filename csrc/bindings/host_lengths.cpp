@@ -110,11 +110,13 @@ void HostLengths::appended(int64_t first_layer, int64_t layer_count, int64_t row
           [&](int64_t, SequenceState s) { return state_after_append(s, rows, ring_.divisor); });
 }
 
-void HostLengths::truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences) {
+void HostLengths::truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences,
+                            bool newest) {
   if (on_host()) return;
   if (of_each != nullptr && !of_each->known) exact_ = false;
   changed(0, layers_, sequences, [&](int64_t i, SequenceState s) {
-    return state_after_truncate(s, of_each == nullptr ? length : of_each->values[static_cast<size_t>(i)], sinks_);
+    const int64_t n = of_each == nullptr ? length : of_each->values[static_cast<size_t>(i)];
+    return state_after_truncate(s, newest ? length_without_newest(held_positions(s, sinks_), n) : n, sinks_);
   });
 }
 
@@ -136,6 +138,24 @@ void HostLengths::copied(const IntegerArgument& sources, const IntegerArgument* 
           layer * batch_ + (destinations == nullptr ? static_cast<int64_t>(i) : destinations->values[i]);
       seen_[destination] = before[source];
       first_[destination] = before[static_cast<size_t>(layers_ * batch_) + source];
+    }
+  }
+}
+
+void HostLengths::copied_from(HostLengths* source, const IntegerArgument& sources,
+                              const IntegerArgument& destinations) {
+  if (on_host()) return;
+  note_launch();
+  const bool source_known = source != nullptr && source->known_without_looking();
+  if (!sources.known || !destinations.known || !source_known) exact_ = false;
+  if (!exact_) return;
+  for (int64_t layer = 0; layer < layers_; ++layer) {
+    for (size_t i = 0; i < sources.values.size(); ++i) {
+      const int64_t from = layer * source->batch_ + sources.values[i];
+      const int64_t to = layer * batch_ + destinations.values[i];
+      const SequenceState after = state_in_ring({source->seen_[from], source->first_[from]}, ring_.divisor);
+      seen_[to] = after.seen;
+      first_[to] = after.first;
     }
   }
 }

@@ -41,9 +41,12 @@ class HostLengths {
 
   // After an op has been launched on the device.
   void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged, const IntegerArgument* sequences);
-  void truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences);
+  // `newest`: the numbers are how many of the newest positions went, not how many of the oldest stayed.
+  void truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences, bool newest);
   void reset(const IntegerArgument& sequences);
   void copied(const IntegerArgument& sources, const IntegerArgument* destinations);
+  // `source`: the lengths of the cache that was copied from, or null, where nobody knows them.
+  void copied_from(HostLengths* source, const IntegerArgument& sources, const IntegerArgument& destinations);
   void cleared();
 
   // Launches into a graph, whose order is that of their capture. May an attention launch look at a layer before the

@@ -252,22 +252,37 @@ class Cache {
     return lengths_->position();
   }
 
-  void truncate(py::handle n, py::handle sequences) {
-    const char* op = "truncate";
+  std::vector<int64_t> lengths() {
+    check_in_place("lengths");
+    lengths_->refresh("lengths");
+    std::vector<int64_t> held;
+    for (int64_t b = 0; b < cache_.view.batch; ++b) held.push_back(lengths_->shortest_of(b));
+    return held;
+  }
+
+  void truncate(py::handle n, py::handle sequences) { shorten("truncate", n, sequences, false); }
+  void drop_newest(py::handle n, py::handle sequences) { shorten("drop_newest", n, sequences, true); }
+
+  // Keeps the n oldest positions held or, with `newest`, takes back the n newest.
+  void shorten(const char* op, py::handle n, py::handle sequences, bool newest) {
     check_in_place(op);
     const SequencesArgument chosen(*this, op, sequences);
     const IntegerArgument* of = chosen.get();
     if (is_tensor(n) && THPVariable_Unpack(n.ptr()).dim() > 0) {
       const IntegerArgument of_each{THPVariable_Unpack(n.ptr())};
-      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
+      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of, newest);
     }
     // Sequences that the device alone knows hold what it alone knows.
     const bool known = of == nullptr || of->known;
     if (known) lengths_->refresh(op);
     const int64_t entries = of == nullptr ? cache_.view.batch : of->tensor.numel();
     const auto check_length = [&](int64_t i, int64_t length) {
-      const int64_t sequence = of == nullptr || !known ? i : of->values[static_cast<size_t>(i)];
-      const int64_t held = known ? lengths_->shortest_of(sequence) : length;
+      if (!known) {
+        TORCH_CHECK_INDEX(length >= 0, op, ": n must be at least 0, got ", length);
+        return;
+      }
+      const int64_t sequence = of == nullptr ? i : of->values[static_cast<size_t>(i)];
+      const int64_t held = lengths_->shortest_of(sequence);
       TORCH_CHECK_INDEX(length >= 0 && length <= held, op, ": n must be from 0 to ", held,
                         ", the number of positions held by sequence ", sequence, ", got ", length);
     };
@@ -281,7 +296,7 @@ class Cache {
         check_length(i, numbers.back());
       }
       const IntegerArgument of_each = on_device(op, "n", numbers);
-      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of);
+      return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of, newest);
     }
     TORCH_CHECK_TYPE(PyIndex_Check(n.ptr()) && !PyBool_Check(n.ptr()), op,
                      ": n must be an int, a list of ints or a tensor of them, got ", type_name(n));
@@ -293,7 +308,7 @@ class Cache {
     } else {
       for (int64_t i = 0; i < entries; ++i) check_length(i, length);
     }
-    kvc::truncate(cache_, lengths_.get(), length, nullptr, of);
+    kvc::truncate(cache_, lengths_.get(), length, nullptr, of, newest);
   }
 
   void reset(py::handle sequences) {
@@ -314,15 +329,17 @@ class Cache {
   void copy_sequence(py::handle src, py::handle dst) {
     const char* op = "copy_sequence";
     check_in_place(op);
-    const IntegerArgument from = slots_argument(op, "src", src, true);
-    const IntegerArgument to = slots_argument(op, "dst", dst, true);
-    check_distinct(op, "dst", to);
-    check_dense(op, "src", from.tensor);
-    check_dense(op, "dst", to.tensor);
-    TORCH_CHECK_VALUE(from.tensor.numel() == to.tensor.numel(), op,
-                      ": src and dst must be equally many sequences, got ", from.tensor.numel(), " and ",
-                      to.tensor.numel());
+    const auto [from, to] = pairs_argument(op, *this, src, dst);
     kvc::copy_sequences(op, cache_, lengths_.get(), from, &to);
+  }
+
+  // copy_sequence from another cache.
+  void copy_from(py::handle src, py::handle dst, const Cache& source) {
+    const char* op = "copy_sequence";
+    check_in_place(op);
+    source.check_in_place("copy_sequence: source");
+    const auto [from, to] = pairs_argument(op, source, src, dst);
+    kvc::copy_from(cache_, lengths_.get(), source.cache_, source.lengths_.get(), from, to);
   }
 
   void clear() {
@@ -357,8 +374,10 @@ class Cache {
     return {numbers, true, std::move(values)};
   }
 
-  // Batch slots, as a tensor on the device or as a list of ints; with `or_one`, also as one int.
-  IntegerArgument slots_argument(const char* op, const char* name, py::handle h, bool or_one) const {
+  // Batch slots, as a tensor on the device or as a list of ints; with `or_one`, also as one int. `owner`: what an error
+  // calls this cache.
+  IntegerArgument slots_argument(const char* op, const char* name, py::handle h, bool or_one,
+                                 const char* owner = "the cache") const {
     if (is_tensor(h)) {
       const at::Tensor& t = THPVariable_Unpack(h.ptr());
       return {or_one && t.dim() == 0 ? t.unsqueeze(0) : t};
@@ -371,10 +390,24 @@ class Cache {
     for (int64_t i = 0; i < size; ++i) {  // each is looked at as it comes: range(2**62) ends soon
       const int64_t value = is_one ? integer_argument(op, name, h) : integer_of_list(op, name, h, i);
       TORCH_CHECK_INDEX(value >= 0 && value < cache_.view.batch, op, ": ", name, " must be from 0 to ",
-                        cache_.view.batch - 1, ", as the cache has ", cache_.view.batch, " sequences, got ", value);
+                        cache_.view.batch - 1, ", as ", owner, " has ", cache_.view.batch, " sequences, got ", value);
       values.push_back(value);
     }
     return on_device(op, name, std::move(values));
+  }
+
+  // Sequences of `source`, and as many of this cache's.
+  std::pair<IntegerArgument, IntegerArgument> pairs_argument(const char* op, const Cache& source, py::handle src,
+                                                             py::handle dst) const {
+    IntegerArgument from = source.slots_argument(op, "src", src, true, &source == this ? "the cache" : "source");
+    IntegerArgument to = slots_argument(op, "dst", dst, true);
+    check_distinct(op, "dst", to);
+    check_dense(op, "src", from.tensor);
+    check_dense(op, "dst", to.tensor);
+    TORCH_CHECK_VALUE(from.tensor.numel() == to.tensor.numel(), op,
+                      ": src and dst must be equally many sequences, got ", from.tensor.numel(), " and ",
+                      to.tensor.numel());
+    return {std::move(from), std::move(to)};
   }
 
   static void check_distinct(const char* op, const char* name, const IntegerArgument& slots) {
@@ -489,10 +522,13 @@ PYBIND11_MODULE(_C, m) {
       .def("check_in_place", &Cache::check_in_place)
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
+      .def("lengths", &Cache::lengths)
       .def("truncate", &Cache::truncate)
+      .def("drop_newest", &Cache::drop_newest)
       .def("reset", &Cache::reset)
       .def("reorder", &Cache::reorder)
       .def("copy_sequence", &Cache::copy_sequence)
+      .def("copy_from", &Cache::copy_from)
       .def("clear", &Cache::clear);
   // The largest number of positions that the sequences [begin, end) of a layer hold, as far as that is known on the
   // host; else all slots.

@@ -24,12 +24,14 @@ constexpr auto kAppendCuda = append_cuda;
 constexpr auto kGatherCuda = gather_cuda;
 constexpr auto kAttendCuda = attend_cuda;
 constexpr auto kCopySequencesCuda = copy_sequences_cuda;
+constexpr auto kCopyFromCuda = copy_from_cuda;
 constexpr auto kTruncateCuda = truncate_cuda;
 #else
 constexpr void (*kAppendCuda)(const AppendParams&, c10::Device) = nullptr;
 constexpr void (*kGatherCuda)(const GatherParams&, c10::Device) = nullptr;
 constexpr void (*kAttendCuda)(const AttendParams&, c10::Device) = nullptr;
 constexpr void (*kCopySequencesCuda)(const CopySequencesParams&, c10::Device) = nullptr;
+constexpr void (*kCopyFromCuda)(const CopyFromParams&, c10::Device) = nullptr;
 constexpr void (*kTruncateCuda)(const TruncateParams&, c10::Device) = nullptr;
 #endif
 
@@ -145,22 +147,23 @@ namespace {
 
 TruncateParams truncate_params(const char* op, const CheckedCache& cache, const IntegerArgument* sequences) {
   const CacheView& c = cache.view;
-  return {c.state, c.layers, c.batch, c.sinks, false, 0, {}, chosen_sequences(op, cache, sequences)};
+  return {c.state, c.layers, c.batch, c.sinks, false, false, 0, {}, chosen_sequences(op, cache, sequences)};
 }
 
 }  // namespace
 
 void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, const IntegerArgument* of_each,
-              const IntegerArgument* sequences) {
-  TORCH_CHECK_VALUE(length >= 0, "truncate: n must not be negative, got ", length);
-  TruncateParams p = truncate_params("truncate", cache, sequences);
+              const IntegerArgument* sequences, bool newest) {
+  const char* op = newest ? "drop_newest" : "truncate";
+  TORCH_CHECK_VALUE(length >= 0, op, ": n must not be negative, got ", length);
+  TruncateParams p = truncate_params(op, cache, sequences);
+  p.newest = newest;
   p.length = length;
-  if (of_each != nullptr)
-    p.lengths = checked_integers("truncate", "n", of_each->tensor, cache, p.sequences.entries(p.batch));
-  run("truncate", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
+  if (of_each != nullptr) p.lengths = checked_integers(op, "n", of_each->tensor, cache, p.sequences.entries(p.batch));
+  run(op, p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
   if (lengths == nullptr) return;
   lengths->other_launched();
-  lengths->truncated(length, of_each, sequences);
+  lengths->truncated(length, of_each, sequences, newest);
 }
 
 void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences) {
@@ -191,6 +194,25 @@ void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* leng
   if (lengths == nullptr) return;
   lengths->other_launched();
   lengths->copied(sources, destinations);
+}
+
+void copy_from(const CheckedCache& cache, HostLengths* lengths, const CheckedCache& source, HostLengths* source_lengths,
+               const IntegerArgument& sources, const IntegerArgument& destinations) {
+  const char* op = "copy_sequence";
+  check_source(op, cache, source);
+  CopyFromParams p;
+  p.cache = cache.view;
+  p.source = source.view;
+  p.sources = checked_integers(op, "src", sources.tensor, cache, -1);
+  p.count = sources.tensor.size(0);
+  p.destinations = checked_integers(op, "dst", destinations.tensor, cache, p.count);
+  TORCH_CHECK_VALUE(p.count <= kMostCopies, op, ": at most ", kMostCopies, " sequences can be copied in one call, got ",
+                    p.count);
+  run(op, p, cache.tensors.k_cache, copy_from_cpu, kCopyFromCuda);
+  if (source_lengths != nullptr) source_lengths->other_launched();
+  if (lengths == nullptr) return;
+  lengths->other_launched();
+  lengths->copied_from(source_lengths, sources, destinations);
 }
 
 void clear(const CheckedCache& cache, HostLengths* lengths) {
@@ -284,9 +306,10 @@ void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& stat
 }
 
 void op_truncate(const at::Tensor& k_cache, at::Tensor& state, int64_t length, int64_t sink_positions,
-                 const std::optional<at::Tensor>& lengths, const std::optional<at::Tensor>& sequences) {
-  truncate(without_counters("truncate", k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length,
-           OptionalIntegers(lengths).get(), OptionalIntegers(sequences).get());
+                 const std::optional<at::Tensor>& lengths, const std::optional<at::Tensor>& sequences, bool newest) {
+  const char* op = newest ? "drop_newest" : "truncate";
+  truncate(without_counters(op, k_cache, k_cache, state, sink_positions), HostLengths::of(state).get(), length,
+           OptionalIntegers(lengths).get(), OptionalIntegers(sequences).get(), newest);
 }
 
 void op_reset(const at::Tensor& k_cache, at::Tensor& state, const std::optional<at::Tensor>& sequences,
@@ -300,6 +323,14 @@ void op_copy_sequences(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& sta
   const char* op = destinations ? "copy_sequence" : "reorder";
   copy_sequences(op, without_counters(op, k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(),
                  {sources}, OptionalIntegers(destinations).get());
+}
+
+void op_copy_from(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, const at::Tensor& source_k_cache,
+                  const at::Tensor& source_v_cache, const at::Tensor& source_state, const at::Tensor& sources,
+                  const at::Tensor& destinations, int64_t sink_positions) {
+  copy_from(without_counters("copy_sequence", k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(),
+            without_counters("copy_sequence: source", source_k_cache, source_v_cache, source_state, sink_positions),
+            HostLengths::of(source_state).get(), {sources}, {destinations});
 }
 
 void op_clear(const at::Tensor& k_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t sink_positions) {
@@ -336,11 +367,14 @@ TORCH_LIBRARY(kvcache_ext, m) {
       "Tensor? sequences=None) -> ()");
   m.def(
       "truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions, Tensor? lengths=None, "
-      "Tensor? sequences=None) -> ()");
+      "Tensor? sequences=None, bool newest=False) -> ()");
   m.def("reset(Tensor k_cache, Tensor(a!) state, Tensor? sequences, int sink_positions) -> ()");
   m.def(
       "copy_sequences(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor sources, Tensor? destinations, "
       "int sink_positions) -> ()");
+  m.def(
+      "copy_from(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor source_k_cache, "
+      "Tensor source_v_cache, Tensor source_state, Tensor sources, Tensor destinations, int sink_positions) -> ()");
   m.def("clear(Tensor k_cache, Tensor(a!) state, Tensor(b!) overflow_counts, int sink_positions) -> ()");
 }
 
@@ -356,6 +390,7 @@ void register_for_device(torch::Library& m) {
   m.impl("truncate", kvc::op_truncate);
   m.impl("reset", kvc::op_reset);
   m.impl("copy_sequences", kvc::op_copy_sequences);
+  m.impl("copy_from", kvc::op_copy_from);
   m.impl("clear", kvc::op_clear);
 }
 
@@ -368,7 +403,7 @@ namespace {
 
 void take_as_it_is(torch::Library& m) {
   for (const char* name : {"append", "append_all", "gather", "gather_out", "attend", "append_attend", "truncate",
-                           "reset", "copy_sequences", "clear"}) {
+                           "reset", "copy_sequences", "copy_from", "clear"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

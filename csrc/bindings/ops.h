@@ -41,14 +41,17 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
                    const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
                    const at::Tensor& out, const at::Tensor& lse);
 
-// Keeps the `length` oldest positions of each sequence, or as many as `of_each` says, [n] of them. Null `sequences`:
-// all.
+// Keeps the `length` oldest positions of each sequence, or as many as `of_each` says, [n] of them; with `newest`, takes
+// back that many of the newest. Null `sequences`: all.
 void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, const IntegerArgument* of_each,
-              const IntegerArgument* sequences);
+              const IntegerArgument* sequences, bool newest);
 void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences);
 // Sequences become copies of others. Null `destinations`: 0, 1, ..., as many as there are sequences.
 void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* lengths, const IntegerArgument& sources,
                     const IntegerArgument* destinations);
+// Sequences of `cache` become copies of those of another one, `source`, whose host lengths may be null as well.
+void copy_from(const CheckedCache& cache, HostLengths* lengths, const CheckedCache& source, HostLengths* source_lengths,
+               const IntegerArgument& sources, const IntegerArgument& destinations);
 void clear(const CheckedCache& cache, HostLengths* lengths);
 
 }  // namespace kvc

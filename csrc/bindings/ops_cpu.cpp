@@ -17,6 +17,7 @@ struct LoadedOps {
   int (*gather)(const GatherParams*) = nullptr;
   int (*attend)(const AttendParams*) = nullptr;
   int (*copy_sequences)(const CopySequencesParams*) = nullptr;
+  int (*copy_from)(const CopyFromParams*) = nullptr;
   int (*truncate)(const TruncateParams*) = nullptr;
 };
 LoadedOps loaded_ops;
@@ -105,6 +106,13 @@ void copy_sequences_cpu(const CopySequencesParams& p) {
   cpu::move_states(p, pairs);
 }
 
+void copy_from_cpu(const CopyFromParams& p) {
+  if (loaded_ops.copy_from != nullptr) return check_loaded(loaded_ops.copy_from(&p));
+  const int64_t elements = 2 * p.cache.heads * p.cache.head_dim;
+  run_items(cpu::copy_from_items(p), elements, [&](int64_t begin, int64_t end) { cpu::copy_from(p, begin, end); });
+  cpu::copy_from_states(p);
+}
+
 void truncate_cpu(const TruncateParams& p) {
   if (loaded_ops.truncate != nullptr) return check_loaded(loaded_ops.truncate(&p));
   cpu::truncate(p);
@@ -120,10 +128,12 @@ void load_cpu_ops(const char* path) {
   ops.gather = reinterpret_cast<decltype(ops.gather)>(dlsym(library, "kvc_gather"));
   ops.attend = reinterpret_cast<decltype(ops.attend)>(dlsym(library, "kvc_attend"));
   ops.copy_sequences = reinterpret_cast<decltype(ops.copy_sequences)>(dlsym(library, "kvc_copy_sequences"));
+  ops.copy_from = reinterpret_cast<decltype(ops.copy_from)>(dlsym(library, "kvc_copy_from"));
   ops.truncate = reinterpret_cast<decltype(ops.truncate)>(dlsym(library, "kvc_truncate"));
   TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr &&
-                  ops.copy_sequences != nullptr && ops.truncate != nullptr,
-              "load_cpu_ops: ", path, " lacks kvc_append, kvc_gather, kvc_attend, kvc_copy_sequences or kvc_truncate");
+                  ops.copy_sequences != nullptr && ops.copy_from != nullptr && ops.truncate != nullptr,
+              "load_cpu_ops: ", path,
+              " lacks kvc_append, kvc_gather, kvc_attend, kvc_copy_sequences, kvc_copy_from or kvc_truncate");
   loaded_ops = ops;
 }
 

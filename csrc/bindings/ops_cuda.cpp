@@ -44,6 +44,8 @@ void copy_sequences_cuda(const CopySequencesParams& p, c10::Device device) {
   launch("copy_sequences", launch_copy_sequences, p, device);
 }
 
+void copy_from_cuda(const CopyFromParams& p, c10::Device device) { launch("copy_from", launch_copy_from, p, device); }
+
 void truncate_cuda(const TruncateParams& p, c10::Device device) { launch("truncate", launch_truncate, p, device); }
 
 uint64_t capture_cuda(c10::Device device) {

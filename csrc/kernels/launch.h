@@ -13,6 +13,7 @@ cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream);
 cudaError_t launch_attend(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_attend_single(const AttendParams& params, cudaStream_t stream);  // which the former calls
 cudaError_t launch_copy_sequences(const CopySequencesParams& params, cudaStream_t stream);
+cudaError_t launch_copy_from(const CopyFromParams& params, cudaStream_t stream);
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream);
 
 }  // namespace kvc

@@ -50,6 +50,12 @@ KVC_HD SequenceState state_after_truncate(SequenceState s, int64_t length, int64
 // Forgets everything: numbering begins at 0 again.
 KVC_HD SequenceState empty_state(int64_t sinks) { return {0, sinks}; }
 
+// What is left in a ring of that many slots: the sinks and the newest.
+KVC_HD SequenceState state_in_ring(SequenceState s, int64_t ring) { return {s.seen, imax(s.first, s.seen - ring)}; }
+
+// How many of the oldest `held` positions stay when the newest `n` go. A negative `n` counts as 0.
+KVC_HD int64_t length_without_newest(int64_t held, int64_t n) { return imax(held - imax(n, 0), 0); }
+
 // Truncates one of the chosen sequences, or of all, in one layer.
 KVC_HD void truncate_entry(const TruncateParams& p, int64_t layer, int64_t entry) {
   const int64_t sequence = p.sequences.sequence(entry, p.batch);
@@ -58,8 +64,10 @@ KVC_HD void truncate_entry(const TruncateParams& p, int64_t layer, int64_t entry
   int64_t* first = seen + p.layers * p.batch;
   SequenceState s = empty_state(p.sinks);
   if (!p.resets) {
-    const int64_t length = p.lengths.data == nullptr ? p.length : imax(p.lengths[entry], 0);
-    s = state_after_truncate({*seen, *first}, length, p.sinks);
+    s = {*seen, *first};
+    const int64_t n = p.lengths.data == nullptr ? p.length : imax(p.lengths[entry], 0);
+    const int64_t length = p.newest ? length_without_newest(held_positions(s, p.sinks), n) : n;
+    s = state_after_truncate(s, length, p.sinks);
   }
   *seen = s.seen;
   *first = s.first;
@@ -163,5 +171,45 @@ KVC_HD SequencePair sequence_pair(const CopySequencesParams& p, int64_t i) {
   const bool there = source >= 0 && source < p.cache.batch && destination >= 0 && destination < p.cache.batch;
   return there ? SequencePair{source, destination} : SequencePair{0, 0};
 }
+
+// Pair i of copy_from; one with a number that is out of range has none but a source of -1.
+KVC_HD SequencePair sequence_pair(const CopyFromParams& p, int64_t i) {
+  const int64_t source = p.sources[i];
+  const int64_t destination = p.destinations[i];
+  const bool there = source >= 0 && source < p.source.batch && destination >= 0 && destination < p.cache.batch;
+  return there ? SequencePair{source, destination} : SequencePair{-1, -1};
+}
+
+// Rows that lie in slots which follow each other in both of copy_from's caches.
+struct SlotRun {
+  int64_t from;  // the first slot, in the source
+  int64_t to;    // the first slot, in the destination
+  int64_t rows;
+};
+
+// What copy_from moves of one sequence of one layer. The destination will hold what the source holds, or the sinks and
+// the newest of it; so the rows are counted by the chronological index that they will have.
+struct CopyPlan {
+  SequenceState after;  // of the destination
+  ReadPlan from;        // where the rows lie in the source: what will be lost is left out
+  ReadPlan to;          // where they will lie
+
+  KVC_HD static CopyPlan make(SequenceState s, const CopyFromParams& p) {
+    const SequenceState after = state_in_ring(s, p.cache.ring.divisor);
+    return {after, ReadPlan::make(after, p.source), ReadPlan::make(after, p.cache)};
+  }
+
+  KVC_HD int64_t rows() const { return to.held; }
+
+  // The longest run that begins with row `index`, which is below rows(). A sequence has at most four runs: its sinks,
+  // and its ring, cut where either cache's ring ends.
+  KVC_HD SlotRun run(int64_t index) const {
+    if (index < to.held_sinks) return {index, index, to.held_sinks - index};
+    const int64_t in_source = from.slot(index);
+    const int64_t in_destination = to.slot(index);
+    const int64_t until_end = imin(from.sinks + from.ring - in_source, to.sinks + to.ring - in_destination);
+    return {in_source, in_destination, imin(to.held - index, until_end)};
+  }
+};
 
 }  // namespace kvc

@@ -128,15 +128,17 @@ struct AttendParams {
   ChosenSequences sequences = {};  // `append` has the same
 };
 
-// Keep the oldest held positions of some sequences of every layer (all, where fewer are held), or none of them.
+// Keep the oldest held positions of some sequences of every layer (all, where fewer are held), or none of them. With
+// `newest`, the numbers say instead how many of the newest held positions go: all, where fewer are held.
 struct TruncateParams {
   int64_t* state;  // [3, L, B]
   int64_t layers;
   int64_t batch;
   int64_t sinks;
   bool resets;       // forget everything and begin to number from 0 again: `length` and `lengths` do not count
-  int64_t length;    // of every sequence, where `lengths` is null
-  Integers lengths;  // one for each of `sequences`: how many it keeps, negative numbers counting as 0; or null
+  bool newest;       // `length` and `lengths` count what goes, not what stays
+  int64_t length;    // of every sequence, where `lengths` is null; not negative
+  Integers lengths;  // one for each of `sequences`, negative numbers counting as 0; or null
   ChosenSequences sequences;
 };
 
@@ -148,6 +150,16 @@ struct CopySequencesParams {
   CacheView cache;
   Integers sources;       // [count] of 0 to B - 1. A pair with a number that is out of range is left out
   Integers destinations;  // [count] distinct ones, or null: 0, 1, ...
+  int64_t count;          // at most kMostCopies
+};
+
+// Let sequences become copies of another cache's, in every layer: the rows that those hold, and their state. A smaller
+// ring keeps the sinks and the newest. The two caches share no memory.
+struct CopyFromParams {
+  CacheView cache;        // written to
+  CacheView source;       // read; layers, heads, head_dim and sinks are those of `cache`
+  Integers sources;       // [count] of 0 to source.batch - 1. A pair with a number that is out of range is left out
+  Integers destinations;  // [count] of 0 to cache.batch - 1, distinct
   int64_t count;          // at most kMostCopies
 };
 

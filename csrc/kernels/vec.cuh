@@ -44,6 +44,35 @@ __device__ __forceinline__ Vec<uint32_t, 4> load_streaming(const void* address) 
 #endif
 }
 
+// What a thread that copies moves at a time: 8 elements, or 1 where nothing is aligned. It is one number, as a compiler
+// takes a struct that waits in registers apart and stores it in pieces.
+template <int kVector>
+struct PacketOf {
+  using Type = unsigned __int128;
+};
+template <>
+struct PacketOf<1> {
+  using Type = uint16_t;
+};
+
+template <typename Packet>
+__device__ __forceinline__ Packet* packet_at(uint16_t* address) {
+  KVC_CHECK_ALIGNMENT(address, sizeof(Packet));
+  return reinterpret_cast<Packet*>(address);
+}
+
+// What is stored is not read again: the first to leave the caches.
+__device__ __forceinline__ void store_packet(uint16_t* address, uint16_t x) { *address = x; }
+__device__ __forceinline__ void store_packet(unsigned __int128* address, unsigned __int128 x) {
+#if defined(KVC_EMULATED)
+  *address = x;
+#else
+  const auto high = static_cast<uint64_t>(x >> 64);
+  const auto low = static_cast<uint64_t>(x);
+  asm volatile("st.global.cs.v2.b64 [%0], {%1, %2};" ::"l"(address), "l"(low), "l"(high) : "memory");
+#endif
+}
+
 // Element types as the kernels see them. FP16 and BF16 are both 16 bits, so each is a type of its own.
 template <DType>
 struct Element;

@@ -244,5 +244,6 @@ int kvc_attend(const kvc::AttendParams* p) {
   return kvc::launch_attend(q, nullptr);
 }
 int kvc_copy_sequences(const kvc::CopySequencesParams* p) { return kvc::launch_copy_sequences(*p, nullptr); }
+int kvc_copy_from(const kvc::CopyFromParams* p) { return kvc::launch_copy_from(*p, nullptr); }
 int kvc_truncate(const kvc::TruncateParams* p) { return kvc::launch_truncate(*p, nullptr); }
 }

@@ -80,6 +80,12 @@ void copy_sequences(const CopySequencesParams& params, const std::vector<Sequenc
                     int64_t end);
 void move_states(const CopySequencesParams& params, const std::vector<SequencePair>& pairs);
 
+// An item is one row that a pair of sequences may move in one layer: by the index that it will have, so many of them as
+// either cache has slots. copy_from_states comes after all items.
+int64_t copy_from_items(const CopyFromParams& params);
+void copy_from(const CopyFromParams& params, int64_t begin, int64_t end);
+void copy_from_states(const CopyFromParams& params);
+
 // The size of the last-level cache in bytes: a copy that writes more than this should stream.
 int64_t last_level_cache_bytes();
 

@@ -1,4 +1,4 @@
-// append, gather, copy_sequences and truncate on a CPU: rows one after the other, each a run of elements to convert.
+// Every op but attention's inner loops on a CPU. Rows are taken one after the other, each a run of elements.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -363,6 +363,55 @@ void move_states(const CopySequencesParams& p, const std::vector<SequencePair>& 
       const int64_t entry = layer * c.batch + pairs[i].destination;
       *seen_of(c, entry) = states[i].seen;
       *first_of(c, entry) = states[i].first;
+    }
+  }
+}
+
+namespace {
+
+int64_t copy_from_rows(const CopyFromParams& p) { return imin(p.cache.positions, p.source.positions); }
+
+}  // namespace
+
+int64_t copy_from_items(const CopyFromParams& p) { return p.cache.layers * p.count * copy_from_rows(p); }
+
+void copy_from(const CopyFromParams& p, int64_t begin, int64_t end) {
+  const int64_t row_elements = p.cache.heads * p.cache.head_dim;
+  const int64_t rows = copy_from_rows(p);
+  while (begin < end) {  // rows of one pair in one layer
+    const int64_t matrix = begin / rows;
+    const int64_t first_row = begin - matrix * rows;
+    const int64_t last_row = imin(rows, first_row + (end - begin));
+    begin += last_row - first_row;
+    const int64_t layer = matrix / p.count;
+    const SequencePair pair = sequence_pair(p, matrix - layer * p.count);
+    if (pair.source < 0) continue;
+    const CopyPlan plan = CopyPlan::make(state_of(p.source, layer, pair.source), p);
+    const int64_t source_start = (layer * p.source.batch + pair.source) * p.source.positions;
+    const int64_t destination_start = (layer * p.cache.batch + pair.destination) * p.cache.positions;
+    const int64_t rows_end = imin(last_row, plan.rows());
+    for (int64_t row = first_row; row < rows_end;) {
+      const SlotRun run = plan.run(row);
+      const int64_t count = imin(run.rows, rows_end - row);
+      const int64_t from = (source_start + run.from) * row_elements;
+      const int64_t to = (destination_start + run.to) * row_elements;
+      const size_t bytes = static_cast<size_t>(count * row_elements) * sizeof(uint16_t);
+      std::memcpy(p.cache.k_cache + to, p.source.k_cache + from, bytes);
+      std::memcpy(p.cache.v_cache + to, p.source.v_cache + from, bytes);
+      row += count;
+    }
+  }
+}
+
+void copy_from_states(const CopyFromParams& p) {
+  for (int64_t layer = 0; layer < p.cache.layers; ++layer) {
+    for (int64_t i = 0; i < p.count; ++i) {
+      const SequencePair pair = sequence_pair(p, i);
+      if (pair.source < 0) continue;
+      const SequenceState after = CopyPlan::make(state_of(p.source, layer, pair.source), p).after;
+      const int64_t entry = layer * p.cache.batch + pair.destination;
+      *seen_of(p.cache, entry) = after.seen;
+      *first_of(p.cache, entry) = after.first;
     }
   }
 }
