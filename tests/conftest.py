@@ -239,6 +239,16 @@ class Twin:
             sink_positions=self.cache.sink_positions,
         )
 
+    def drop_newest(self, n: int | list[int] | torch.Tensor, sequences: list[int] | torch.Tensor | None = None) -> None:
+        self.cache.drop_newest(n, sequences=sequences)
+        self.reference.truncate(
+            self.state,
+            n if isinstance(n, int) else as_tensor(n),
+            sequences=None if sequences is None else as_tensor(sequences),
+            sink_positions=self.cache.sink_positions,
+            newest=True,
+        )
+
     def reset(self, sequences: list[int] | torch.Tensor | None = None) -> None:
         self.cache.reset(sequences)
         chosen = None if sequences is None else as_tensor(sequences)
@@ -256,6 +266,23 @@ class Twin:
     def copy_sequence(self, src: int | list[int] | torch.Tensor, dst: int | list[int] | torch.Tensor) -> None:
         self.cache.copy_sequence(src, dst)
         self._copy(as_tensor(src).view(-1), as_tensor(dst).view(-1))
+
+    def copy_from(
+        self, source: Twin, src: int | list[int] | torch.Tensor, dst: int | list[int] | torch.Tensor
+    ) -> None:
+        """`copy_sequence` with another twin's cache as `source`."""
+        self.cache.copy_sequence(src, dst, source=source.cache)
+        self.reference.copy_from(
+            self.k_cache,
+            self.v_cache,
+            self.state,
+            source.k_cache,
+            source.v_cache,
+            source.state,
+            as_tensor(src).view(-1),
+            as_tensor(dst).view(-1),
+            sink_positions=self.cache.sink_positions,
+        )
 
     def clear(self) -> None:
         self.cache.clear()
@@ -295,6 +322,8 @@ class Twin:
         assert torch.equal(cache.overflow_counts().cpu(), self.overflow_counts)
         held = [[len(self.held(layer, b)) for b in range(cache.batch_size)] for layer in range(cache.num_layers)]
         assert len(cache) == min(map(min, held))
+        assert cache.lengths() == [min(of_sequence) for of_sequence in zip(*held, strict=True)]
+        assert cache.device_lengths().tolist() == held
         assert cache.is_empty() == (len(cache) == 0)
         assert cache.position == int(self.state[0].max())
         for layer in range(cache.num_layers):
