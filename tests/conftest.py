@@ -267,9 +267,7 @@ class Twin:
         self.cache.copy_sequence(src, dst)
         self._copy(as_tensor(src).view(-1), as_tensor(dst).view(-1))
 
-    def copy_from(
-        self, source: Twin, src: int | list[int] | torch.Tensor, dst: int | list[int] | torch.Tensor
-    ) -> None:
+    def copy_from(self, source: Twin, src: int | list[int] | torch.Tensor, dst: int | list[int] | torch.Tensor) -> None:
         """`copy_sequence` with another twin's cache as `source`."""
         self.cache.copy_sequence(src, dst, source=source.cache)
         self.reference.copy_from(

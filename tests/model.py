@@ -113,6 +113,11 @@ class Model:
         for layer in self.at:
             layer[sequence].truncate(max(length, 0))
 
+    def drop_newest(self, sequence: int, count: int) -> None:
+        for layer in self.at:
+            s = layer[sequence]
+            s.truncate(max(len(s.positions) - max(count, 0), 0))
+
     def reset(self, sequences: Iterable[int]) -> None:
         for layer in self.at:
             for b in sequences:
@@ -131,6 +136,15 @@ class Model:
                     written = before[destination].written
                     layer[destination] = before[source].copy()
                     layer[destination].written += written
+
+    def copy_from(self, other: Model, pairs: list[tuple[int, int]]) -> None:
+        """(source, destination): of another cache's sequences, what has room here, the sinks and the newest."""
+        for layer, of_other in zip(self.at, other.at, strict=True):
+            for source, destination in pairs:
+                new = of_other[source].copy()
+                new.shrink(self.slots, self.sinks)
+                new.written = [*new.positions, *layer[destination].written]
+                layer[destination] = new
 
     def with_slots(self, slots: int) -> Model:
         """What is left of it in a cache of another size: the sinks and the newest."""

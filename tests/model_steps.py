@@ -26,6 +26,7 @@ from kvcache_ext import StreamingKVCacheFp16, merge_states, ops
 from kvcache_ext.attention import MOST_KERNEL_QUERIES
 
 POISON = 0x7EAB  # a NaN with a payload of its own, in every slot that holds nothing: nobody may write or see it
+STRAY = 0x6EAD  # a number, in every slot of a source that holds nothing: copied, it would show where POISON should be
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Rounding the answer to the query's dtype; FP32's own error is the design's.
 RELATIVE = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -228,6 +229,7 @@ class Run:
         self.taken: Counter[str] = Counter()
         self.graphs: list[tuple[list[Action], list[Any], Any]] = []
         self.other: tuple[StreamingKVCacheFp16, list[Array]] | None = None
+        self.source: tuple[StreamingKVCacheFp16, Model] | None = None  # what sequences are copied from
         arguments = {"batch_size": batch, "sink_positions": self.model.sinks, "overflow": overflow, "device": device}
         self.adopt(StreamingKVCacheFp16(layers, slots, heads, head_dim, **arguments))
         self.log.append(repr(self.cache))
@@ -311,8 +313,11 @@ class Run:
             n = m.longest(layer) + 1
             indices = torch.arange(n, device=self.device)
             self.expect_rows("held", cache.gather(layer, indices, dtype=torch.float16), layer, list(range(n)))
+        held = [[len(s.positions) for s in layer] for layer in m.at]
+        expect_equal("device_lengths", cache.device_lengths().tolist(), held)
         if lengths:
             expect_equal("len", len(cache), m.shortest())
+            expect_equal("lengths", cache.lengths(), [m.shortest_of(b) for b in range(m.batch)])
             expect_equal("is_empty", cache.is_empty(), m.shortest() == 0)
             expect_equal("position", cache.position, m.position())
 
@@ -324,9 +329,10 @@ class Run:
         indices: list[int] | list[list[int]],
         dtype: torch.dtype = torch.float16,
         entries: Sequence[int | None] | None = None,
+        model: Model | None = None,
     ) -> None:
         """`got`: rows at these indices (one list for all entries, or one each), zeros where nothing is held."""
-        m = self.model
+        m = self.model if model is None else model
         entries = range(m.batch) if entries is None else entries
         each = bool(indices) and isinstance(indices[0], list)
         n = got[0].shape[-3] if not len(entries) else len(indices[0]) if each else len(indices)  # type: ignore[arg-type]
@@ -456,10 +462,17 @@ class Run:
         return refill
 
     def store(
-        self, layer: int, key: Input, value: Input, counts: list[int], entries: Entries, of_layer: int | None = None
+        self,
+        layer: int,
+        key: Input,
+        value: Input,
+        counts: list[int],
+        entries: Entries,
+        of_layer: int | None = None,
+        model: Model | None = None,
     ) -> None:
-        """Appends to the model."""
-        m = self.model
+        """Appends to the model, or to another one."""
+        m = self.model if model is None else model
         parts = []
         for given in (key, value):
             bits, overflows = given.of(given.pool.bits[m.saturate]), given.of(given.pool.overflows)
@@ -804,6 +817,12 @@ class Run:
     # Lengths and sequences
 
     def truncate(self, draw: Draw, static: bool = False) -> Action:
+        return self.shorten("truncate", draw, static)
+
+    def drop_newest(self, draw: Draw, static: bool = False) -> Action:
+        return self.shorten("drop_newest", draw, static)
+
+    def shorten(self, name: str, draw: Draw, static: bool) -> Action:
         m, cache, entries = self.model, self.cache, self.entries(draw, 40, static)
         chosen = [b for _, b in entries.known()]
         on_device = isinstance(entries.argument, torch.Tensor)
@@ -816,27 +835,28 @@ class Run:
             most = min((m.shortest_of(b) for b in chosen), default=0)
             most = most + 3 if on_device or how == "op" else most
             n: Any = draw.integer(0, most)
-            lengths = [n] * len(entries.of)
+            numbers = [n] * len(entries.of)
         elif how == "list":
-            lengths = [draw.integer(0, m.shortest_of(b)) for b in chosen]
-            n = lengths
+            numbers = [draw.integer(0, m.shortest_of(b)) for b in chosen]
+            n = numbers
         else:
-            lengths = [draw.integer(-1, m.slots + 1) for _ in entries.of]
-            n = self.integers(lengths, draw.choice((torch.int64, torch.int32)))
+            numbers = [draw.integer(-1, m.slots + 1) for _ in entries.of]
+            n = self.integers(numbers, draw.choice((torch.int64, torch.int32)))
 
         def call() -> None:
             if how == "op":
                 ops.truncate(
-                    cache.k_cache, cache._state, n, sequences=entries.argument, sink_positions=cache.sink_positions
-                )
+                    cache.k_cache, cache._state, n, sequences=entries.argument, sink_positions=cache.sink_positions,
+                    newest=name == "drop_newest",
+                )  # fmt: skip
             else:
-                cache.truncate(n, sequences=entries.argument)
+                getattr(cache, name)(n, sequences=entries.argument)
 
         def expect(_: None) -> None:
             for i, b in entries.known():
-                m.truncate(b, lengths[i])
+                getattr(m, name)(b, numbers[i])
 
-        return Action(lambda: f"truncate {how} ({lengths}, sequences={entries})", call, expect)
+        return Action(lambda: f"{name} {how} ({numbers}, sequences={entries})", call, expect)
 
     def reset(self, draw: Draw, static: bool = False) -> Action:
         entries, cache = self.entries(draw, 90, static), self.cache
@@ -883,6 +903,69 @@ class Run:
             lambda: f"copy_sequence({of}, {to}, {[type(a).__name__ for a in arguments]})",
             lambda: cache.copy_sequence(*arguments),
             lambda _: m.copy_sequences(pairs),
+        )
+
+    def made_source(self, draw: Draw) -> tuple[StreamingKVCacheFp16, Model]:
+        """A cache of other sequences and slots than this one has, made when it is first asked for."""
+        if self.source is None:
+            m = self.model
+            slots, batch = draw.choice((m.slots, draw.integer(m.sinks + 1, m.sinks + 24))), draw.integer(1, 4)
+            cache = StreamingKVCacheFp16(
+                m.layers, slots, m.heads, m.head_dim, batch_size=batch, sink_positions=m.sinks,
+                overflow=self.cache.overflow, device=self.device,
+            )  # fmt: skip
+            for tensor in (cache.k_cache, cache.v_cache):
+                tensor.view(torch.int16).fill_(STRAY)
+            self.source = cache, Model(m.layers, batch, slots, m.heads, m.head_dim, m.sinks, m.saturate)
+        return self.source
+
+    def copy_from(self, draw: Draw, static: bool = False) -> Action:
+        """The source is appended to, in one of its layers, and some of its sequences are copied."""
+        m, cache = self.model, self.cache
+        source, of = self.made_source(draw)
+        layer, everyone = self.layer(draw), Entries(None, list(range(of.batch)))
+        rows = min(draw.choice((0, 1, 3, of.slots, of.slots + 3)), 24)
+        key, value, lengths, counts = self.new_rows(draw, (), everyone, rows, static)
+        to = self.permutation(draw)[: draw.integer(1, m.batch)]
+        src = [draw.integer(0, of.batch - 1) for _ in to]
+        arguments: list[Any] = [src, to]
+        for i, numbers in enumerate(arguments):
+            if static or draw.chance(50):
+                dtype = draw.choice((torch.int64, torch.int32))
+                numbers[:] = [draw.choice((-1, 9, *FAR)) if draw.chance(8) else b for b in numbers]
+                tensor = self.integers(numbers, dtype)
+                arguments[i] = tensor[0] if len(numbers) == 1 and draw.chance(50) else tensor
+            elif len(numbers) == 1 and draw.chance(60):
+                arguments[i] = numbers[0]
+        pairs = [p for p in zip(src, to, strict=True) if 0 <= p[0] < of.batch and 0 <= p[1] < m.batch]
+        look = draw.chance(50)  # which makes the host's lengths of the source exact
+
+        def call() -> None:
+            source.append(layer, key.tensor, value.tensor, new_lengths=lengths)
+            cache.copy_sequence(*arguments, source=source)
+
+        def expect(_: None) -> None:
+            self.store(layer, key, value, counts, everyone, model=of)
+            m.copy_from(of, pairs)
+            if static:  # later calls of the same graph may have changed the source
+                return
+            state = source._state.cpu().tolist()
+            expect_equal("positions seen by the source", state[0], [[s.next for s in layer] for layer in of.at])
+            expect_equal("overflow_counts of the source", source.overflow_counts().tolist(), of.overflow_counts)
+            n = of.longest(layer) + 1
+            got = source.gather(layer, torch.arange(n, device=self.device), dtype=torch.float16)
+            self.expect_rows("held by the source", got, layer, list(range(n)), model=of)
+            if look:
+                expect_equal("lengths of the source", source.lengths(), [of.shortest_of(b) for b in range(of.batch)])
+
+        return Action(
+            lambda: (
+                f"append {rows} to layer {layer} of {source}, copy_sequence({src}, {to}, "
+                f"{[type(a).__name__ for a in arguments]}, source)"
+            ),
+            call,
+            expect,
+            self.refill_of((key, value), lengths, counts, rows),
         )
 
     # Caches from caches
@@ -943,6 +1026,8 @@ class Run:
             ("append: sequences", lambda: c.append(0, good, good, sequences=[0] * (m.batch + 1)), ValueError),
             ("append_all: layers", lambda: c.append_all(good[None].repeat(m.layers + 1, 1, 1, 1, 1), good), ValueError),
             ("truncate: too long", lambda: c.truncate(m.shortest() + 1), IndexError),
+            ("drop_newest: too many", lambda: c.drop_newest(m.shortest() + 1), IndexError),
+            ("copy_sequence: source", lambda: c.copy_sequence(0, 0, source=c.k_cache), TypeError),  # type: ignore[arg-type]
             ("get_range_f32: end", lambda: c.get_range_f32(0, 0, m.longest(0) + 1), IndexError),
             ("gather: indices", lambda: c.gather(0, good), TypeError),
             ("reorder: out of range", lambda: c.reorder([m.batch] * m.batch), IndexError),
@@ -964,7 +1049,7 @@ class Run:
 
     def capture(self, draw: Draw) -> Action:
         kinds = [self.append, self.append, self.append_all, self.gather, self.reorder, self.copy_sequence,
-                 self.truncate, self.reset]  # fmt: skip
+                 self.copy_from, self.truncate, self.drop_newest, self.reset]  # fmt: skip
         if self.attends:
             kinds += [self.append_attend, self.append_attend, self.append_attend, self.attend]
         actions = [draw.choice(kinds)(draw, static=True) for _ in range(draw.integer(1, 5))]
@@ -1034,8 +1119,8 @@ class Run:
 # How often each is taken, of 100 or so.
 STEPS = {
     "append": 24, "append_all": 8, "append_attend": 14, "attend": 8, "gather": 8, "read_range": 8, "truncate": 6,
-    "reset": 3, "clear": 1, "reorder": 4, "copy_sequence": 4, "merge": 1, "duplicate": 2, "save_and_load": 1,
-    "wrong_call": 4, "capture": 2, "replay": 6,
+    "drop_newest": 4, "reset": 3, "clear": 1, "reorder": 4, "copy_sequence": 4, "copy_from": 4, "merge": 1,
+    "duplicate": 2, "save_and_load": 1, "wrong_call": 4, "capture": 2, "replay": 6,
 }  # fmt: skip
 CHOICES = [name for name, often in STEPS.items() for _ in range(often)]
 

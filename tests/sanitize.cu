@@ -83,6 +83,10 @@ class Case {
         keys(entries * s.positions * s.heads * s.head_dim),
         values(entries * s.positions * s.heads * s.head_dim),
         state(3 * entries),
+        other_slots(s.sinks + (s.positions - s.sinks + 1) / 2),
+        other_keys(other_entries() * other_slots * s.heads * s.head_dim),
+        other_values(other_entries() * other_slots * s.heads * s.head_dim),
+        other_state(3 * other_entries()),
         overflows(s.layers),
         workspace(kvc::kAttendTickets + 132 * 16 * 514),
         numbers(most_elements() * kvc::dtype_size(dtype)),
@@ -96,15 +100,16 @@ class Case {
         short_sources(s.batch),
         destinations(s.batch),
         indices(s.batch * 64) {
-    std::vector<int64_t> start(static_cast<size_t>(3 * entries), 0);
-    for (int64_t i = 0; i < entries; ++i) start[static_cast<size_t>(entries + i)] = s.sinks;
-    state.set(start);
+    empty(state);
+    empty(other_state);
     set_bytes(overflows.data, 0, overflows.size * sizeof(int64_t));
     // A cache's workspace starts as zeros, and whole vectors of it are copied of which parts mean nothing. On a CPU
     // all but the tickets stays NaN, which must not reach an answer.
     set_bytes(workspace.data, 0, (kOnHost ? static_cast<size_t>(kvc::kAttendTickets) : workspace.size) * 4);
     cache = {keys.data,   values.data, state.data, s.layers, s.batch,
              s.positions, s.heads,     s.head_dim, s.sinks,  kvc::Divider::by(s.positions - s.sinks)};
+    other = {other_keys.data, other_values.data, other_state.data, s.layers, s.batch + 1,
+             other_slots,     s.heads,           s.head_dim,       s.sinks,  kvc::Divider::by(other_slots - s.sinks)};
     fill(numbers.buffer(), false);
     fill(more_numbers.buffer(), false);
   }
@@ -117,6 +122,7 @@ class Case {
       attention_of_what_is_not_finite();
     }
     moves_of_sequences();
+    moves_between_caches();
     truncations();
     if (s.head_dim % 8 == 0) attend({.count = 1, .appends = true});
     gather(s.positions + 4, Form::plain, false);
@@ -137,6 +143,15 @@ class Case {
     bool finite = true;
     Form form = Form::plain;
   };
+
+  int64_t other_entries() const { return s.layers * (s.batch + 1); }
+
+  void empty(Buffer<int64_t>& of) const {
+    const size_t row = of.size / 3;
+    std::vector<int64_t> start(of.size, 0);
+    std::fill_n(start.begin() + static_cast<int64_t>(row), row, s.sinks);
+    of.set(start);
+  }
 
   int64_t batch() const { return chosen.entries(s.batch); }
 
@@ -384,8 +399,42 @@ class Case {
     if (s.head_dim % 8 == 0) attend({.count = 1, .appends = true});
   }
 
-  void truncate(bool resets, int64_t length, kvc::Integers lengths_of, kvc::ChosenSequences of) {
-    run_op(kvc::TruncateParams{state.data, s.layers, s.batch, s.sinks, resets, length, lengths_of, of});
+  void copy_between(const kvc::CacheView& from, const kvc::CacheView& to, const std::vector<int64_t>& src,
+                    const std::vector<int64_t>& dst, bool are_32_bit) {
+    kvc::CopyFromParams p{};
+    p.cache = to;
+    p.source = from;
+    p.sources = are_32_bit ? kvc::Integers{short_sources.set({src.begin(), src.end()}), true}
+                           : kvc::Integers{sources.set(src), false};
+    p.destinations = {destinations.set(dst), false};
+    p.count = static_cast<int64_t>(src.size());
+    run_op(p);
+  }
+
+  // Into a cache of about half the ring and one sequence more, and back.
+  void moves_between_caches() {
+    const size_t count = static_cast<size_t>(s.batch);
+    std::vector<int64_t> from(count), to(count);
+    for (int64_t b = 0; b < s.batch; ++b) {
+      from[static_cast<size_t>(b)] = b % 5 == 4 ? -1 : b;
+      to[static_cast<size_t>(b)] = b % 7 == 6 ? s.batch + 1 : s.batch - b;
+    }
+    copy_between(cache, other, from, to, false);
+    copy_between(cache, other, {s.batch - 1}, {0}, true);
+    for (int64_t b = 0; b < s.batch; ++b) {
+      from[static_cast<size_t>(b)] = b % 2 == 0 ? s.batch : 0;
+      to[static_cast<size_t>(b)] = b;
+    }
+    copy_between(other, cache, from, to, true);
+    gather(kvc::imin(s.positions, 32), Form::plain, true);
+    append(0, s.layers, 3);
+    append(0, 1, s.positions / 2 + 1);
+    gather(s.positions + 4, Form::plain, false);
+    if (s.head_dim % 8 == 0) attend({.count = 1, .appends = true});
+  }
+
+  void truncate(bool resets, int64_t length, kvc::Integers lengths_of, kvc::ChosenSequences of, bool newest = false) {
+    run_op(kvc::TruncateParams{state.data, s.layers, s.batch, s.sinks, resets, newest, length, lengths_of, of});
   }
   void reset_all() { truncate(true, 0, {}, {}); }
 
@@ -395,6 +444,9 @@ class Case {
     truncate(false, 0, {sources.set(of_each)}, {});
     truncate(false, 0, {short_sources.set({of_each.begin(), of_each.end()}), true}, {});
     gather(kvc::imin(s.positions, 32), Form::plain, true);
+    truncate(false, 2, {}, {}, true);
+    for (int64_t& n : of_each) n = n % 5 - 1;
+    truncate(false, 0, {sources.set(of_each)}, {}, true);
     truncate(false, s.positions / 4, {}, {});
     const std::vector<int64_t> one{s.batch - 1};
     truncate(false, 0, {sources.set({1})}, {{destinations.set(one)}, 1});
@@ -406,7 +458,11 @@ class Case {
   int64_t most_rows;  // of a call about all sequences
   int64_t entries;
   Buffer<uint16_t> keys, values;  // never initialised as a whole
-  Buffer<int64_t> state, overflows;
+  Buffer<int64_t> state;
+  int64_t other_slots;  // of another cache, of one sequence more
+  Buffer<uint16_t> other_keys, other_values;
+  Buffer<int64_t> other_state;
+  Buffer<int64_t> overflows;
   Buffer<float> workspace;
   Places numbers, more_numbers, key_out, value_out, lse;
   Buffer<int64_t> lengths;
@@ -414,7 +470,7 @@ class Case {
   Buffer<int64_t> sources;
   Buffer<int32_t> short_sources;
   Buffer<int64_t> destinations, indices;
-  kvc::CacheView cache;
+  kvc::CacheView cache, other;
   kvc::ChosenSequences chosen;
   bool saturate = true;
   const char* last_answer = nullptr;

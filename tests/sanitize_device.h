@@ -1,4 +1,4 @@
-// Where tests/sanitize.cu runs: its buffers, and the five ops on them. One of three, chosen by how it is compiled.
+// Where tests/sanitize.cu runs: its buffers, and the ops on them. One of three, chosen by how it is compiled.
 //
 //   nvcc                       the GPU's kernels; buffers straight from cudaMalloc
 //   g++ -I tests/emulator      the same kernels, emulated on a CPU
@@ -149,6 +149,7 @@ inline void run_op(const kvc::AttendParams& p) {
 inline void run_op(const kvc::CopySequencesParams& p) {
   check_launch(kvc::launch_copy_sequences(p, nullptr), "copy_sequences");
 }
+inline void run_op(const kvc::CopyFromParams& p) { check_launch(kvc::launch_copy_from(p, nullptr), "copy_from"); }
 inline void run_op(const kvc::TruncateParams& p) { check_launch(kvc::launch_truncate(p, nullptr), "truncate"); }
 
 #else
@@ -201,6 +202,11 @@ inline void run_op(const kvc::CopySequencesParams& p) {
   in_pieces(kvc::cpu::copy_sequences_items(p),
             [&](int64_t begin, int64_t end) { kvc::cpu::copy_sequences(p, pairs, begin, end); });
   kvc::cpu::move_states(p, pairs);
+}
+
+inline void run_op(const kvc::CopyFromParams& p) {
+  in_pieces(kvc::cpu::copy_from_items(p), [&](int64_t begin, int64_t end) { kvc::cpu::copy_from(p, begin, end); });
+  kvc::cpu::copy_from_states(p);
 }
 
 inline void run_op(const kvc::TruncateParams& p) { kvc::cpu::truncate(p); }

@@ -103,9 +103,7 @@ def test_pairs_out_of_range_do_nothing(backend: Backend, index_dtype: torch.dtyp
         source = filled(backend, [9, 4, 13, 2, 7][: batches[0]])
         twin = filled(backend, [3, 9, 5, 1, 8][: batches[1]])
         src, dst = [-1, 4, 1, 0, 2], [0, 1, -5, 4, 3]
-        twin.copy_from(
-            source, numbers(backend, *src, dtype=index_dtype), numbers(backend, *dst, dtype=index_dtype)
-        )
+        twin.copy_from(source, numbers(backend, *src, dtype=index_dtype), numbers(backend, *dst, dtype=index_dtype))
         twin.check()
         source.check()
 
@@ -228,7 +226,9 @@ def test_random_walks(backend: Backend, seed: int) -> None:
             src = generator.choices(range(other.cache.batch_size), k=count)
             dst = generator.sample(range(batch), count)
             on_device = [generator.random() < 0.5 for _ in range(2)]
-            twin.copy_from(other, *(numbers(backend, *n) if t else n for n, t in zip((src, dst), on_device, strict=True)))
+            twin.copy_from(
+                other, *(numbers(backend, *n) if t else n for n, t in zip((src, dst), on_device, strict=True))
+            )
         elif action == "drop_newest":
             twin.drop_newest(numbers(backend, *generator.choices(range(-1, 9), k=batch)))
         else:
