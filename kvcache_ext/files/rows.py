@@ -105,7 +105,7 @@ class Selection:
     def reset(self) -> None:
         """Forgets the sequences, in all layers of the caches."""
         for cache in self.caches:
-            cache.reset(self.sequences)
+            cache._compiled.reset(list(self.sequences))  # also of a cache whose own `reset` refuses
 
     def shortened(self, seen: Matrix, first: Matrix) -> tuple[list[list[int]], list[list[int]]]:
         """The file's `first` as rings of these sizes have it, and by how many positions that is more.

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers.cache_utils import Cache
 
 from ...attention import shown
 from ...cache import StreamingKVCacheFp16
+from . import files
+from .files import Progress
 from .graphs import DecodeGraph, StandIn, asks_for_router_logits
 from .layers import AbsentLayer, Fp16Layer, LayerGroup
 from .model import check_attention, check_takes_a_cache, keep_cache_where_rope_changes, plan_layers
@@ -134,7 +137,73 @@ class Fp16Cache(Cache):
                 )
         watch(model)
         keep_cache_where_rope_changes(model)
-        return cls._of(whole, caches, shared)
+        self = cls._of(whole, caches, shared)
+        self.model_type = str(model.config.get_text_config(decoder=True).model_type)
+        return self
+
+    # Files (see files.py)
+
+    def save(self, path: str | PathLike[str], *, progress: Progress = None) -> None:
+        """Writes all that the cache holds to one file, from which `load` goes on: in another process, on another
+        device, with more room.
+
+        Like `StreamingKVCacheFp16.save`: a safetensors file with checksums, whole or not at all. It holds what is
+        stored, not what could be, and only the sequences in use.
+
+        Args:
+            path: the file. One that is there is replaced.
+            progress: as for `StreamingKVCacheFp16.save`.
+
+        Raises:
+            RuntimeError: a forward pass was broken off, or the current stream is being captured into a graph.
+            ValueError: a mask or a position was wrong, which had not been noticed yet.
+            TypeError, OSError: the path is wrong, or the file cannot be written. The old one stays.
+        """
+        files.save(self, path, progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: Any,
+        *,
+        max_positions: int | None = None,
+        batch_size: int | None = None,
+        attention: str | None = NAME,
+        overflow: str | None = None,
+        precision: str = "auto",
+        compileable: bool = False,
+        progress: Progress = None,
+    ) -> Fp16Cache:
+        """A cache for this model with what `save` wrote: the same text goes on where it was.
+
+        Keys and values depend on the model's weights, of which the file knows nothing: load it for the model that
+        filled it, or for a copy.
+
+        Args:
+            path: the file.
+            model: the model, of any float dtype, on its device or devices, whatever those were.
+            max_positions: the longest text; None: as it was. Less will do as long as what is held fits.
+            batch_size: the most sequences at a time; None: as it was.
+            overflow: None: as it was.
+            attention, precision, compileable: as for `for_model`.
+            progress: as for `StreamingKVCacheFp16.load`.
+
+        Raises:
+            ValueError: the file is no `Fp16Cache`'s, is truncated or damaged, is of a model with other layers (the
+                error names what differs), or does not fit into `max_positions` or `batch_size`.
+            NotImplementedError, MemoryError, TypeError: as `for_model`.
+            OSError: the file cannot be read.
+
+            The model's attention is as it was, after an error.
+        """
+        options = {
+            "attention": attention,
+            "overflow": overflow,
+            "precision": precision,
+            "compileable": compileable,
+        }
+        return files.load(cls, path, model, max_positions, batch_size, progress, options)
 
     # Figures
 
