@@ -192,6 +192,32 @@ class StorageCase:
         measure_storage(name, model, tokens, self.last, results, config)
 
 
+@dataclass
+class KeyBiasCase:
+    """A model whose keys all have one large channel, from a bias, as those of Qwen2 have."""
+
+    bias: float
+    positions: int
+    last: int = 32
+
+    def run(self, device: torch.device, results: Results) -> None:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(2)
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=1000, hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=65536, initializer_range=0.1, pad_token_id=0,
+            )
+        )  # fmt: skip
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.view(2, 64)[:, -1] = self.bias  # the channel that turns slowest
+        tokens = torch.randint(1000, (1, self.positions), generator=torch.Generator().manual_seed(1)).to(device)
+        config = {"layers": 2, "weights": f"2 layers, a key bias of {self.bias:g}"}
+        name = f"accuracy/storage/bias{self.bias:g}x{self.positions}"
+        measure_storage(name, model.eval().to(device), tokens, self.last, results, config)
+
+
 def checkpoint_cases(path: str, text: Path | None, lengths: list[int]) -> list[tuple[str, Callable[..., None]]]:
     """The storage part for a checkpoint; tokens of a text, or random ones."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -372,6 +398,9 @@ def chosen_cases(args: Any) -> list[tuple[str, Callable[..., None]]]:
             for positions in args.lengths or lengths:
                 storage = StorageCase(layers, positions, 4 if quick else 32)
                 cases.append((f"storage, {layers} layers, {positions:,}", storage.run))
+        for bias in [300] if quick else [30, 300]:
+            biased = KeyBiasCase(bias, *((64, 4) if quick else (1024,)))
+            cases.append((f"storage, a key bias of {bias}", biased.run))
     if "attention" in args.only:
         for shape, query_heads, heads in (("mha8", 8, 8), ("gqa32x8", 32, 8)):
             for head_dim in (64, 128):

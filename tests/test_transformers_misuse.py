@@ -504,11 +504,12 @@ def test_more_sequences_than_it_holds(models: Any, device: torch.device) -> None
     assert torch.equal(got, generate(model, inputs, Fp16Cache.for_model(model, 64, 4), **options))
 
 
-def test_a_stage_of_a_pipeline(device: torch.device) -> None:
-    """A model with its second layer alone has memory for that one."""
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_of_a_pipeline(device: torch.device, tmp_path: Any, stage: int) -> None:
+    """A model with one of its layers alone has memory for that one."""
     model = make_model("llama", device)
     model.config.num_hidden_layers = 3
-    model.model.layers = torch.nn.ModuleList([model.model.layers[1]])
+    model.model.layers = torch.nn.ModuleList([model.model.layers[stage]])
     cache = Fp16Cache.for_model(model, 64, 2)
     assert len(cache.layers) == 3 and cache.memory_bytes() == 64 * 2 * 2 * 16 * 2 * 2
     inputs = prompts(2, 9, device, padded=True)
@@ -524,9 +525,15 @@ def test_a_stage_of_a_pipeline(device: torch.device) -> None:
     cache.crop(-2)
     assert cache.get_seq_length() == 7 and cache.overflow_counts().tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="has no such layer"):
-        cache.update(torch.zeros(2, 2, 1, 16, device=device), torch.zeros(2, 2, 1, 16, device=device), 0)
+        cache.update(*torch.zeros(2, 2, 2, 1, 16, device=device), (stage + 1) % 3)
     copied = copy.deepcopy(cache)
-    assert copied.get_seq_length(2) == 7 and copied.layers[0].beside is copied.layers[1]
+    assert copied.get_seq_length(2) == 7 and copied.layers[stage - 1].beside is copied.layers[stage]
+    cache.save(tmp_path / "stage")
+    loaded = Fp16Cache.load(tmp_path / "stage", model)
+    assert loaded.get_seq_length() == 7 and torch.equal(loaded.layers[stage].keys, cache.layers[stage].keys)
+    model.model.layers[0].self_attn.layer_idx = (stage + 1) % 3
+    with pytest.raises(ValueError, match=f"layer {min(stage, (stage + 1) % 3)} is "):
+        Fp16Cache.load(tmp_path / "stage", model)
 
 
 def test_how_a_cache_is_made(models: Any) -> None:
