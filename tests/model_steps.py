@@ -1014,6 +1014,21 @@ class Run:
 
         return Action(lambda: f"save, load(max_positions={'as it is' if as_it_is else slots})", call, expect)
 
+    def load_sequences(self, draw: Draw) -> Action:
+        """Some sequences to a file, and from there into as many: what copy_sequence does."""
+        m, cache = self.model, self.cache
+        of = self.permutation(draw)[: draw.integer(1, m.batch)]
+        to = self.permutation(draw)[: len(of)]
+
+        def call() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "cache.safetensors"
+                cache.save(path, sequences=of)  # type: ignore[attr-defined]
+                cache.load_sequences(path, to)  # type: ignore[attr-defined]
+
+        pairs = list(zip(of, to, strict=True))
+        return Action(lambda: f"save({of}), load_sequences({to})", call, lambda _: m.copy_sequences(pairs))
+
     # Calls that must fail and change nothing
 
     def wrong_call(self, draw: Draw) -> Action:
@@ -1100,7 +1115,7 @@ class Run:
             return self.attends
         if name == "replay":
             return bool(self.graphs)
-        return name != "save_and_load" or hasattr(StreamingKVCacheFp16, "save")
+        return name not in ("save_and_load", "load_sequences") or hasattr(StreamingKVCacheFp16, "save")
 
     def take(self, name: str, draw: Draw) -> None:
         """One step: the call, on the cache and on the model, and all there is compared."""
@@ -1120,7 +1135,7 @@ class Run:
 STEPS = {
     "append": 24, "append_all": 8, "append_attend": 14, "attend": 8, "gather": 8, "read_range": 8, "truncate": 6,
     "drop_newest": 4, "reset": 3, "clear": 1, "reorder": 4, "copy_sequence": 4, "copy_from": 4, "merge": 1,
-    "duplicate": 2, "save_and_load": 1, "wrong_call": 4, "capture": 2, "replay": 6,
+    "duplicate": 2, "save_and_load": 1, "load_sequences": 1, "wrong_call": 4, "capture": 2, "replay": 6,
 }  # fmt: skip
 CHOICES = [name for name, often in STEPS.items() for _ in range(often)]
 

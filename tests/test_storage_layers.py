@@ -490,6 +490,30 @@ def test_files_are_closed(path: Path) -> None:
 # Devices
 
 
+def test_a_default_device(device: torch.device, path: Path) -> None:
+    """What is made on the host is made there."""
+    layers, target, small = filled_layers(device), filled_layers(device, 5), tensors()
+    with torch.device("meta"):
+        save(path, layers, tensors=small)
+        layers[0][0].save(path.parent / "one", sequences=[0, 2])
+        target[0][0].load_sequences(path.parent / "one", [1, 0])
+        with open_layers(path) as file:
+            file.load(target)
+    assert all(tensor.is_cpu for tensor in file.tensors.values())
+    assert_same_layers(target, layers)
+
+
+def test_under_inference_mode(device: torch.device, path: Path) -> None:
+    layers, target = filled_layers(device), filled_layers(device, 5)
+    with torch.inference_mode():
+        save(path, layers)
+        with open_layers(path) as file:
+            file.load(target)
+    assert_same_layers(target, layers)
+    file.tensors["columns"] += 1
+    fill(target[0][0], 2)
+
+
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("there", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])

@@ -103,7 +103,7 @@ class OpenFile:
             if emptied is None:
                 raise
             selection.reset()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.strerror is not None:
                 raise OSError(error.errno, f"{error.strerror}; {emptied}", error.filename) from error
             if type(error) is ValueError:
                 raise ValueError(f"{error}; {emptied}") from error
