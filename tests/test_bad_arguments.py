@@ -258,6 +258,10 @@ def of(*shape: int) -> Callable[[torch.device], torch.Tensor]:
     return lambda device: torch.ones(shape, device=device)
 
 
+def halves(*shape: int) -> Callable[[torch.device], torch.Tensor]:
+    return lambda device: torch.ones(shape, dtype=torch.float16, device=device)
+
+
 def numbers(*values: int) -> Callable[[torch.device], torch.Tensor]:
     return lambda device: torch.tensor(values, device=device)
 
@@ -265,6 +269,19 @@ def numbers(*values: int) -> Callable[[torch.device], torch.Tensor]:
 def two(*shape: int) -> Callable[[torch.device], tuple[torch.Tensor, torch.Tensor]]:
     return lambda device: (torch.ones(shape, device=device), torch.ones(shape, device=device))
 
+
+SOURCES: Table = {
+    name: wrong for name, wrong in NOT_TENSORS.items() if name != "None"
+} | {
+    "a tensor": (torch.ones(ROWS), TypeError),
+    "a class": (Cache, TypeError),
+    "the cache's own keys": ((lambda t, c: c.k_cache,), TypeError),
+    "the native half": ((lambda t, c: c._compiled,), TypeError),
+    "of one layer": ((lambda t, c: make_cache(c.device, num_layers=1, sink_positions=1),), ValueError),
+    "of other heads": ((lambda t, c: make_cache(c.device, num_heads=3, sink_positions=1),), ValueError),
+    "of another head_dim": ((lambda t, c: make_cache(c.device, head_dim=9, sink_positions=1),), ValueError),
+    "of no sinks": ((lambda t, c: make_cache(c.device),), ValueError),
+}  # fmt: skip
 
 # A call: its method, its arguments (functions are called with the device), and what is wrong for each argument.
 CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Table]]] = {
@@ -337,6 +354,16 @@ CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Table]]] = {
               | {"2^62 of them": (range(2**62), ValueError), "more than is held": ([6], IndexError)}},
     ),
     "truncate to one number": ("truncate", {"n": 1}, {"n": {k: v for k, v in INTS.items() if not k.startswith("a ")}}),
+    "drop_newest": ("drop_newest", {"n": 1, "sequences": numbers(0)}, {"sequences": CHOSEN}),
+    "drop_newest of each": (
+        "drop_newest",
+        {"n": numbers(1)},
+        {"n": {k: v for k, v in SEQUENCES.items() if k not in ("of no dimension", "out of range", "2^62 of them")}
+              | {"2^62 of them": (range(2**62), ValueError), "more than is held": ([6], IndexError)}},
+    ),
+    "drop_newest, one number": (
+        "drop_newest", {"n": 1}, {"n": {k: v for k, v in INTS.items() if not k.startswith("a ")}},
+    ),
     "reset": ("reset", {"sequences": numbers(0)}, {"sequences": CHOSEN}),
     "reorder": ("reorder", {"batch_indices": numbers(0)}, {"batch_indices": SEQUENCES | AN_INT | NONE}),
     "copy_sequence": (
@@ -344,6 +371,12 @@ CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Table]]] = {
         {"src": numbers(0), "dst": numbers(0)},
         {name: {k: v for k, v in (SEQUENCES | NONE).items() if k not in ("of no dimension", "too many")}
                for name in ("src", "dst")},
+    ),
+    "copy_sequence from another": (
+        "copy_sequence",
+        {"src": numbers(0), "dst": numbers(0), "source": lambda device: make_cache(device, sink_positions=1)},
+        {name: {k: v for k, v in (SEQUENCES | NONE).items() if k not in ("of no dimension", "too many")}
+               for name in ("src", "dst")} | {"source": SOURCES},
     ),
 }  # fmt: skip
 
@@ -474,6 +507,13 @@ OPS: dict[str, tuple[dict[str, Any], dict[str, dict[str, tuple[Wrong, type[Excep
         {"sources": numbers(0), "destinations": numbers(0)},
         {"k_cache": K_V, "v_cache": K_V, "state": CACHE_TENSORS},
     ),
+    "copy_from": (
+        {"source_k_cache": halves(2, 1, 5, 2, 8), "source_v_cache": halves(2, 1, 5, 2, 8),
+         "source_state": lambda device: torch.tensor([[[3]] * 2, [[1]] * 2, [[0]] * 2], device=device),
+         "sources": numbers(0), "destinations": numbers(0)},
+        {"k_cache": K_V, "v_cache": K_V, "state": CACHE_TENSORS, "source_k_cache": K_V, "source_v_cache": K_V,
+         "source_state": CACHE_TENSORS},
+    ),
     "truncate": ({"length": numbers(1)}, {"k_cache": K_V, "state": CACHE_TENSORS}),
     "reset": ({"sequences": numbers(0)}, {"k_cache": K_V, "state": CACHE_TENSORS}),
     "clear": ({}, {"k_cache": K_V, "state": CACHE_TENSORS, "overflow_counts": CACHE_TENSORS}),
@@ -507,7 +547,7 @@ def test_every_tensor_of_every_op(cache: Cache, argument: str) -> None:
         arguments[name] = wrong(arguments[name], cache)
         # With two devices among the cache's own tensors, either may be the wrong one.
         own = name in ("k_cache", "v_cache", "state", "overflow_counts")
-        words = "device" if own and "meta" in what else name
+        words = "device" if own and "meta" in what else "source" if name.startswith("source_") else name
         failures += failure_of(lambda made=arguments: getattr(ops, op)(**made), what, error, words)
         for x, y in zip(before, snapshot(cache), strict=True):
             assert torch.equal(x, y), f"{what} has changed the cache"

@@ -17,6 +17,19 @@ def t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.ones(shape, dtype=dtype)
 
 
+def elsewhere(device: torch.device) -> StreamingKVCacheFp16:
+    """A cache that says it is on another device: the tests need no second one."""
+    cache = make_cache(device)
+    cache.device = torch.device("meta")
+    return cache
+
+
+def moved(device: torch.device) -> StreamingKVCacheFp16:
+    cache = make_cache(device)
+    cache.k_cache.set_(cache.k_cache.clone())
+    return cache
+
+
 GOOD = (2, 8)  # [H, D]
 Call = Callable[[StreamingKVCacheFp16, torch.device], object]
 
@@ -169,6 +182,20 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "truncate: sequences an int": (lambda c, d: c.truncate(1, sequences=0), TypeError, ["sequences", "list", "int"]),
     "truncate: some past what is held": (lambda c, d: c.truncate(6, sequences=[0]), IndexError, ["n", "5", "6"]),
     "truncate: some negative": (lambda c, d: c.truncate(-1, sequences=t(1, dtype=torch.int64).to(d)), IndexError, ["n", "-1"]),
+    "drop_newest more than is held": (lambda c, d: c.drop_newest(6), IndexError, ["drop_newest", "n", "5", "6"]),
+    "drop_newest negative": (lambda c, d: c.drop_newest(-1), IndexError, ["drop_newest", "n", "-1"]),
+    "drop_newest float": (lambda c, d: c.drop_newest(1.0), TypeError, ["drop_newest", "n", "int", "float"]),
+    "drop_newest nothing": (lambda c, d: c.drop_newest(None), TypeError, ["drop_newest", "n", "NoneType"]),
+    "drop_newest: list past what is held": (lambda c, d: c.drop_newest([6]), IndexError, ["n", "sequence 0", "5", "6"]),
+    "drop_newest: list negative": (lambda c, d: c.drop_newest([-1]), IndexError, ["n", "-1"]),
+    "drop_newest: list too long": (lambda c, d: c.drop_newest([1, 1]), ValueError, ["n", "1 sequences", "2"]),
+    "drop_newest: tensor of floats": (lambda c, d: c.drop_newest(t(1).to(d)), TypeError, ["drop_newest", "n", "int64", "float32"]),
+    "drop_newest: tensor of another shape": (lambda c, d: c.drop_newest(t(2, dtype=torch.int64).to(d)), ValueError, ["n", "[1]", "[2]"]),
+    "drop_newest: tensor on meta": (lambda c, d: c.drop_newest(t(1, dtype=torch.int64).to("meta")), ValueError, ["n", "device"]),
+    "drop_newest: the state": (lambda c, d: c.drop_newest(c.cache_seqlens[0]), ValueError, ["n", "state", "copy"]),
+    "drop_newest: sequences twice": (lambda c, d: c.drop_newest(1, sequences=[0, 0]), ValueError, ["drop_newest", "sequences", "once"]),
+    "drop_newest: some more than is held": (lambda c, d: c.drop_newest(6, sequences=[0]), IndexError, ["n", "5", "6"]),
+    "drop_newest: some negative": (lambda c, d: c.drop_newest(-1, sequences=t(1, dtype=torch.int64).to(d)), IndexError, ["n", "at least 0", "-1"]),
     "append: sequences out of range": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), sequences=[1]), IndexError, ["sequences", "0 to 0", "1"]),
     "append: sequences an int": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), sequences=0), TypeError, ["sequences", "list", "int"]),
     "append: sequences of strings": (lambda c, d: c.append(0, t(2, 8).to(d), t(2, 8).to(d), sequences=["a"]), TypeError, ["sequences", "int", "str"]),
@@ -207,6 +234,22 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "copy_sequence: a float": (lambda c, d: c.copy_sequence(0.0, 0), TypeError, ["src", "int", "float"]),
     "copy_sequence: tensor of floats": (lambda c, d: c.copy_sequence(t(1).to(d), 0), TypeError, ["src", "float32"]),
     "copy_sequence: tensor dst of floats": (lambda c, d: c.copy_sequence(0, t(1).to(d)), TypeError, ["dst", "float32"]),
+    "copy_sequence: source a tensor": (lambda c, d: c.copy_sequence(0, 0, source=c.k_cache), TypeError, ["source", "StreamingKVCacheFp16", "Tensor"]),
+    "copy_sequence: source the compiled half": (lambda c, d: c.copy_sequence(0, 0, source=c._compiled), TypeError, ["source", "StreamingKVCacheFp16"]),
+    "copy_sequence: source of other layers": (lambda c, d: c.copy_sequence(0, 0, source=make_cache(d, num_layers=3)), ValueError, ["source", "num_layers", "2", "3"]),
+    "copy_sequence: source of other heads": (lambda c, d: c.copy_sequence(0, 0, source=make_cache(d, num_heads=1)), ValueError, ["source", "num_heads", "2", "1"]),
+    "copy_sequence: source of another head_dim": (lambda c, d: c.copy_sequence(0, 0, source=make_cache(d, head_dim=16)), ValueError, ["source", "head_dim", "8", "16"]),
+    "copy_sequence: source of other sinks": (lambda c, d: c.copy_sequence(0, 0, source=make_cache(d, sink_positions=3)), ValueError, ["source", "sink_positions", "0", "3"]),
+    "copy_sequence: source on another device": (lambda c, d: c.copy_sequence(0, 0, source=elsewhere(d)), ValueError, ["source", "device", "meta"]),
+    "copy_sequence: source whose memory has moved": (lambda c, d: c.copy_sequence(0, 0, source=moved(d)), RuntimeError, ["copy_sequence", "source", "moved"]),
+    "copy_sequence: src beyond source": (lambda c, d: c.copy_sequence(2, 0, source=make_cache(d, batch_size=2)), IndexError, ["src", "0 to 1", "source has 2", "got 2"]),
+    "copy_sequence: dst beyond the cache": (lambda c, d: c.copy_sequence(1, 1, source=make_cache(d, batch_size=2)), IndexError, ["dst", "0 to 0", "the cache has 1", "got 1"]),
+    "copy_sequence: src on another device than source": (lambda c, d: c.copy_sequence(t(1, dtype=torch.int64).to("meta"), 0, source=make_cache(d)), ValueError, ["src", "device"]),
+    "copy_sequence: src of floats, source": (lambda c, d: c.copy_sequence(t(1).to(d), 0, source=make_cache(d)), TypeError, ["src", "float32"]),
+    "copy_sequence: unequal, source": (lambda c, d: c.copy_sequence([0, 1], [0], source=make_cache(d, batch_size=2)), ValueError, ["src", "dst", "2", "1"]),
+    "copy_sequence: dst twice, source": (lambda c, d: c.copy_sequence([0, 1], [0, 0], source=make_cache(d, batch_size=2)), ValueError, ["dst", "once"]),
+    "copy_sequence: dst the state, source": (lambda c, d: c.copy_sequence(0, c.cache_seqlens[0], source=make_cache(d)), ValueError, ["dst", "state"]),
+    "copy_sequence: source's own memory": (lambda c, d: ops.copy_from(c.k_cache, c.v_cache, c._state, c.v_cache, c.v_cache, c._state, torch.tensor([0]).to(d), torch.tensor([0]).to(d)), ValueError, ["source", "share memory"]),
 }  # fmt: skip
 
 
@@ -309,7 +352,15 @@ def test_tensors_of_another_device(device: torch.device) -> None:
         cache.append(0, torch.ones(2, 8), torch.ones(2, 8))
     with pytest.raises(ValueError, match="indices must be on the cache's device cuda"):
         cache.gather(0, torch.arange(2))
+    with pytest.raises(ValueError, match="n must be on the cache's device cuda"):
+        cache.drop_newest(torch.tensor([0]))
     on_cpu = make_cache(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"source must be on the cache's device cuda.*, got cpu"):
+        cache.copy_sequence(0, 0, source=on_cpu)
+    with pytest.raises(ValueError, match="source must be on the cache's device cpu, got cuda"):
+        on_cpu.copy_sequence(0, 0, source=cache)
+    with pytest.raises(ValueError, match="src must be on the cache's device cuda"):
+        cache.copy_sequence(torch.tensor([0]), torch.tensor([0], device=device), source=make_cache(device))
     with pytest.raises(ValueError, match="value must be on the cache's device cpu"):
         on_cpu.append(0, torch.ones(2, 8), torch.ones(2, 8, device=device))
 

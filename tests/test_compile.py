@@ -24,6 +24,9 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     answer, lse = torch.zeros_like(query), torch.zeros(2, 2, 4, device=device)
     reading = (c.k_cache, c.v_cache, c._state, c._workspace)
     writing = (*tensors, c._workspace)
+    other = make_cache(device, batch_size=3, max_positions=5, sink_positions=1)
+    other.append_all(torch.randn(2, 3, 7, 2, 8, device=device), torch.randn(2, 3, 7, 2, 8, device=device))
+    source = (other.k_cache, other.v_cache, other._state)
     return [
         ("attend", (*reading, 1, query, 1, 0.35, 0, 0.0, answer, lse)),
         ("attend", (*reading, 1, query[:, :1], 1, 0.35, 3, 2.0, answer[:, :1].clone(), None)),
@@ -47,14 +50,18 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
         ("prefill", (*reading[:3], 1, query, key, key, lengths, 1, True, 0.35, 3, 2.0, lengths)),
         ("truncate", (c.k_cache, c._state, 2, 1)),
         ("truncate", (c.k_cache, c._state, 0, 1, lengths, lengths)),
+        ("truncate", (c.k_cache, c._state, 2, 1, None, None, True)),
+        ("truncate", (c.k_cache, c._state, 0, 1, lengths, lengths, True)),
         ("reset", (c.k_cache, c._state, lengths[:1], 1)),
         ("copy_sequences", (*tensors[:3], lengths, None, 1)),
         ("copy_sequences", (*tensors[:3], lengths[:1], lengths[1:], 1)),
+        ("copy_from", (*tensors[:3], *source, lengths, lengths.flip(0), 1)),
+        ("copy_from", (*tensors[:3], *source, lengths[:1].int(), lengths[1:].int(), 1)),
         ("clear", (c.k_cache, c._state, c._overflow_counts, 1)),
     ]
 
 
-@pytest.mark.parametrize("sample", range(26))
+@pytest.mark.parametrize("sample", range(len(op_samples(torch.device("cpu")))))
 def test_opcheck(device: torch.device, sample: int) -> None:
     name, arguments = op_samples(device)[sample]
     torch.library.opcheck(getattr(torch.ops.kvcache_ext, name).default, arguments)
@@ -200,6 +207,13 @@ WRONG_LISTS = {
     "reorder": lambda c, k: c.reorder([1, -1]),
     "copy_sequence from": lambda c, k: c.copy_sequence(5, [0]),
     "copy_sequence to": lambda c, k: c.copy_sequence([0, 1], [1, 1]),
+    "copy_sequence from another": lambda c, k: c.copy_sequence(3, [0], source=c.source),
+    "copy_sequence to this": lambda c, k: c.copy_sequence([2, 2], [0, 2], source=c.source),
+    "copy_sequence twice to this": lambda c, k: c.copy_sequence([2, 2], [1, 1], source=c.source),
+    "copy_sequence of other sinks": lambda c, k: c.copy_sequence(0, 0, source=c.of_other_sinks),
+    "drop_newest": lambda c, k: c.drop_newest([1, -1]),
+    "drop_newest all": lambda c, k: c.drop_newest(-1),
+    "drop_newest some": lambda c, k: c.drop_newest(1, sequences=[0, 0]),
     "truncate": lambda c, k: c.truncate([1, -1]),
     "truncate all": lambda c, k: c.truncate(-1),
     "truncate some": lambda c, k: c.truncate(1, sequences=[0, 0]),
@@ -214,6 +228,8 @@ WRONG_LISTS = {
 def test_lists_are_checked_in_compiled_code(device: torch.device, name: str) -> None:
     call = WRONG_LISTS[name]
     cache = make_cache(device, head_dim=16, batch_size=2)
+    cache.source = make_cache(device, head_dim=16, batch_size=3, max_positions=5)
+    cache.of_other_sinks = make_cache(device, head_dim=16, sink_positions=1)
     key = torch.randn(2, 3, 2, 16, device=device)
     cache.append(0, key, key)
     before = cache._state.clone()
@@ -229,7 +245,7 @@ def test_lists_are_checked_in_compiled_code(device: torch.device, name: str) -> 
 
 def test_numbers_that_change_are_no_constants(device: torch.device) -> None:
     """Slots and lengths as ints: compiled once for all of them, not once for each."""
-    cache = make_cache(device, head_dim=16, batch_size=32)
+    cache, other = (make_cache(device, head_dim=16, batch_size=32) for _ in range(2))
     key = torch.randn(1, 1, 2, 16, device=device)
 
     def step(key: torch.Tensor, slot: int, length: int) -> None:
@@ -238,6 +254,9 @@ def test_numbers_that_change_are_no_constants(device: torch.device) -> None:
         cache.copy_sequence(slot, slot + 1)
         cache.truncate(length, sequences=[slot])
         cache.truncate([length, length], sequences=[slot, slot + 1])
+        cache.drop_newest(length, sequences=[slot])
+        cache.drop_newest([length, length], sequences=[slot, slot + 1])
+        cache.copy_sequence(slot, slot + 1, source=other)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -347,6 +366,42 @@ def test_the_other_methods_compile(device: torch.device) -> None:
     assert_same_bits(cache.k_cache, eager.k_cache)
     for a, b in zip(*outs, strict=True):
         assert_same_bits(a, b)
+
+
+def test_copies_between_caches_and_lengths_compile(device: torch.device) -> None:
+    """The source is another ring; both caches end as eager ones do, in place."""
+    torch._dynamo.reset()
+    shape = {"batch_size": 3, "sink_positions": 1}
+    sources = [make_cache(device, **shape) for _ in range(2)]
+    caches = [make_cache(device, **(shape | {"max_positions": 5})) for _ in range(2)]
+
+    def calls(
+        c: StreamingKVCacheFp16, source: StreamingKVCacheFp16, keys: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        source.append_all(keys, keys * 2)
+        c.copy_sequence(chosen, chosen.flip(0), source=source)
+        before = c.device_lengths()
+        c.append_all(keys[:, :1], keys[:, :1], sequences=chosen[:1])
+        source.drop_newest(chosen, sequences=chosen)
+        source.drop_newest(1)
+        c.drop_newest([1, 0, 2])
+        c.copy_sequence(0, [1, 2], source=source)
+        c.copy_sequence(1, 0, source=c)
+        return before - c.device_lengths() + source.device_lengths()
+
+    step = torch.compile(calls, fullgraph=True)
+    addresses = [t.data_ptr() for t in (caches[1].k_cache, caches[1]._state, sources[1].k_cache)]
+    for count in (3, 4, 11):
+        keys = torch.randn(2, 3, count, 2, 8, device=device)
+        chosen = torch.tensor([2, 0], device=device)
+        want = calls(caches[0], sources[0], keys, chosen)
+        assert torch.equal(step(caches[1], sources[1], keys, chosen), want)
+        for eager, compiled in ((caches[0], caches[1]), (sources[0], sources[1])):
+            assert torch.equal(compiled._state, eager._state)
+            assert compiled.lengths() == eager.lengths()
+            assert_same_bits(compiled.k_cache, eager.k_cache)
+            assert_same_bits(compiled.v_cache, eager.v_cache)
+    assert [t.data_ptr() for t in (caches[1].k_cache, caches[1]._state, sources[1].k_cache)] == addresses
 
 
 def test_storage_is_marked_as_static() -> None:

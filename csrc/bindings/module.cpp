@@ -268,6 +268,7 @@ class Cache {
     check_in_place(op);
     const SequencesArgument chosen(*this, op, sequences);
     const IntegerArgument* of = chosen.get();
+    const int64_t entries = chosen_sequences(op, cache_, of).entries(cache_.view.batch);
     if (is_tensor(n) && THPVariable_Unpack(n.ptr()).dim() > 0) {
       const IntegerArgument of_each{THPVariable_Unpack(n.ptr())};
       return kvc::truncate(cache_, lengths_.get(), 0, &of_each, of, newest);
@@ -275,7 +276,6 @@ class Cache {
     // Sequences that the device alone knows hold what it alone knows.
     const bool known = of == nullptr || of->known;
     if (known) lengths_->refresh(op);
-    const int64_t entries = of == nullptr ? cache_.view.batch : of->tensor.numel();
     const auto check_length = [&](int64_t i, int64_t length) {
       if (!known) {
         TORCH_CHECK_INDEX(length >= 0, op, ": n must be at least 0, got ", length);
