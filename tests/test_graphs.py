@@ -261,6 +261,89 @@ def test_sequences_in_a_graph() -> None:
         twin.check()
 
 
+@pytest.mark.parametrize("slots", [5, 8, 20])
+def test_copies_between_caches_in_a_graph(slots: int) -> None:
+    """Indices and numbers are read at each replay, and the source as it is by then. Into smaller and larger rings."""
+    source = Twin(GPU, batch_size=3, sink_positions=2)
+    twin = Twin(GPU, batch_size=4, max_positions=slots, sink_positions=2)
+    key = torch.empty(2, 3, 3, 2, 8, device=GPU)
+    src, dst, n = (torch.zeros(2, dtype=dtype, device=GPU) for dtype in (torch.int64, torch.int32, torch.int64))
+    chosen = torch.zeros(2, dtype=torch.int64, device=GPU)
+    held: dict[str, torch.Tensor] = {}
+
+    def step() -> None:
+        source.cache.append_all(key, key * 2)
+        twin.cache.copy_sequence(src, dst, source=source.cache)
+        held["copied"] = twin.cache.device_lengths()
+        source.cache.drop_newest(n, sequences=chosen)
+        twin.cache.append(1, key[0, :1], key[1, :1], sequences=src[:1] + 1)  # overlaps with nothing of the copy
+        twin.cache.drop_newest(2, sequences=chosen)
+        held["dropped"] = twin.cache.device_lengths()
+
+    graph = capture(step)
+    generator = random.Random(slots)
+    sinks = {"sink_positions": 2}
+    for _ in range(30):
+        key.normal_()
+        src.copy_(torch.tensor([generator.randrange(-1, 4) for _ in range(2)]))
+        dst.copy_(torch.tensor(generator.sample(range(-1, 5), 2)))
+        n.copy_(torch.tensor([generator.randrange(-1, 10) for _ in range(2)]))
+        chosen.copy_(torch.tensor(generator.sample(range(4), 2)))  # 3 is out of the source's range
+        graph.replay()
+        keys, of, to = (
+            key.cpu(),
+            (source.k_cache, source.v_cache, source.state),
+            (twin.k_cache, twin.v_cache, twin.state),
+        )
+        reference = twin.reference
+        reference.append_all(*of, source.overflow_counts, keys, keys * 2, **source._settings)
+        reference.copy_from(*to, *of, src.cpu(), dst.cpu(), **sinks)
+        want = [[len(twin.held(layer, b)) for b in range(4)] for layer in range(2)]
+        assert held["copied"].tolist() == want
+        reference.truncate(source.state, n.cpu(), sequences=chosen.cpu(), newest=True, **sinks)
+        reference.append(
+            *to, twin.overflow_counts, 1, keys[0, :1], keys[1, :1], sequences=src.cpu()[:1] + 1, **twin._settings
+        )
+        reference.truncate(twin.state, 2, sequences=chosen.cpu(), newest=True, **sinks)
+        assert held["dropped"].tolist() == [[len(twin.held(layer, b)) for b in range(4)] for layer in range(2)]
+        source.check()
+        twin.check()
+
+
+def test_attention_around_copies_between_caches_in_a_graph() -> None:
+    """An attention launch may read its layer early where the launch ahead leaves it alone. A copy does not."""
+    shape = {"num_layers": 3, "max_positions": 300, "num_heads": 2, "head_dim": 128, "sink_positions": 2}
+    captured, eager = ([make_cache(GPU, batch_size=2, **shape) for _ in range(2)] for _ in range(2))
+    x = torch.empty(2, 1, 8, 128, device=GPU)
+    zero, one = (torch.tensor([i], device=GPU) for i in range(2))
+    generator = random.Random(0)
+    calls = [(generator.choice(["attend", "both", "both", "copy"]), generator.randrange(2), generator.randrange(3))
+             for _ in range(60)]  # fmt: skip
+    outs = {name: torch.zeros(len(calls), 2, 1, 8, 128, device=GPU) for name in ("captured", "eager")}
+
+    def step(caches: list[StreamingKVCacheFp16], out: torch.Tensor) -> None:
+        query = x
+        for (what, which, layer), answer in zip(calls, out, strict=True):
+            cache, other = caches[which], caches[1 - which]
+            if what == "attend":
+                query = cache.attend(layer, query, out=answer)
+            elif what == "both":
+                query = cache.append_attend(layer, query, query[:, :, :2], query[:, :, -2:], out=answer)
+            else:
+                cache.copy_sequence(zero, one, source=other)
+
+    graph = capture(lambda: step(captured, outs["captured"]))
+    for _ in range(60):
+        x.normal_()
+        graph.replay()
+        step(eager, outs["eager"])
+        assert_same_bits(outs["captured"], outs["eager"])
+    for got, want in zip(captured, eager, strict=True):
+        assert torch.equal(got._state, want._state)
+        assert_same_bits(got.k_cache, want.k_cache)
+        assert_same_bits(got.v_cache, want.v_cache)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_chosen_sequences_in_a_graph(rows: int) -> None:
     """They are read at each replay, also where the launch just before has written them."""
@@ -293,11 +376,12 @@ def test_chosen_sequences_in_a_graph(rows: int) -> None:
 
 
 def test_lengths_during_capture_raise() -> None:
-    cache = make_cache(GPU)
+    cache, other = make_cache(GPU), make_cache(GPU)
     key = torch.ones(2, 8, device=GPU)
     cache.append_all(key.expand(2, 2, 8), key.expand(2, 2, 8))
     for call in (
         lambda: len(cache),
+        cache.lengths,
         lambda: cache.position,
         cache.is_empty,
         lambda: cache.get_valid_f32(0),
@@ -306,9 +390,13 @@ def test_lengths_during_capture_raise() -> None:
         lambda: cache.truncate(0),
         lambda: cache.truncate([0]),
         lambda: cache.truncate(torch.zeros(1, dtype=torch.int64, device=GPU), sequences=[0]),
+        lambda: cache.drop_newest(0),
+        lambda: cache.drop_newest([0]),
+        lambda: cache.drop_newest(torch.zeros(1, dtype=torch.int64, device=GPU), sequences=[0]),
         lambda: cache.reset([0]),
         lambda: cache.reorder([0]),
         lambda: cache.copy_sequence(0, 0),
+        lambda: cache.copy_sequence(0, 0, source=other),
         lambda: cache.append(0, key, key, sequences=[0]),
         lambda: cache.attend(0, key, sequences=[0]),
     ):
@@ -367,6 +455,70 @@ def test_lengths_stay_exact_without_synchronising() -> None:
     assert (len(cache), cache.position) == (6, 8)
     cache.truncate(lengths)
     assert (len(cache), cache.position) == (1, 3)
+
+
+def test_host_lengths_of_copies_between_caches() -> None:
+    """Exact without a synchronisation as long as both caches' are, and right after one where they are not."""
+    source = make_cache(GPU, batch_size=3, sink_positions=1)
+    cache = make_cache(GPU, batch_size=2, max_positions=5, sink_positions=1)
+    key = torch.ones(2, 3, 3, 2, 8, device=GPU)
+    numbers = torch.tensor([2, 0], device=GPU)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        source.append_all(key, key)
+        source.append_all(key[:, :1], key[:, :1], sequences=[2])
+        source.append(0, key[0, :1], key[0, :1], sequences=[1])
+        assert source.lengths() == [3, 3, 6]
+        cache.copy_sequence([2, 1], [0, 1], source=source)
+        assert (cache.lengths(), cache.position) == ([5, 3], 6)
+        cache.drop_newest(1)
+        assert (cache.lengths(), cache.position) == ([4, 2], 5)
+        cache.drop_newest([2, 0])
+        assert (cache.lengths(), cache.position) == ([2, 2], 5)
+        cache.drop_newest(1, sequences=[1])
+        assert (cache.lengths(), cache.position) == ([2, 1], 4)
+        source.drop_newest([0, 3], sequences=[0, 1])
+        assert source.lengths() == [3, 0, 6]
+        cache.append_all(key[:, :2], key[:, :2])
+        assert cache.lengths() == [5, 4]
+        held = cache.device_lengths()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert held.tolist() == [[5, 5], [5, 4]]
+    assert cache.cache_seqlens.tolist() == [[6, 7], [6, 4]]
+
+    def check(of: StreamingKVCacheFp16) -> None:
+        """What the host says is what the device has."""
+        want = of.device_lengths().amin(0).tolist()
+        assert (of.lengths(), len(of), of.position) == (want, min(want), int(of.cache_seqlens.max()))
+
+    source.append_all(key, key, new_lengths=torch.tensor([1, 0, 3], device=GPU))  # the source's are not known
+    cache.copy_sequence([0, 1], [1, 0], source=source)
+    check(cache)
+    check(source)
+    cache.append_all(key[:, :2], key[:, :2])
+    check(cache)
+    cache.copy_sequence(numbers, [0, 1], source=source)  # the sources are not known
+    check(cache)
+    cache.copy_sequence([1, 2], numbers // 2, source=source)  # the destinations are not known
+    check(cache)
+    cache.drop_newest(torch.tensor([1, 9], device=GPU))
+    check(cache)
+    cache.drop_newest(1, sequences=numbers[1:])
+    check(cache)
+    graph = capture(lambda: source.append_all(key, key))  # from here on the source's are never known
+    for _ in range(3):
+        graph.replay()
+        cache.copy_sequence([0, 2], [0, 1], source=source)
+        check(cache)
+        check(source)
+    graph = capture(lambda: cache.drop_newest(1, sequences=numbers))
+    source.append_all(key, key)
+    for _ in range(3):
+        cache.copy_sequence(2, 0, source=source)
+        graph.replay()
+        check(cache)
 
 
 def test_out_calls_allocate_nothing() -> None:
