@@ -108,6 +108,10 @@ FLOATS: dict[str, tuple[Wrong, type[Exception]]] = ANY_TENSOR | {
 OUTPUTS: dict[str, tuple[Wrong, type[Exception]]] = FLOATS | {
     "FP16 for FP32": (lambda t, c: t.half(), TypeError),
     "expanded": (lambda t, c: t[:, :, :1].expand(t.shape), ValueError),
+    "of rows that overlap": (
+        lambda t, c: torch.ones(4 * t.numel(), device=t.device).as_strided(t.shape, (16 * t.shape[1], 16, 5, 1)),
+        ValueError,
+    ),
     "a fake": (lambda t, c: FakeTensorMode().from_tensor(t), ValueError),
 }
 NUMBERS: dict[str, tuple[Wrong, type[Exception]]] = ANY_TENSOR | {
@@ -465,6 +469,9 @@ WORKSPACES: dict[str, tuple[Wrong, type[Exception]]] = {
     "on meta": (lambda t, c: t.to("meta"), ValueError),
 }
 LSES: dict[str, tuple[Wrong, type[Exception]]] = {
+    "the state": (lambda t, c: c._state.view(torch.float32).view(-1)[:4].view(t.shape), ValueError),
+    "the cache": (lambda t, c: c.k_cache.view(torch.float32).view(-1)[:4].view(t.shape), ValueError),
+    "the workspace": (lambda t, c: c._workspace[:4].view(t.shape), ValueError),
     "another dtype": (lambda t, c: t.half(), ValueError),
     "of another shape": (lambda t, c: t[:, :1], ValueError),
     "strided": (lambda t, c: torch.stack([t, t], -1)[..., 0], ValueError),

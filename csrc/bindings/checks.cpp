@@ -47,10 +47,9 @@ void check_storage(const char* op, const char* name, const at::Tensor& t, const 
 
 // Numbers that are still being read must not be what the call changes.
 void check_not_state(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache) {
-  const Extent memory = Extent::of(t);
-  const at::Tensor& counts = cache.tensors.overflow_counts;
-  TORCH_CHECK_VALUE(!memory.overlaps(cache.state) && !(counts.defined() && memory.overlaps(Extent::of(counts))), op,
-                    ": ", name, " must not be a view of the cache's own state; pass a copy");
+  const StridedMemory memory(t);
+  TORCH_CHECK_VALUE(!memory.shares_with(cache.state) && !memory.shares_with(cache.overflow_counts), op, ": ", name,
+                    " must not be a view of the cache's own state; pass a copy");
 }
 
 void check_no_grad(const char* op, const char* name, const at::Tensor& t) {
@@ -83,14 +82,6 @@ std::string shape_text(at::IntArrayRef sizes) {
   std::ostringstream text;
   text << sizes;
   return text.str();
-}
-
-Extent Extent::of(const at::Tensor& t) {
-  if (t.numel() == 0) return {};
-  int64_t last = 0;  // strides are not negative
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  return {begin, begin + static_cast<uintptr_t>(last + 1) * t.element_size()};
 }
 
 void check_dense(const char* op, const char* name, const at::Tensor& t) {
@@ -162,9 +153,10 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
   c.head_dim = t.k_cache.size(4);
   c.sinks = t.sink_positions;
   c.ring = Divider::by(positions - t.sink_positions);
-  keys = Extent::of(t.k_cache);
-  values = Extent::of(t.v_cache);
-  state = Extent::of(t.state);
+  keys = StridedMemory(t.k_cache);
+  values = StridedMemory(t.v_cache);
+  state = StridedMemory(t.state);
+  if (t.overflow_counts.defined()) overflow_counts = StridedMemory(t.overflow_counts);
 }
 
 Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
@@ -236,7 +228,7 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
   TORCH_CHECK_VALUE(rows == positions, op, ": ", name, " must have as many positions as key, ", rows, ", got ",
                     positions);
   check_unit_stride(op, name, t);
-  TORCH_CHECK_VALUE(!cache.holds(Extent::of(t)), op, ": ", name,
+  TORCH_CHECK_VALUE(!cache.holds(StridedMemory(t)), op, ": ", name,
                     " must not be a view of the cache that it is stored in; pass a copy");
 
   Rows<const void*> r;
@@ -260,14 +252,6 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
   TORCH_CHECK_VALUE(fits, op, ": ", name, " must have shape [", batch, ", ", rows, ", ", c.heads, ", ", c.head_dim, "]",
                     batch == 1 ? ", with or without the 1," : "", " got ", shape_text(t.sizes()));
   check_unit_stride(op, name, t);
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    TORCH_CHECK_VALUE(t.size(i) <= 1 || t.stride(i) != 0, op, ": ", name,
-                      " must not be an expanded tensor, whose elements share memory, got strides ",
-                      shape_text(t.strides()));
-  }
-  const Extent memory = Extent::of(t);
-  TORCH_CHECK_VALUE(!cache.holds(memory) && !memory.overlaps(cache.state), op, ": ", name,
-                    " must not be a view of the cache that is read");
   Rows<void*> r;
   r.data = t.data_ptr();
   r.layer_stride = 0;
@@ -277,18 +261,35 @@ Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t
   return r;
 }
 
-void check_answer_apart(const char* op, const at::Tensor& out, const at::Tensor& key, const at::Tensor& value) {
-  const Extent memory = Extent::of(out);
-  TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(key)) && !memory.overlaps(Extent::of(value)), op,
-                    ": out must not share memory with key or value, which are still being read");
-}
-
-void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value) {
-  // Views that interleave (keys and values in one buffer) are fine, so extents decide only where both are dense.
-  const bool overlap = key.numel() > 0 &&
-                       (key.const_data_ptr() == value.const_data_ptr() ||
-                        (key.is_contiguous() && value.is_contiguous() && Extent::of(key).overlaps(Extent::of(value))));
-  TORCH_CHECK_VALUE(!overlap, op, ": out must be two tensors of separate memory, got two that overlap");
+void check_outputs_apart(const char* op, const CheckedCache& cache, std::initializer_list<NamedTensor> inputs,
+                         std::initializer_list<NamedTensor> outputs) {
+  struct NamedMemory {
+    const char* name;
+    StridedMemory memory;
+  };
+  constexpr size_t kMost = 16;
+  std::array<NamedMemory, kMost> of_call;
+  size_t count = 0;
+  const auto add = [&](const char* name, const StridedMemory& memory) { of_call.at(count++) = {name, memory}; };
+  add("k_cache", cache.keys);
+  add("v_cache", cache.values);
+  add("state", cache.state);
+  add("overflow_counts", cache.overflow_counts);
+  for (const NamedTensor& input : inputs) {
+    if (input.tensor != nullptr && input.tensor->defined()) add(input.name, StridedMemory(*input.tensor));
+  }
+  for (const NamedTensor& output : outputs) {
+    if (output.tensor == nullptr || !output.tensor->defined()) continue;
+    const StridedMemory memory(*output.tensor);
+    TORCH_CHECK_VALUE(!memory.shares_within(), op, ": ", output.name,
+                      " must not have elements that share memory, as an expanded tensor has, got strides ",
+                      shape_text(output.tensor->strides()));
+    for (size_t i = 0; i < count; ++i) {
+      TORCH_CHECK_VALUE(!memory.shares_with(of_call[i].memory), op, ": ", output.name, " must not share memory with ",
+                        of_call[i].name, ", which the call uses as well");
+    }
+    add(output.name, memory);
+  }
 }
 
 AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
@@ -359,7 +360,7 @@ QueryForm query_form(const char* op, const at::Tensor& t, const CacheView& c, in
   return form;
 }
 
-// A tensor for attention's answer: the query's shape and dtype, and memory that nothing else of the call lies in.
+// A tensor for attention's answer: the query's shape and dtype.
 void check_answer(const char* op, const at::Tensor& out, const at::Tensor& query, const CheckedCache& cache) {
   check_storage(op, "out", out, cache);
   check_no_grad(op, "out", out);
@@ -368,14 +369,6 @@ void check_answer(const char* op, const at::Tensor& out, const at::Tensor& query
   TORCH_CHECK_VALUE(out.sizes() == query.sizes(), op, ": out must have the shape of query, ", shape_text(query.sizes()),
                     ", got ", shape_text(out.sizes()));
   check_unit_stride(op, "out", out);
-  for (int64_t i = 0; i < out.dim(); ++i) {
-    TORCH_CHECK_VALUE(out.size(i) <= 1 || out.stride(i) != 0, op, ": out must not be an expanded tensor, got strides ",
-                      shape_text(out.strides()));
-  }
-  const Extent memory = Extent::of(out);
-  TORCH_CHECK_VALUE(!cache.holds(memory) && !memory.overlaps(cache.state), op, ": out must not be a view of the cache");
-  TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(query)), op,
-                    ": out must not share memory with query, which is still being read");
 }
 
 template <typename Pointer>
@@ -429,9 +422,6 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
     TORCH_CHECK_VALUE(
         lse.scalar_type() == at::kFloat && lse.is_contiguous() && lse.numel() * c.head_dim == query.numel(), op,
         ": lse must be contiguous torch.float32, one number a query, got ", shape_text(lse.sizes()));
-    const Extent memory = Extent::of(lse);
-    TORCH_CHECK_VALUE(!memory.overlaps(Extent::of(query)) && !(out.defined() && memory.overlaps(Extent::of(out))), op,
-                      ": lse must not share memory with query or out");
     p.lse = lse.data_ptr<float>();
   }
   check_storage(op, "workspace", workspace, cache);
@@ -452,7 +442,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   if (append != nullptr) {
     TORCH_CHECK_VALUE(append->rows == form.rows, op, ": query must have as many positions as key, ", append->rows,
                       ", got ", form.rows);
-    TORCH_CHECK_VALUE(!cache.holds(Extent::of(query)), op,
+    TORCH_CHECK_VALUE(!cache.holds(StridedMemory(query)), op,
                       ": query must not be a view of the cache that is appended to; pass a copy");
     p.append = *append;
   } else {

@@ -4,10 +4,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "../kernels/params.h"
+#include "strided_memory.h"
 
 namespace kvc {
 
@@ -21,25 +23,17 @@ struct CacheTensors {
   bool saturate;
 };
 
-// The memory from a tensor's first element to its last; of an empty tensor, none. Views that interleave overlap.
-struct Extent {
-  static Extent of(const at::Tensor& t);
-  bool overlaps(Extent other) const { return begin < other.end && other.begin < end; }
-
-  uintptr_t begin = 0;
-  uintptr_t end = 0;
-};
-
 // A cache whose tensors have been found to fit each other, and what the kernels see of them.
 struct CheckedCache {
   CheckedCache(const char* op, CacheTensors tensors);
-  bool holds(Extent memory) const { return memory.overlaps(keys) || memory.overlaps(values); }
+  bool holds(const StridedMemory& memory) const { return memory.shares_with(keys) || memory.shares_with(values); }
 
   CacheTensors tensors;
   CacheView view;
-  Extent keys;
-  Extent values;
-  Extent state;
+  StridedMemory keys;
+  StridedMemory values;
+  StridedMemory state;
+  StridedMemory overflow_counts;  // none where those are undefined
 };
 
 // Integers that an op reads on the device: a tensor there; or, `known`, numbers of the host's that were copied to one.
@@ -70,10 +64,16 @@ Rows<const void*> checked_input(const char* op, const char* name, const at::Tens
 Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
                            int64_t batch, int64_t rows, at::ScalarType dtype);
 
-// The answer is written while keys and values are still being read.
-void check_answer_apart(const char* op, const at::Tensor& out, const at::Tensor& key, const at::Tensor& value);
+// A tensor of a call and what sentences call it. Null or undefined: the call has none.
+struct NamedTensor {
+  const char* name;
+  const at::Tensor* tensor;
+};
 
-void check_outputs_apart(const char* op, const at::Tensor& key, const at::Tensor& value);
+// Raises unless each output has memory of its own: no element of it may share memory with another of its elements, with
+// the cache, with an input or with another output.
+void check_outputs_apart(const char* op, const CheckedCache& cache, std::initializer_list<NamedTensor> inputs,
+                         std::initializer_list<NamedTensor> outputs);
 
 // The op's structs, whole.
 AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
@@ -94,7 +94,7 @@ constexpr int64_t kMostQueries = 16;
 void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache, int64_t batch);
 
 // Attention of one layer, with an append in the same call where `append` is given. `lse` may be undefined; so may
-// `out`, where all that is wanted is the checks.
+// `out`, where all that is wanted is the checks. (check_outputs_apart is the caller's affair: it has all tensors.)
 AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
                            const AttendOptions& options, const AppendParams* append, const ChosenSequences& sequences,
                            const at::Tensor& workspace, const at::Tensor& out, const at::Tensor& lse);

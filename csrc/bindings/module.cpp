@@ -225,16 +225,22 @@ class Cache {
     flag_argument(op, "return_lse", return_lse);
     const SequencesArgument given(*this, op, sequences);
     const ChosenSequences chosen = chosen_sequences(op, cache_, given.get());
+    const at::Tensor* k = nullptr;
+    const at::Tensor* v = nullptr;
+    const at::Tensor* n = nullptr;
     std::optional<AppendParams> append;
     if (!key.is_none()) {
-      append = append_params(op, cache_, l, false, tensor_argument(op, "key", key), tensor_argument(op, "value", value),
-                             optional_tensor_argument(op, "new_lengths", new_lengths), chosen);
+      k = &tensor_argument(op, "key", key);
+      v = &tensor_argument(op, "value", value);
+      n = optional_tensor_argument(op, "new_lengths", new_lengths);
+      append = append_params(op, cache_, l, false, *k, *v, n, chosen);
     }
     const at::Tensor to = out.is_none() ? at::Tensor() : tensor_argument(op, "out", out);
     attend_params(op, cache_, l, q, options, append ? &*append : nullptr, chosen, workspace_, to, at::Tensor());
-    if (append && to.defined()) {
-      check_answer_apart(op, to, tensor_argument(op, "key", key), tensor_argument(op, "value", value));
-    }
+    const at::Tensor* of_sequences = given.get() == nullptr ? nullptr : &given.get()->tensor;
+    check_outputs_apart(op, cache_,
+                        {{"query", &q}, {"key", k}, {"value", v}, {"new_lengths", n}, {"sequences", of_sequences}},
+                        {{"out", &to}});
     py::object numbers = py::none();
     if (given.get() != nullptr) numbers = py::cast(given.get()->tensor);
     return py::make_tuple(options.scale, options.window, options.softcap, numbers);

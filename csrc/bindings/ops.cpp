@@ -56,13 +56,16 @@ TensorPair new_outputs(const CheckedCache& cache, int64_t batch, int64_t rows, a
           at::empty({batch, rows, c.heads, c.head_dim}, options)};
 }
 
-void run_gather(const char* op, GatherParams& p, const CheckedCache& cache, at::ScalarType dtype,
-                const TensorPair& out) {
+const at::Tensor* tensor_of(const IntegerArgument* numbers) { return numbers == nullptr ? nullptr : &numbers->tensor; }
+
+void run_gather(const char* op, GatherParams& p, const CheckedCache& cache, at::ScalarType dtype, const TensorPair& out,
+                const at::Tensor* indices, const IntegerArgument* sequences) {
   p.dtype = kernel_dtype(op, "dtype", dtype);
   const int64_t batch = p.sequences.entries(p.cache.batch);
   p.key = checked_output(op, "out[0]", std::get<0>(out), cache, batch, p.rows, dtype);
   p.value = checked_output(op, "out[1]", std::get<1>(out), cache, batch, p.rows, dtype);
-  check_outputs_apart(op, std::get<0>(out), std::get<1>(out));
+  check_outputs_apart(op, cache, {{"indices", indices}, {"sequences", tensor_of(sequences)}},
+                      {{"out[0]", &std::get<0>(out)}, {"out[1]", &std::get<1>(out)}});
   run(op, p, cache.tensors.k_cache, gather_cpu, kGatherCuda);
 }
 
@@ -83,14 +86,14 @@ TensorPair gather(const CheckedCache& cache, int64_t layer, const at::Tensor& in
   GatherParams p = gather_params("gather", cache, layer, &indices, chosen_sequences("gather", cache, sequences));
   kernel_dtype("gather", "dtype", dtype);
   const TensorPair out = new_outputs(cache, p.sequences.entries(p.cache.batch), p.rows, dtype);
-  run_gather("gather", p, cache, dtype, out);
+  run_gather("gather", p, cache, dtype, out, &indices, sequences);
   return out;
 }
 
 void gather_out(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& indices,
                 at::ScalarType dtype, const TensorPair& out, const IntegerArgument* sequences) {
   GatherParams p = gather_params(op, cache, layer, &indices, chosen_sequences(op, cache, sequences));
-  run_gather(op, p, cache, dtype, out);
+  run_gather(op, p, cache, dtype, out, &indices, sequences);
 }
 
 TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer, int64_t start, int64_t end,
@@ -99,7 +102,7 @@ TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer
   p.start = start;
   p.rows = end - start;
   const TensorPair to = out != nullptr ? *out : new_outputs(cache, p.cache.batch, p.rows, dtype);
-  run_gather(op, p, cache, dtype, to);
+  run_gather(op, p, cache, dtype, to, nullptr, nullptr);
   return to;
 }
 
@@ -118,6 +121,8 @@ void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, cons
   const ChosenSequences chosen = chosen_sequences("attend", cache, sequences);
   AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, chosen, workspace, out, lse);
   check_query_count("attend", p.rows);
+  check_outputs_apart("attend", cache, {{"query", &query}, {"sequences", tensor_of(sequences)}},
+                      {{"workspace", &workspace}, {"out", &out}, {"lse", &lse}});
   p.settled = sequences == nullptr && lengths != nullptr && lengths->settled(layer);
   run("attend", p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
   if (lengths != nullptr) lengths->attention_launched(-1);
@@ -132,7 +137,13 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   const AppendParams append = append_params(op, cache, layer, false, key, value, new_lengths, chosen);
   AttendParams p = attend_params(op, cache, layer, query, options, &append, chosen, workspace, out, lse);
   check_query_count(op, p.rows);
-  check_answer_apart(op, out, key, value);
+  check_outputs_apart(op, cache,
+                      {{"query", &query},
+                       {"key", &key},
+                       {"value", &value},
+                       {"new_lengths", new_lengths},
+                       {"sequences", tensor_of(sequences)}},
+                      {{"workspace", &workspace}, {"out", &out}, {"lse", &lse}});
   // For one position without new_lengths or sequences, which the launch ahead may be about to write. (For several an
   // append follows.)
   const bool one = append.rows == 1 && new_lengths == nullptr && sequences == nullptr;
