@@ -28,7 +28,8 @@ MOST_KERNEL_QUERIES = 16  # kMostQueries in csrc/bindings/checks.h
 _KEYS_PER_BLOCK = 1024  # at most, and so many that their elements are at most:
 _ELEMENTS_PER_BLOCK = 2**24
 _HALF_QUERIES_PER_BLOCK = 256
-_LARGEST_SCALE = torch.finfo(torch.float32).max
+_LARGEST_SCALE = 2.0**86  # kLargestScale in csrc/bindings/checks.h
+_LARGEST_SOFTCAP = torch.finfo(torch.float32).max
 _SMALLEST_SOFTCAP = 2.0**-149
 _SCORES_PER_BLOCK = 2**24  # FP32 elements at most: 64 MB, whatever T is; some copies of it are alive at a time
 
@@ -89,8 +90,11 @@ def _check_long(
             f"{op}: head_dim must be a multiple of 8 up to 512 for attention, and the cache's is {head_dim}"
         )
     if not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
-        raise ValueError(f"{op}: scale must be finite and within FP32, got {scale}")
-    if softcap != 0.0 and not _SMALLEST_SOFTCAP <= softcap <= _LARGEST_SCALE:
+        raise ValueError(
+            f"{op}: scale must be finite and at most 2^86 in magnitude, so that scores of FP16 numbers stay within "
+            f"FP32, got {scale}"
+        )
+    if softcap != 0.0 and not _SMALLEST_SOFTCAP <= softcap <= _LARGEST_SOFTCAP:
         raise ValueError(f"{op}: softcap must be positive, finite and within FP32, got {softcap}")
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     if query.dtype not in dtypes:

@@ -674,7 +674,8 @@ class StreamingKVCacheFp16:
             query: `[B, T, Hq, D]`, `Hq` a multiple of `num_heads` (query head j reads KV head `j // (Hq / H)`); with
                 `batch_size` 1 also `[T, Hq, D]`, `[Hq, D]` and `[Hq * D]`. FP32, FP16 or BF16, a stride of 1 in
                 head_dim. head_dim must be a multiple of 8, at most 512.
-            scale: of the scores; `head_dim ** -0.5` if None.
+            scale: of the scores, at most 2^86 in magnitude, so that scores of FP16 numbers stay within FP32;
+                `head_dim ** -0.5` if None.
             window: a query at position p sees the positions `p - window + 1` to p, and the sinks.
             softcap: scores become `softcap * tanh(score / softcap)`.
             return_lse: also return the natural log-sum-exp of the scaled and capped scores: FP32 of the query's shape

@@ -101,7 +101,8 @@ def attend(
 ) -> None:
     """Attention of up to 16 positions of `query`, `[B, T, Hq, D]`, over one layer, written to `out` and `lse`.
 
-    `window` and `softcap` 0 mean none. `workspace`: FP32, see `workspace_floats`, its first 1,024 elements zero.
+    `scale` is at most 2^86 in magnitude; `window` and `softcap` 0 mean none. `workspace`: FP32, see
+    `workspace_floats`, its first 1,024 elements zero.
     """
     _ops.attend(
         k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences

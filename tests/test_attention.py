@@ -721,3 +721,30 @@ def test_fp16_prefill_of_scales_that_torch_cannot(device: torch.device, scale: f
         one.append_attend(0, query, key, value, scale=scale, precision="fp16"),
         two.append_attend(0, query, key, value, scale=scale),
     )
+
+
+@pytest.mark.parametrize("scale", [2.0**86, -(2.0**86)])
+@pytest.mark.parametrize("softcap", [None, 2.0, 3e38])
+@pytest.mark.parametrize(
+    ("rows", "group", "head_dim"), [(1, 1, 128), (1, 1, 512), (1, 5, 64), (3, 4, 512), (20, 2, 512)]
+)
+def test_the_largest_scale(
+    backend: Backend, scale: float, softcap: float | None, rows: int, group: int, head_dim: int
+) -> None:
+    """Scores of the largest FP16 numbers stay within FP32."""
+    twin = attention_twin(backend, 0, head_dim=head_dim, num_heads=1)
+    key = torch.full((1, 40 + rows, 1, head_dim), 65504.0)
+    key[:, 1::2] *= -1  # scores next to FP32's largest number, of either sign
+    key[:, 2::4] = 0
+    twin.append(0, key.to(backend.device), torch.randn(key.shape, device=backend.device))
+    query = torch.full((1, rows, group, head_dim), 65504.0)
+    query[:, ::2, ::2] *= -1
+    query = query.to(backend.device)
+    got = twin.cache.attend(0, query, scale=scale, softcap=softcap, return_lse=True)
+    want = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query.cpu(), scale=scale, softcap=softcap)
+    assert not got[0].isnan().any() and not got[1].isnan().any()
+    torch.testing.assert_close(got[0].cpu().double(), want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1].cpu().double(), want[1], rtol=1e-5, atol=1e-5)
+    if softcap is None and rows > 16:  # queries of the FP16 path, too
+        half = twin.cache.attend(0, query, scale=scale, precision="fp16")
+        torch.testing.assert_close(half.cpu().double(), want[0], rtol=1e-2, atol=1e-2)

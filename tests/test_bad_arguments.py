@@ -184,6 +184,10 @@ REALS: dict[str, tuple[object, type[Exception]]] = {
     "infinite": (math.inf, ValueError),
     "beyond FP32": (1e39, ValueError),
 }
+SCALES: dict[str, tuple[object, type[Exception]]] = REALS | {
+    "above 2^86": (2.0**86 * 1.0001, ValueError),
+    "below -2^86": (-3e38, ValueError),
+}
 CAPS: dict[str, tuple[object, type[Exception]]] = REALS | {
     "0": (0, ValueError),
     "negative": (-1.0, ValueError),
@@ -251,7 +255,7 @@ SEQUENCES = tensors(NUMBERS_OF_SEQUENCES) | SLOTS | SLOTS_OUT_OF_RANGE
 CHOSEN = SEQUENCES | TWICE | AN_INT
 LENGTHS = tensors(NUMBERS_OF_SEQUENCES) | NOT_TENSORS
 ATTENTION: dict[str, Table] = {
-    "scale": REALS, "window": WINDOWS, "softcap": CAPS, "return_lse": FLAGS, "precision": PRECISIONS,
+    "scale": SCALES, "window": WINDOWS, "softcap": CAPS, "return_lse": FLAGS, "precision": PRECISIONS,
     "out": ANSWERS | NOT_TENSORS, "sequences": CHOSEN,
 }  # fmt: skip
 QUERY = ASKED | NOT_TENSORS | NONE

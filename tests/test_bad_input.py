@@ -154,6 +154,8 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "attend long: softcap a string": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), softcap="a"), TypeError, ["softcap", "str"]),
     "attend long: window a float": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), window=2.5), TypeError, ["window", "float"]),
     "attend long: out a list": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), out=[1]), TypeError, ["out", "list"]),
+    "attend: scale above 2^86": (lambda c, d: c.attend(0, t(2, 8).to(d), scale=1.001 * 2.0**86), ValueError, ["attend: scale", "2^86", "7.74"]),
+    "attend long: scale below -2^86": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), scale=-3e38), ValueError, ["attend: scale", "2^86", "-3e+38"]),
     "attend: out whose rows overlap": (lambda c, d: c.attend(0, t(2, 8).to(d), out=t(16).to(d).as_strided((2, 8), (4, 1))), ValueError, ["out", "share memory", "[4, 1]"]),
     "attend long: out whose rows overlap": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), out=t(480).to(d).as_strided((1, 30, 2, 8), (0, 12, 8, 1))), ValueError, ["out", "share memory", "[0, 12, 8, 1]"]),
     "gather: out whose rows overlap": (lambda c, d: c.gather(0, t(2, dtype=torch.int64).to(d), out=(t(2, 2, 8).to(d), t(32).to(d).as_strided((2, 2, 8), (12, 8, 1)))), ValueError, ["out[1]", "share memory", "[12, 8, 1]"]),

@@ -61,7 +61,10 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("sample", range(len(op_samples(torch.device("cpu")))))
+SAMPLES = len(op_samples(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("sample", range(SAMPLES))
 def test_opcheck(device: torch.device, sample: int) -> None:
     name, arguments = op_samples(device)[sample]
     torch.library.opcheck(getattr(torch.ops.kvcache_ext, name).default, arguments)
@@ -156,10 +159,18 @@ def test_a_compiled_attention_step_is_the_eager_one(device: torch.device, mode: 
 def test_options_are_checked_in_compiled_code(device: torch.device) -> None:
     cache = make_cache(device)
     query = torch.randn(2, 8, device=device)
-    for options in ({"window": 0}, {"softcap": 0.0}):
+    for options, match in (
+        ({"window": 0}, "must be positive or None, got 0"),
+        ({"softcap": 0.0}, "must be positive or None, got 0"),
+        ({"scale": 3e38}, r"attend: scale must be finite and at most 2\^86"),
+        ({"scale": float("nan")}, r"attend: scale must be finite and at most 2\^86"),
+    ):
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="must be positive or None, got 0"):
+        with pytest.raises(Exception, match=match):
             torch.compile(lambda q, o=options: cache.attend(0, q, **o))(query)
+        with pytest.raises(Exception, match=match):
+            torch.compile(lambda q, o=options: cache.append_attend(0, q, q, q, **o))(query)
+    assert cache.position == 0
 
 
 WRONG_LONG_CALLS = {
@@ -167,7 +178,10 @@ WRONG_LONG_CALLS = {
     "no value": (lambda c, q, k: c.append_attend(0, q, k, None), "value must be"),
     "fewer values": (lambda c, q, k: c.append_attend(0, q, k, k[:, :5]), "value"),
     "heads of keys": (lambda c, q, k: c.append_attend(0, q, k[:, :, :1], k[:, :, :1]), "key must have shape"),
-    "scale": (lambda c, q, k: c.attend(0, q, scale=float("nan")), "scale must be finite"),
+    **{
+        f"scale {x}": (lambda c, q, k, x=x: c.attend(0, q, scale=x), r"attend: scale must be finite and at most 2\^86")
+        for x in (float("nan"), float("-inf"), 3e38, -(2.0**86) * 1.01)
+    },
     **{
         f"softcap {x}": (lambda c, q, k, x=x: c.attend(0, q, softcap=x), "softcap must be positive")
         for x in (float("nan"), float("inf"), 1e39, 1e-50)

@@ -414,7 +414,8 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   p.softcap = static_cast<float>(options.softcap);
   TORCH_CHECK_VALUE(std::isfinite(p.softcap) && (options.softcap == 0 || p.softcap > 0), op,
                     ": softcap must be positive, finite and within FP32, got ", options.softcap);
-  TORCH_CHECK_VALUE(std::isfinite(p.scale), op, ": scale must be finite and within FP32, got ", options.scale);
+  TORCH_CHECK_VALUE(std::abs(options.scale) <= kLargestScale, op, ": scale must be finite and at most 2^86 in ",
+                    "magnitude, so that scores of FP16 numbers stay within FP32, got ", options.scale);
   if (out.defined()) check_answer(op, out, query, cache);
   p.lse = nullptr;
   if (lse.defined()) {

@@ -87,6 +87,9 @@ struct AttendOptions {
   double softcap;  // 0: none
 };
 
+// The largest magnitude of a scale, 2^86: times 512 products of FP16's largest numbers and log2(e) it is within FP32.
+constexpr double kLargestScale = 0x1p86;
+
 // The largest T that the decode kernels take.
 constexpr int64_t kMostQueries = 16;
 
