@@ -30,6 +30,7 @@ _ELEMENTS_PER_BLOCK = 2**24
 _HALF_QUERIES_PER_BLOCK = 256
 _LARGEST_SCALE = 2.0**86  # kLargestScale in csrc/bindings/checks.h
 _LARGEST_SOFTCAP = torch.finfo(torch.float32).max
+_LEAST_WEIGHT = 2.0**-100  # of an answer in a sum of several: nothing beside 1, but not 0, which times infinity is NaN
 _SMALLEST_SOFTCAP = 2.0**-149
 _SCORES_PER_BLOCK = 2**24  # FP32 elements at most: 64 MB, whatever T is; some copies of it are alive at a time
 
@@ -204,7 +205,8 @@ def merge_states(
             )
     all_lses = torch.stack([lse.float() for lse in lses])
     largest = all_lses.amax(0)
-    weights = torch.exp(all_lses - torch.where(largest == -torch.inf, 0.0, largest))
+    weights = torch.exp(all_lses - torch.where(largest == -torch.inf, 0.0, largest)).clamp_min_(_LEAST_WEIGHT)
+    weights.masked_fill_(all_lses == -torch.inf, 0.0)
     total = weights.sum(0)
     answers = torch.stack([out.float() for out in outs]).masked_fill_((all_lses == -torch.inf)[..., None], 0.0)
     merged = answers.mul_(weights[..., None]).sum(0)
@@ -266,7 +268,7 @@ class _Softmax:
         largest = torch.maximum(self.largest, scores.amax(-1, keepdim=True))
         base = torch.where(largest == -torch.inf, 0.0, largest)
         weights = scores.sub_(base).exp_()
-        rescale = torch.exp(self.largest - base)
+        rescale = torch.exp(self.largest - base).clamp_min_(_LEAST_WEIGHT)
         self.total = self.total * rescale + weights.sum(-1, keepdim=True)
         self.answer = self.answer * rescale + weights @ block.finite_values
         self.answer += visible.strange(block).transpose(1, 2).repeat_interleave(self.group, dim=2)
@@ -317,15 +319,20 @@ class _KeyBlock:
     Running counts, of which three places are looked up for each query, cost little beside a product with a mask.
     """
 
-    def __init__(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, positions: Tensor, keys: Tensor, values: Tensor, capped: bool = False) -> None:
         """positions: int64 `[B, n]`, ascending, -1 for none. keys, values: FP32 `[B, n, H, D]`, n below 2^15; where no
-        query sees them they may hold anything."""
+        query sees them they may hold anything. `capped`: scores are, and so are finite unless they are NaN."""
         self.positions = positions.contiguous()
         self.keys = keys.permute(0, 2, 3, 1)
         finite = values.isfinite()
         self.finite_values = torch.where(finite, values, 0.0).transpose(1, 2)  # [B, H, n, D]
         strange = ~finite & (positions >= 0)[..., None, None]
         plus, minus = strange & ~(values < 0), strange & ~(values > 0)  # NaN is both
+        if not capped:
+            # A key that is not finite has a score of minus infinity, whose weight is 0, or one that makes all NaN. Zero
+            # times an infinite value is NaN. (Sums of FP16 numbers are within FP32.)
+            nan = strange & ~keys.sum(-1, keepdim=True).isfinite()
+            plus, minus = plus | nan, minus | nan
         counts = (plus.int() + (minus.int() << 16)).cumsum(1, dtype=torch.int32)
         self.counts = torch.cat([torch.zeros_like(counts[:, :1]), counts], 1)  # [B, n + 1, H, D]
 
@@ -445,13 +452,14 @@ def _prefill_in_blocks(
         # Without new keys, query t sees no held index beyond t + longest - rows; but for sinks, behind which the ring
         # may have lost positions.
         all_see = new_keys is not None or begin < sinks
-        add(_KeyBlock(positions, *(x.view(shape) for x in gathered)), 0 if all_see else begin - (longest - rows))
+        block = _KeyBlock(positions, *(x.view(shape) for x in gathered), softcap != 0)
+        add(block, 0 if all_see else begin - (longest - rows))
     if new_keys is not None and new_values is not None:
         for begin in range(0, rows, block_keys):  # a query sees the new keys up to its own
             index = torch.arange(begin, min(begin + block_keys, rows), device=device)
             positions = torch.where(index >= padding, seen + index - padding, -1)
             new = (x[0, :, begin : begin + block_keys].float() for x in (new_keys, new_values))
-            add(_KeyBlock(positions, *new), begin)
+            add(_KeyBlock(positions, *new, softcap != 0), begin)
     answers, lses = zip(*(s.finish(query[:, p]) for s, p in zip(softmaxes, parts, strict=True)), strict=True)
     return torch.cat(answers, 1), torch.cat(lses, 1)
 

@@ -161,7 +161,10 @@ def attend(
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             lse[i, t] = scores.logsumexp(-1)
-            out[i, t] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
+            # The weight of a finite score is not 0, though it may be less than FP64 can hold.
+            weights = scores.softmax(-1)
+            weights = torch.where(scores == -torch.inf, weights, weights.clamp_min(torch.finfo(torch.float64).tiny))
+            out[i, t] = torch.einsum("hn,nhd->hd", weights, values)
     return out, lse
 
 

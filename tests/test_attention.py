@@ -612,7 +612,7 @@ def test_memory_of_a_block_of_keys(
         block = attention._KeyBlock.__init__
         monkeypatch.setattr(attention, "_ELEMENTS_PER_BLOCK", 2**13)
         monkeypatch.setattr(
-            attention._KeyBlock, "__init__", lambda self, p, k, v: (sizes.append(k.shape[1]), block(self, p, k, v))[1]
+            attention._KeyBlock, "__init__", lambda self, p, k, *o: (sizes.append(k.shape[1]), block(self, p, k, *o))[1]
         )
         torch.testing.assert_close(one.attend(0, new[0]), want, rtol=0, atol=1e-5)
         assert sizes == [32, 18]
@@ -748,3 +748,95 @@ def test_the_largest_scale(
     if softcap is None and rows > 16:  # queries of the FP16 path, too
         half = twin.cache.attend(0, query, scale=scale, precision="fp16")
         torch.testing.assert_close(half.cpu().double(), want[0], rtol=1e-2, atol=1e-2)
+
+
+def same_kinds(got: torch.Tensor, want: torch.Tensor) -> None:
+    """NaN, either infinity and finite numbers in the same places; those about the same."""
+    got, want = got.cpu().double(), want.double()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(got), kind(want))
+    finite = want.isfinite()
+    torch.testing.assert_close(got[finite], want[finite], rtol=1e-4, atol=1e-4)
+
+
+def of_large_scores(rows: int, heads: int, head_dim: int, size: float) -> torch.Tensor:
+    """Keys or queries with next to nothing but a first element, of some `size`."""
+    x = torch.zeros(1, rows, heads, head_dim)
+    x[..., 0] = torch.randn(1, rows, heads) * size
+    return x
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "head_dim", "held"),
+    [
+        (1, 1, 64, 100), (1, 1, 256, 300), (1, 4, 64, 100), (1, 16, 128, 400), (1, 1, 512, 60), (3, 1, 64, 100),
+        (2, 8, 128, 300), (16, 2, 64, 90), (1, 1, 64, 2500), (20, 2, 64, 100), (20, 1, 16, 2500),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1.0, 12.0, 40.0])
+def test_infinite_values_of_little_weight(
+    backend: Backend, rows: int, group: int, head_dim: int, held: int, size: float
+) -> None:
+    """However little a visible value weighs, with a finite score, if it is infinite then so is the answer."""
+    if backend.slow and held > 1000:
+        held = 600
+    twin = attention_twin(
+        backend, 0, head_dim=head_dim, max_positions=held, sink_positions=2, overflow="inf", num_layers=1
+    )
+    values = torch.randn(1, held + 30, 2, head_dim)
+    places = [0, 1, 45, held // 2, held - 1, held, held + 29]  # the first two are sinks
+    for i, place in enumerate(places):
+        values[0, place, i % 2, i] = torch.inf if i % 3 else -torch.inf
+    values[0, 50, 0, 8:10] = torch.tensor([torch.inf, torch.nan])
+    values[0, held + 5, 0, 8] = -torch.inf
+    keys = of_large_scores(held + 30, 2, head_dim, size)
+    twin.append(0, keys.to(backend.device), values.to(backend.device))
+    query = of_large_scores(rows, 2 * group, head_dim, size).to(backend.device)
+    new = [of_large_scores(rows, 2, head_dim, size).to(backend.device) for _ in range(2)]
+    new[1][:, rows // 2, 0, 12] = torch.inf
+    for options in ({}, {"window": 35}, {"softcap": 1000.0}):
+        got = twin.cache.attend(0, query, scale=1.0, **options)
+        want, _ = reference.attend(
+            twin.k_cache, twin.v_cache, twin.state, 0, query.cpu(), scale=1.0, sink_positions=2, **options
+        )
+        same_kinds(got, want)
+        assert want.isinf().any() and want.isfinite().any()
+    got = twin.cache.append_attend(0, query, *new, scale=1.0)
+    want, _ = reference.append_attend(
+        twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, query.cpu(), *(x.cpu() for x in new),
+        scale=1.0, sink_positions=2, saturate=False,
+    )  # fmt: skip
+    same_kinds(got, want)
+    assert want[..., 12].isinf().any()
+
+
+@pytest.mark.parametrize(("rows", "group"), [(1, 1), (1, 4), (4, 2), (2, 9), (20, 2)])
+def test_infinite_values_of_scores_that_are_not_finite(backend: Backend, rows: int, group: int) -> None:
+    """Of a score of minus infinity the weight is 0, and that times an infinite value is NaN, as in FP64."""
+    twin = attention_twin(backend, 0, overflow="inf", num_layers=1)
+    key, value = torch.randn(1, 60, 2, 64), torch.randn(1, 60, 2, 64)
+    key[0, 7, 0, 3] = -torch.inf
+    value[0, 7, 0, 5] = torch.inf  # NaN in element 5
+    value[0, 9, 0, 6] = torch.inf
+    key[0, 58, 1, 3] = -torch.inf
+    value[0, 58, 1, 4] = -torch.inf
+    twin.append(0, key.to(backend.device), value.to(backend.device))
+    query = torch.rand(1, rows, 2 * group, 64) + 0.1
+    got = twin.cache.attend(0, query.to(backend.device))
+    want, _ = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query)
+    same_kinds(got, want)
+    assert want[..., :group, 5].isnan().all() and want[..., :group, 6].isinf().all()
+    capped = twin.cache.attend(0, query.to(backend.device), softcap=5.0)
+    want, _ = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query, softcap=5.0)
+    same_kinds(capped, want)
+    assert want[..., :group, 5].isinf().all()
+
+
+@pytest.mark.parametrize("difference", [1.0, 100.0, 1e4])
+def test_merge_states_of_infinite_answers(device: torch.device, difference: float) -> None:
+    """An infinite answer stays that, however little it weighs."""
+    outs = [torch.tensor([[1.0, torch.inf, 2.0]], device=device), torch.tensor([[3.0, 4.0, -torch.inf]], device=device)]
+    lses = [torch.tensor([0.0], device=device), torch.tensor([difference], device=device)]
+    out, lse = merge_states(outs, lses)
+    assert out[0, 1] == torch.inf and out[0, 2] == -torch.inf and 1 < out[0, 0] <= 3
+    assert float(lse) == pytest.approx(math.log1p(math.exp(-difference)) + difference)

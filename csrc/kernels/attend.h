@@ -14,6 +14,10 @@ namespace kvc {
 constexpr float kLog2e = 1.4426950408889634f;  // scores are kept as powers of two
 constexpr float kLn2 = 0.6931471805599453f;
 
+// The smallest weight of a finite score is 2^-100, which is nothing beside the largest, 1. It is never 0: that times an
+// infinite value would be NaN.
+constexpr float kLog2LeastWeight = -100.0f;
+
 struct AttendPlan {
   int64_t seen;        // positions in the cache before the call
   int64_t total;       // and after it

@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
     float max = fmaxf(running.max, mine);
     max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, kLanes / 2));
     max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, kLanes / 4));
-    const float rescale = power_of_two(running.max - max);
-    const float weight = power_of_two(mine - max);
+    const float rescale = weight_of_finite(running.max - max);
+    const float weight = mine == minus_infinity() ? 0.0f : weight_of_finite(mine - max);
     running = {max, fmaf(running.sum, rescale, weight)};
     take_new_row(shared.new_value, row, v);
 #pragma unroll

@@ -14,6 +14,7 @@
 namespace kvc {
 
 constexpr uint32_t kFloatInfBits = 0x7f800000u;
+constexpr uint32_t kFloatNanBits = 0x7fc00000u;
 constexpr uint32_t kHalfOverflowBits =
     0x477ff000u;                                // 65520: the least magnitude that rounds past the largest FP16 number
 constexpr uint32_t kHalfMaxBits = 0x477fe000u;  // 65504: the largest FP16 number

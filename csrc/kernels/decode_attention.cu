@@ -27,6 +27,7 @@
 // it is the last of its sequence moves the state on: all have read it. For T > 1 the caller appends afterwards.
 #include "attend_common.cuh"
 #include "launch.h"
+#include "non_finite.cuh"
 
 namespace kvc {
 namespace {
@@ -63,7 +64,7 @@ __device__ __forceinline__ uint32_t high_and_low(float x) {
 
 // The same of a weight, which is not negative, with neither part negative and the low one at least the smallest FP16
 // number: a value that is infinite is to stay that in both products. (Below 2^-38 of the largest weight the high part
-// is 0, and what an infinite value comes to is NaN.)
+// is 0, and what an infinite value comes to is NaN at first: non_finite.cuh.)
 __device__ __forceinline__ uint32_t weight_parts(float x) {
   const uint16_t high = float_to_half_down(x);
   uint32_t low = float_to_half((x - half_to_float(high)) * 2048.0f);
@@ -76,14 +77,15 @@ __device__ __forceinline__ float whole_score(float high, float low) {
   return (float_bits(high) & 0x7fffffffu) == kFloatInfBits ? high : fmaf(low, kLowPart, high);
 }
 
-__device__ __forceinline__ bool is_finite_half(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
-
 // kDepth: 16-element steps of a row; 16 * kDepth is the largest head_dim of this instance. kTiles: times four, the
 // queries of a warp. kShare: warps that share a ring and its tiles, each with queries of its own. kHalves: of a tile
 // that a ring has room for.
 template <int kDepth, int kTiles, int kShare, int kHalves>
 struct AttendBlock {
-  static constexpr int kQueries = 4 * kTiles * kShare;
+  static constexpr int kRowsOfTile = kTileRows;
+  static constexpr int kQueriesOfWarp = 4 * kTiles;
+  static constexpr int kWarpsOfRing = kShare;
+  static constexpr int kQueries = kQueriesOfWarp * kWarpsOfRing;
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
   static constexpr int kHalfBytes = kTileRows * kChunks * 16;  // of a tile: its keys, or its values
@@ -111,6 +113,11 @@ struct AttendBlock {
     if (kHalves == 4) return kDepth <= 8 && kTiles * kShare == 1 && !from_sm_100 ? 2 : 1;
     if (kTiles == 2 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
     return kDepth > 8 || from_sm_100 || (kDepth == 4 && kTiles == 1) ? 3 : 4;
+  }
+
+  // Where the warps of a ring leave their sums in the end: in the ring. 4: the rings' sums lie in different banks.
+  static __device__ __forceinline__ float* sums_of(char* shared_bytes, int ring) {
+    return reinterpret_cast<float*>(shared_bytes + kRingsAt + ring * kRingBytes) + 4 * ring;
   }
 
   // Where a chunk of a row lies in half a tile: rows are spread over the banks, so that eight of them are read at a
@@ -464,7 +471,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
     wait_for_copies<kHalves - 1>();
     sync_ring();
     // Zero times NaN is NaN: a value that is not finite and that some query does not see must not be in the product.
-    // It is added to the sums of the queries that see it, and taken out of the tile.
+    // It makes NaN of the sums of the queries that see it (non_finite.cuh), and is taken out of the tile.
     if (!clear && p.rows > 1) {
       bool strange = false;
 #pragma unroll 1
@@ -474,19 +481,13 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
       if (__any_sync(kAllLanes, strange)) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int k = 0; k < kDepth; ++k) {
-            acc[n][k][0] *= rescale[n];
-            acc[n][k][1] *= rescale[n];
-          }
-          rescale[n] = 1.0f;
 #pragma unroll 1
           for (int row = 0; row < kTileRows; ++row) {
             if (!sees(n, row0 + row)) continue;
 #pragma unroll
             for (int chunk = 0; chunk < kChunks; ++chunk) {
               const uint16_t bits = reinterpret_cast<const uint16_t*>(tile_values + Block::place(row, chunk))[lane / 4];
-              if (!is_finite_half(bits)) acc[n][chunk / 2][chunk % 2] += half_to_float(bits);
+              if (!is_finite_half(bits)) acc[n][chunk / 2][chunk % 2] = bits_float(kFloatNanBits);
             }
           }
         }
@@ -523,7 +524,8 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
   }
 
   // Each warp leaves its sums in its ring, which is empty now.
-  float* sums = reinterpret_cast<float*>(ring) + 4 * ring_number;  // 4: the rings' sums lie in different banks
+  float* sums = Block::sums_of(shared_bytes, ring_number);
+  bool some_nan = false;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -534,8 +536,15 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) sums[(n * 4 + mine) * Block::kQueryStride + 16 * k + 8 * h + lane / 4] = acc[n][k][h];
+      for (int h = 0; h < 2; ++h) {
+        sums[(n * 4 + mine) * Block::kQueryStride + 16 * k + 8 * h + lane / 4] = acc[n][k][h];
+        some_nan = some_nan || is_nan(acc[n][k][h]);
+      }
     }
+  }
+  if (__any_sync(kAllLanes, some_nan)) {
+    __syncwarp();
+    settle_non_finite_sums<Block>(p, division, shared_bytes);
   }
   advance.finish(division, {plan.seen, plan.first}, plan.total - plan.seen, p.cache.ring.divisor);
   __syncthreads();

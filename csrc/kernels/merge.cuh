@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attend.h"
 #include "convert.h"
 #include "vec.cuh"
 
@@ -33,6 +34,11 @@ __device__ __forceinline__ float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
+}
+
+// The weight 2^x, x <= 0, of a finite score or of a partial softmax: not 0. NaN stays NaN.
+__device__ __forceinline__ float weight_of_finite(float x) {
+  return power_of_two(x < kLog2LeastWeight ? kLog2LeastWeight : x);
 }
 
 // Where partial softmaxes lie, all strides in floats.
@@ -65,7 +71,7 @@ __device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries
     for (uint32_t i = 0; i < parts.count; ++i) {
       const Vec<float, 2> state = load<float, 2>(states + i * parts.state_stride);
       const Vec<float, 4> part = load<float, 4>(sums + i * parts.sums_stride);
-      const float weight = power_of_two(state.x[0] - merged.max);
+      const float weight = weight_of_finite(state.x[0] - merged.max);
       merged.sum = fmaf(state.x[1], weight, merged.sum);
 #pragma unroll
       for (int j = 0; j < 4; ++j) value.x[j] = fmaf(part.x[j], weight, value.x[j]);

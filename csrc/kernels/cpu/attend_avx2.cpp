@@ -36,8 +36,10 @@ struct Avx2 {
   static Floats times_power_of_two(Floats a, Floats power) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23);
     const Floats scaled = _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
-    const Floats tiny = _mm256_cmp_ps(power, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
-    return _mm256_blendv_ps(_mm256_andnot_ps(tiny, scaled), power, _mm256_cmp_ps(power, power, _CMP_UNORD_Q));
+    return _mm256_blendv_ps(scaled, power, _mm256_cmp_ps(power, power, _CMP_UNORD_Q));
+  }
+  static Floats zero_where_minus_infinity(Floats a, Floats b) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(b, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ), a);
   }
   static float sum(Floats a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -34,9 +34,9 @@ struct Avx512 {
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats max_or_nan(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where either is NaN
   static Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Floats times_power_of_two(Floats a, Floats power) {
-    const __mmask16 kept = _mm512_cmp_ps_mask(power, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // NaN is kept
-    return _mm512_maskz_scalef_ps(kept, a, power);
+  static Floats times_power_of_two(Floats a, Floats power) { return _mm512_scalef_ps(a, power); }
+  static Floats zero_where_minus_infinity(Floats a, Floats b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(b, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ), a);
   }
   static float sum(Floats a) { return _mm512_reduce_add_ps(a); }
   static Floats pairs(Floats x, Floats y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); }

@@ -49,9 +49,11 @@ struct Eight {
   static Floats times_power_of_two(const Floats& a, const Floats& power) {
     return each([&](int i) {
       if (power.x[i] != power.x[i]) return power.x[i];
-      if (power.x[i] < -126.0f) return 0.0f;
       return a.x[i] * bits_float(static_cast<uint32_t>(static_cast<int32_t>(power.x[i]) + 127) << 23);
     });
+  }
+  static Floats zero_where_minus_infinity(const Floats& a, const Floats& b) {
+    return each([&](int i) { return b.x[i] == -INFINITY ? 0.0f : a.x[i]; });
   }
   static void sum_four(const Floats* a, float* sums) {
     for (int i = 0; i < 4; ++i) sums[i] = sum(a[i]);

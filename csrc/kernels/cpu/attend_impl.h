@@ -17,12 +17,13 @@ namespace kvc {
 namespace cpu {
 namespace {
 
-// 2^x for x <= 0 to within 2 units in the last place; 0 below 2^-126; NaN stays NaN.
+// The weights 2^x, x <= 0, of finite scores, to within 2 units in the last place, and not 0; NaN stays NaN.
 // The polynomial is 2^f's Taylor series on [-0.5, 0.5], whose first term left out is below 2^-26.
 template <typename S>
-inline typename S::Floats exp2_of(typename S::Floats x) {
-  const auto whole = S::round(S::max_or_nan(S::set(-150.0f), x));
-  const auto f = S::subtract(S::max_or_nan(S::set(-150.0f), x), whole);
+inline typename S::Floats weights_of_finite(typename S::Floats x) {
+  const auto exponent = S::max_or_nan(S::set(kLog2LeastWeight), x);
+  const auto whole = S::round(exponent);
+  const auto f = S::subtract(exponent, whole);
   auto y = S::set(1.5252733804059840e-5f);
   y = S::fma(y, f, S::set(1.5403530393381609e-4f));
   y = S::fma(y, f, S::set(1.3333558146428443e-3f));
@@ -168,7 +169,7 @@ struct Attention {
       }
     }
     if (new_max != max) {  // also where it has become NaN
-      const float rescale = max == -INFINITY ? 0.0f : std::exp2(max - new_max);
+      const float rescale = max == -INFINITY ? 0.0f : weight_of_finite(max - new_max);
       for (int64_t d = 0; d < head_dim; d += kWidth) S::store(to + d, S::multiply(S::load(to + d), S::set(rescale)));
       to[head_dim + 1] *= rescale;
       max = new_max;
@@ -176,7 +177,8 @@ struct Attention {
     const Floats base = S::set(max == -INFINITY ? 0.0f : max);
     Floats sum = S::set(0.0f);
     for (int r = 0; r < kTile; r += kWidth) {
-      const Floats weight = exp2_of<S>(S::subtract(S::load(s + r), base));
+      const Floats score = S::load(s + r);
+      const Floats weight = S::zero_where_minus_infinity(weights_of_finite<S>(S::subtract(score, base)), score);
       S::store(s + r, weight);
       sum = S::add(sum, weight);
     }

@@ -2,6 +2,7 @@
 // (it has the thread pool): an op is cut into items, and every item may run on any thread.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -10,6 +11,12 @@
 
 namespace kvc {
 namespace cpu {
+
+// The weight 2^x, x <= 0, of a finite score or of a partial softmax: not 0. NaN stays NaN.
+template <typename T>
+T weight_of_finite(T x) {
+  return std::exp2(x < T{kLog2LeastWeight} ? T{kLog2LeastWeight} : x);
+}
 
 // Conversions of a run of elements. `stream`: store past the caches (worth it when the result is larger than they are).
 struct Conversions {

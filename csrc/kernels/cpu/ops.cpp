@@ -195,8 +195,8 @@ float max_or_nan(float a, float b) { return b > a || b != b ? b : a; }
 void merge_states(float* into, const float* other, int64_t n, int64_t head_dim) {
   for (int64_t m = 0; m < n; ++m, into += head_dim + 2, other += head_dim + 2) {
     const float max = max_or_nan(into[head_dim], other[head_dim]);
-    const float mine = into[head_dim] == -INFINITY ? 0.0f : std::exp2(into[head_dim] - max);
-    const float others = other[head_dim] == -INFINITY ? 0.0f : std::exp2(other[head_dim] - max);
+    const float mine = into[head_dim] == -INFINITY ? 0.0f : weight_of_finite(into[head_dim] - max);
+    const float others = other[head_dim] == -INFINITY ? 0.0f : weight_of_finite(other[head_dim] - max);
     for (int64_t d = 0; d < head_dim; ++d) into[d] = into[d] * mine + other[d] * others;
     into[head_dim] = max;
     into[head_dim + 1] = into[head_dim + 1] * mine + other[head_dim + 1] * others;
@@ -259,7 +259,7 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
     double sum = 0.0;
     for (int64_t run = 0; run < runs; ++run) {
       const float* s = state(run);
-      const double weight = s[head_dim] == -INFINITY ? 0.0 : std::exp2(static_cast<double>(s[head_dim]) - max);
+      const double weight = s[head_dim] == -INFINITY ? 0.0 : weight_of_finite(static_cast<double>(s[head_dim]) - max);
       sum += weight * s[head_dim + 1];
       for (int64_t d = 0; d < head_dim; ++d) merged[d] += weight * s[d];
     }
