@@ -173,6 +173,45 @@ def test_options_are_checked_in_compiled_code(device: torch.device) -> None:
     assert cache.position == 0
 
 
+OPTIONS = {
+    "none": {}, "scale": {"scale": 0.9}, "window": {"window": 3}, "softcap": {"softcap": 0.3},
+    "all": {"scale": -1.5, "window": 5, "softcap": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [8, 512])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_mean_the_same_in_compiled_code(device: torch.device, options: str, rows: int, head_dim: int) -> None:
+    """Each option of attend and append_attend, of few and of many queries, changes the answer as it does in eager."""
+    given = OPTIONS[options]
+    eager, compiled, plain = (make_cache(device, num_layers=1, max_positions=64, head_dim=head_dim) for _ in range(3))
+    query = torch.randn(1, rows, 4, head_dim, device=device)
+    held = torch.randn(1, 9, 2, head_dim, device=device)
+    for cache in (eager, compiled, plain):
+        cache.append(0, held, held)
+
+    def calls(cache: StreamingKVCacheFp16, query: torch.Tensor, **o: object) -> list[torch.Tensor]:
+        key = query[:, :, :2]
+        answers = [*cache.attend(0, query, return_lse=True, **o)]
+        answers += cache.append_attend(0, query, key, -key, return_lse=True, **o)
+        answers.append(cache.append_attend(0, query, key, -key, out=torch.zeros_like(query), **o))
+        answers.append(cache.attend(0, query, out=torch.zeros_like(query), **o))
+        return answers
+
+    torch._dynamo.reset()
+    want = calls(eager, query, **given)
+    got = torch.compile(lambda q: calls(compiled, q, **given), fullgraph=True, backend="aot_eager")(query)
+    for g, w, p in zip(got, want, calls(plain, query), strict=True):
+        if rows > 16:  # which go through other numbers of keys at a time where lengths are not known
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+        else:
+            assert_same_bits(g, w)
+        assert not given or not torch.allclose(w, p, rtol=1e-3)
+    assert_same_bits(compiled.k_cache, eager.k_cache)
+    assert torch.equal(compiled._state, eager._state)
+
+
 WRONG_LONG_CALLS = {
     "fewer keys": (lambda c, q, k: c.append_attend(0, q, k[:, :5], k[:, :5]), "as many positions"),
     "no value": (lambda c, q, k: c.append_attend(0, q, k, None), "value must be"),
