@@ -88,10 +88,14 @@ def append_attend_both(
 )
 @pytest.mark.parametrize("overflow", ["saturate", "inf"])
 def test_append_attend(backend: Backend, rows: int, dtype: torch.dtype, overflow: str) -> None:
-    """Storage and counters are those of appends, through each of attention's kernels and through torch's matmul."""
+    """Storage and counters are those of appends, through each of attention's kernels and through torch's matmul.
+
+    The answer is that over what is stored, also in what is NaN or infinite.
+    """
     twin = Twin(backend, batch_size=3, sink_positions=1, head_dim=16, overflow=overflow)
     device = backend.device
     lengths = torch.tensor([rows - 1, 1, rows + 3], dtype=torch.int32, device=device)
+    kinds: dict[str, int] = {}
     for heads, options in (
         (2, {}),
         (6, {"new_lengths": lengths}),
@@ -100,10 +104,18 @@ def test_append_attend(backend: Backend, rows: int, dtype: torch.dtype, overflow
         (2, {"precision": "fp16"}),
     ):
         batch = 2 if options.get("sequences") == [2, 0] else 3
-        query = torch.randn(batch, rows, heads, 16, device=device).to(dtype)
-        key, value = (spiked(batch, rows, 2, 16, dtype=dtype).to(device) for _ in range(2))
-        append_attend_both(twin, query, key, value, **options)
+        # Small, so that scores are not all one key's; without 0, which times an infinity is NaN.
+        query = ((torch.rand(batch, rows, heads, 16) + 0.01) * 1e-3).to(dtype).to(device)
+        key, value = (spiked(batch, rows, 2, 16, dtype=dtype, share=0.02).to(device) for _ in range(2))
+        got, want = append_attend_both(twin, query, key, value, **options)
         twin.check()
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf, torch.isfinite):
+            assert torch.equal(kind(got), kind(want.to(dtype)))
+            kinds[kind.__name__] = kinds.get(kind.__name__, 0) + int(kind(want).sum())
+        finite = want.to(dtype).isfinite()
+        rounding = {torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+        torch.testing.assert_close(got[finite].double(), want[finite], rtol=rounding, atol=rounding * 100)
+    assert len(kinds) == 4 and kinds["isfinite"] > 100 and kinds["isnan"] > 0
     assert twin.overflow_counts[0] == 0
     assert (twin.overflow_counts[1] > 0) == (dtype != torch.float16)
 
