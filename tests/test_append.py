@@ -81,6 +81,19 @@ def test_strides(backend: Backend, dtype: torch.dtype, kind: str, head_dim: int)
         twin.check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["odd_offset", "odd_stride"])
+@pytest.mark.parametrize("count", [1, 3, 200, 400])
+def test_one_of_keys_and_values_is_not_aligned(backend: Backend, dtype: torch.dtype, kind: str, count: int) -> None:
+    """Keys that vectors can be loaded from say nothing about values, nor the other way round, in any of the kernels."""
+    twin = Twin(backend, num_heads=3)
+    for kinds in (("contiguous", kind), (kind, "contiguous")):
+        key, value = (strided(rows(backend, 1, count, 3, 8, dtype=dtype), k) for k in kinds)
+        twin.append(0, key, value)
+        twin.append_all(torch.stack([key, key]), value[None].expand(2, *value.shape))
+    twin.check()
+
+
 def test_short_forms_are_the_same_append(backend: Backend) -> None:
     key, value = rows(backend, 4, 2, 8), rows(backend, 4, 2, 8)
     want = make_cache(backend)

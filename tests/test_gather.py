@@ -79,6 +79,25 @@ def test_raw_ranges_are_views_until_they_wrap(backend: Backend) -> None:
     assert_same_bits(copied.float().cpu(), twin.gather(0, torch.arange(4, 6))[0])
 
 
+def test_raw_ranges_of_sequences_at_different_slots(backend: Backend) -> None:
+    """The same range lies in consecutive slots of each sequence, but not in the same ones: there is no view of it."""
+    twin = filled(backend, appended=8, batch_size=2, num_layers=1)
+    new = (rows(backend, 1, 3, 2, 8), rows(backend, 1, 3, 2, 8))
+    twin.append(0, *new, sequences=[1])  # whose index 0 is slot 3
+    storage = [x.untyped_storage().data_ptr() for x in (twin.cache.k_cache, twin.cache.v_cache)]
+    for start, end in ((0, 5), (0, 1), (5, 8), (7, 8)):
+        got = twin.cache.get_range_raw(0, start, end)
+        for g, w, s in zip(got, twin.gather(0, torch.arange(start, end), torch.float16), storage, strict=True):
+            assert g.untyped_storage().data_ptr() != s
+            assert_same_bits(g.cpu(), w)
+    twin.append(0, *new, sequences=[0])
+    for g, w, s in zip(
+        twin.cache.get_range_raw(0, 0, 5), twin.gather(0, torch.arange(5), torch.float16), storage, strict=True
+    ):
+        assert g.untyped_storage().data_ptr() == s
+        assert_same_bits(g.cpu(), w)
+
+
 def test_ragged_rows_beyond_a_sequence_are_zero(backend: Backend) -> None:
     twin = filled(backend, batch_size=3, ragged=True, appended=7)  # 0, 3 and 6 positions
     assert len(twin.cache) == 0
