@@ -448,18 +448,18 @@ def _prefill_in_blocks(
         sinks_held = seen.clamp(max=sinks)
         positions = torch.where(index < sinks_held, index, first + index - sinks_held)
         positions = torch.where(positions < seen, positions, 2**62)  # not held
-        gathered = ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks, sequences=sequences)
+        keys, values = ops.gather(k_cache, v_cache, state, layer, index, sink_positions=sinks, sequences=sequences)
         # Without new keys, query t sees no held index beyond t + longest - rows; but for sinks, behind which the ring
         # may have lost positions.
         all_see = new_keys is not None or begin < sinks
-        block = _KeyBlock(positions, *(x.view(shape) for x in gathered), softcap != 0)
+        block = _KeyBlock(positions, keys.view(shape), values.view(shape), softcap != 0)
         add(block, 0 if all_see else begin - (longest - rows))
     if new_keys is not None and new_values is not None:
         for begin in range(0, rows, block_keys):  # a query sees the new keys up to its own
             index = torch.arange(begin, min(begin + block_keys, rows), device=device)
             positions = torch.where(index >= padding, seen + index - padding, -1)
-            new = (x[0, :, begin : begin + block_keys].float() for x in (new_keys, new_values))
-            add(_KeyBlock(positions, *new, softcap != 0), begin)
+            keys, values = (x[0, :, begin : begin + block_keys].float() for x in (new_keys, new_values))
+            add(_KeyBlock(positions, keys, values, softcap != 0), begin)
     answers, lses = zip(*(s.finish(query[:, p]) for s, p in zip(softmaxes, parts, strict=True)), strict=True)
     return torch.cat(answers, 1), torch.cat(lses, 1)
 

@@ -352,8 +352,14 @@ class Case {
 
   // Values that are not finite have a path of their own; overflows are counted.
   void attention_of_what_is_not_finite() {
-    fill(numbers.buffer(), true);
+    // Values alone, so that scores are finite.
     fill(more_numbers.buffer(), true);
+    append(0, 1, s.positions + 2);
+    for (const int64_t count : {1, 5}) {
+      attend({.count = kvc::imin(count, most_rows), .appends = true, .finite = false});
+      attend({.count = kvc::imin(count, most_rows), .window = 4, .finite = false});
+    }
+    fill(numbers.buffer(), true);
     for (const bool policy : {false, true}) {
       saturate = policy;
       append(0, 1, 9);
