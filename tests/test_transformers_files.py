@@ -129,7 +129,7 @@ def test_caches_of_other_models(tmp_path: Path) -> None:
     both = Fp16Cache.for_model(model, 20, 2)
     logits_of(model, both, input_ids=torch.ones(2, 5, dtype=torch.int64))
     both.save(path)
-    with pytest.raises(ValueError, match="batch_size must be at least 2, the number of sequences in .*, got 1"):
+    with pytest.raises(ValueError, match=r"batch_size must be at least 2, the number of sequences in .*, got 1"):
         Fp16Cache.load(path, model, batch_size=1)
 
 

@@ -388,7 +388,7 @@ def test_states_of_an_image_or_an_encoder(device: torch.device) -> None:
     states = torch.randn(1, 3, 32, device=device)
     for model, options in ((blip, {"encoder_hidden_states": states}), (whisper, {"encoder_outputs": (states,)})):
         cache = Fp16Cache.for_model(model, 64, attention=None)
-        with pytest.raises(NotImplementedError, match="no place in it for .* cross-attention"):
+        with pytest.raises(NotImplementedError, match=r"no place in it for .* cross-attention"):
             logits_of(model, cache, input_ids=prompts(1, 4, device)["input_ids"], **options)
         assert cache.get_seq_length() == cache.caches[0].position == 0
 

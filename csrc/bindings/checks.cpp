@@ -193,7 +193,9 @@ void check_source(const char* op, const CheckedCache& cache, const CheckedCache&
   check_equal("num_heads", cache.view.heads, source.view.heads);
   check_equal("head_dim", cache.view.head_dim, source.view.head_dim);
   check_equal("sink_positions", cache.view.sinks, source.view.sinks);
-  const auto shared = [&](const StridedMemory& memory) { return cache.holds(memory) || memory.shares_with(cache.state); };
+  const auto shared = [&](const StridedMemory& memory) {
+    return cache.holds(memory) || memory.shares_with(cache.state);
+  };
   TORCH_CHECK_VALUE(!shared(source.keys) && !shared(source.values) && !shared(source.state), op,
                     ": source must not share memory with the cache that is written to");
 }

@@ -109,7 +109,8 @@ class _Saved:
         def differ(what: str, there: object, here: object) -> None:
             if there != here:
                 raise ValueError(
-                    f"Fp16Cache.load: {self.path} is of another model: {what} {there} in the file and {here} in this one"
+                    f"Fp16Cache.load: {self.path} is of another model: {what} {there} in the file and {here} in this "
+                    "one"
                 )
 
         differ("its model_type is", repr(self.model_type), repr(model_type))

@@ -146,7 +146,7 @@ class Fp16Layer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """What it holds, a copy: FP16 `[B, H, n, D]`, zeros in padding; of a sliding window what the next token sees."""
+        """A copy of what it holds: FP16 `[B, H, n, D]`, zeros in padding. Of a window what the next token sees."""
         return self._held(0)
 
     @property
@@ -393,7 +393,9 @@ class AbsentLayer(Fp16Layer):
     def first(self, value: int) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("Fp16Cache: the model that it was made for has no such layer, and so there is no memory for it")
+        raise ValueError(
+            "Fp16Cache: the model that it was made for has no such layer, and so there is no memory for it"
+        )
 
     def _held(self, which: int) -> None:
         return None

@@ -196,7 +196,7 @@ class KeepsCache:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         inputs = type(self.model).prepare_inputs_for_generation(self.model, *arguments, **options)
         name = cache_argument()
-        given = options.get(name)
+        given: Any = options.get(name)
         if hasattr(given, "begin_pass") and inputs.get(name) is None:
             given.reset()
             inputs[name] = given

@@ -141,11 +141,9 @@ class Positions:
         """What the device has noticed by now; with `wait`, all that it was given to look at."""
         if self.paused:
             return
-        if wait or not self.last.is_cuda:
+        if wait:
             self._copy = None
-            noticed = self.last
-        else:
-            noticed = self._latest_copy()
+        noticed = self.last if wait or not self.last.is_cuda else self._latest_copy()
         if noticed is not None and int(noticed.max()) >= FED_TWICE:
             _refuse("a token came at a position that was fed before")
 
