@@ -232,11 +232,10 @@ def our_cache(model: Any, positions: int) -> Any:
 def fill_ours(cache: Any, shape: LlamaShape, held: int) -> None:
     """Random keys and values for the positions up to `held`, as a prompt would have left them."""
     keys, values = _chunk(shape, min(CHUNK, held), torch.float32, cache.layers[0].device)
-    for layer in cache.layers:
-        while layer.columns < held:
-            rows = min(CHUNK, held - layer.columns)
-            layer._check(1, rows)
-            layer._append(keys[:, :rows], values[:, :rows])
+    for i, layer in enumerate(cache.layers):
+        while (before := layer.get_seq_length()) < held:
+            rows = min(CHUNK, held - before)
+            cache.update(keys[:, :rows].transpose(1, 2), values[:, :rows].transpose(1, 2), i)
 
 
 def dynamic_cache(model: Any, shape: LlamaShape, held: int) -> Any:

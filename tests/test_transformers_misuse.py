@@ -65,7 +65,7 @@ def test_a_text_fed_twice(models: Any, device: torch.device, family: str, attent
     try:
         got = generate(model, inputs, cache, prompt_lookup_num_tokens=2, max_new_tokens=4)
     except ValueError as error:
-        assert "Fp16Cache: " in str(error) and "comes again" in str(error)
+        assert "Fp16Cache: " in str(error) and "reset() the cache" in str(error)
         assert cache.get_seq_length() == held and unchanged(before, cache)
         got = generate(model, inputs, cache, max_new_tokens=4)  # the plain next turn goes on
     assert torch.equal(got, expected(model, inputs, max_new_tokens=4))
@@ -423,7 +423,8 @@ def test_longrope(device: torch.device, attention: str) -> None:
     model = transformers.Phi3ForCausalLM(config).eval().to(device)
     for length in (6, 12):
         inputs = prompts(2, length, device, padded=True)
-        want = expected(model, inputs, max_new_tokens=9)
+        # Without a cache, as older releases go on with the newest token alone where they drop one.
+        want = generate(model, inputs, None, max_new_tokens=9, use_cache=False)
         cache = cache_for(model, attention, batch_size=2)
         assert torch.equal(generate(model, inputs, cache, max_new_tokens=9), want)
         assert cache.get_seq_length() == length + 8  # every token is in this cache

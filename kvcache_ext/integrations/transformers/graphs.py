@@ -153,6 +153,7 @@ class DecodeGraph:
         layers = self._cache.layers
         for layer in layers:
             layer._check(self._batch, WARM_UPS)
+        self._cache._shared.passing = None  # what runs here is no part of a pass that may have asked for this graph
         counts = [cache.overflow_counts() for cache in self._cache.caches]
         positions = self._cache._shared.positions
         fed = None if positions is None else positions.last.clone()

@@ -194,11 +194,15 @@ class KeepsCache:
         functools.update_wrapper(self, type(model).prepare_inputs_for_generation, updated=())  # generate reads it
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        inputs = type(self.model).prepare_inputs_for_generation(self.model, *arguments, **options)
-        name = cache_argument()
+        def prepare() -> Any:
+            return type(self.model).prepare_inputs_for_generation(self.model, *arguments, **options)
+
+        inputs, name = prepare(), cache_argument()
         given: Any = options.get(name)
         if hasattr(given, "begin_pass") and inputs.get(name) is None:
             given.reset()
+            options["next_sequence_length"] = None  # or older releases go on with the newest token alone
+            inputs = prepare()
             inputs[name] = given
         return inputs
 
