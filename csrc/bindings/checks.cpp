@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <cmath>
@@ -269,10 +270,8 @@ void check_outputs_apart(const char* op, const CheckedCache& cache, std::initial
     const char* name;
     StridedMemory memory;
   };
-  constexpr size_t kMost = 16;
-  std::array<NamedMemory, kMost> of_call;
-  size_t count = 0;
-  const auto add = [&](const char* name, const StridedMemory& memory) { of_call.at(count++) = {name, memory}; };
+  c10::SmallVector<NamedMemory, 12> of_call;
+  const auto add = [&](const char* name, const StridedMemory& memory) { of_call.push_back({name, memory}); };
   add("k_cache", cache.keys);
   add("v_cache", cache.values);
   add("state", cache.state);
@@ -286,9 +285,9 @@ void check_outputs_apart(const char* op, const CheckedCache& cache, std::initial
     TORCH_CHECK_VALUE(!memory.shares_within(), op, ": ", output.name,
                       " must not have elements that share memory, as an expanded tensor has, got strides ",
                       shape_text(output.tensor->strides()));
-    for (size_t i = 0; i < count; ++i) {
-      TORCH_CHECK_VALUE(!memory.shares_with(of_call[i].memory), op, ": ", output.name, " must not share memory with ",
-                        of_call[i].name, ", which the call uses as well");
+    for (const NamedMemory& other : of_call) {
+      TORCH_CHECK_VALUE(!memory.shares_with(other.memory), op, ": ", output.name, " must not share memory with ",
+                        other.name, ", which the call uses as well");
     }
     add(output.name, memory);
   }
