@@ -135,3 +135,26 @@ def test_copies_at_the_far_end(backend: Backend) -> None:
     assert_same_bits(cache.k_cache[0, :, -3:], rows[[2, 0, 2]])
     assert_same_bits(cache.v_cache[0, :, -3:], -rows[[2, 0, 2]])
     assert (cache.k_cache[0, :, -4] == 7).all()
+
+
+def test_copies_between_caches_at_the_far_end(backend: Backend) -> None:
+    """From the last slots of a layer of 3 * 2^30 elements into a small cache, and from there to another such end."""
+    heads, head_dim, positions = 16, 128, 2**30 // 2048 + 8
+    large = large_cache(backend.device, 1, positions, heads, head_dim, batch_size=3)
+    large._state[0] = positions
+    large._state[1] = positions - 3
+    large._connect()
+    rows = torch.randn(3, 3, heads, head_dim, device=backend.device).half()
+    large.k_cache[0, :, -3:] = rows
+    large.v_cache[0, :, -3:] = -rows
+    small = StreamingKVCacheFp16(1, 2, heads, head_dim, batch_size=2, device=backend.device)
+    small.copy_sequence([2, 0], [0, 1], source=large)  # the newest two of each
+    assert (small.lengths(), small.position) == ([2, 2], positions)
+    keys, values = small.gather(0, torch.arange(2, device=backend.device), dtype=torch.float16)
+    assert_same_bits(keys, rows[[2, 0], 1:])
+    assert_same_bits(values, -rows[[2, 0], 1:])
+    large.copy_sequence(1, 2, source=small)
+    assert large.lengths() == [3, 3, 2]
+    assert_same_bits(large.k_cache[0, 2, -2:], rows[0, 1:])
+    assert_same_bits(large.v_cache[0, 2, -2:], -rows[0, 1:])
+    assert_same_bits(large.k_cache[0, :2, -3:], rows[:2])
