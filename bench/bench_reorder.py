@@ -1,4 +1,4 @@
-"""Lengths: moving sequences within a cache (32 heads, head_dim 128), and truncating them.
+"""Lengths: moving sequences within a cache and from another one (32 heads, head_dim 128), and truncating them.
 
 `reorder` and `copy_sequence` move the rows that are held, in place, in every layer. A rate counts what has to be read
 and written: each row that somebody needs once, each row that changes once. Beside it torch's own ways: `index_select`
@@ -7,8 +7,11 @@ into a second copy of the cache and `copy_` back; `copy_` from slice to slice, w
 Orders: `rotate`, every sequence becomes the next; `beams`, half of them are continued twice; `swap`, two of them change
 places, the others stay; `wrapped`, as rotate, of rings that have wrapped.
 
-On a GPU throughput is GPU time of a replayed CUDA graph, with indices on the device. `truncate` and `reset` move no
-data: what counts is the launch.
+`copy_sequence` with a `source` copies one sequence of another cache: `same`, a ring of the same size; `smaller`, from a
+ring that has wrapped into one of three quarters of its size, so that rows go to slots of other numbers.
+
+On a GPU throughput is GPU time of a replayed CUDA graph, with indices on the device. `truncate`, `drop_newest` and
+`reset` move no data: what counts is the launch.
 """
 
 from __future__ import annotations
@@ -68,6 +71,8 @@ H200_TARGETS = {  # 90% of copying from device to device
         "reorder/beams/8/4096",
         "reorder/wrapped/8/4096",
         "copy_sequence/4096",
+        "copy_from/same/4096",
+        "copy_from/smaller/4096",
     )
 }
 
@@ -150,6 +155,25 @@ class Bench:
         size = 2 * positions * layers * ROW_BYTES
         self._add(f"lengths/copy_sequence/{positions}", works, size, cache, positions)
 
+    def copy_from(self, kind: str, batch: int, slots: int, layers: int) -> None:
+        source = self._cache(layers, 2, slots, slots, wrapped=kind == "smaller")
+        moved = slots * 3 // 4 if kind == "smaller" else slots
+        cache = StreamingKVCacheFp16(
+            layers, moved, HEADS, HEAD_DIM, batch_size=batch, device=self.device, sink_positions=source.sink_positions
+        )
+        src, dst = (torch.tensor([b], device=self.device) for b in (0, 1))
+
+        def slices() -> None:
+            for to, of in ((cache.k_cache, source.k_cache), (cache.v_cache, source.v_cache)):
+                to[:, 1].copy_(of[:, 0, :moved])
+
+        works: dict[str, Work] = {
+            "ours": lambda: cache.copy_sequence(src, dst, source=source),
+            "copy_": slices,
+        }
+        size = 2 * moved * layers * ROW_BYTES
+        self._add(f"lengths/copy_from/{kind}/{slots}", works, size, cache, moved)
+
     def launches(self) -> None:
         """What moves no data: one call of many in a graph, or on the CPU."""
         cache = StreamingKVCacheFp16(32, 16, 1, 8, batch_size=8, device=self.device)
@@ -170,6 +194,7 @@ class Bench:
                 "ours": lambda: cache.truncate(lengths),
                 "clamp_ of one tensor": lambda: cache.cache_seqlens.clamp_(max=lengths),
             },
+            "drop_newest": {"ours": lambda: cache.drop_newest(some, sequences=some)},
             "reset": {"ours": lambda: cache.reset(some)},
         }
         for name, works in calls.items():
@@ -209,12 +234,15 @@ def main() -> None:
     room = 0.7 * free_bytes(device)
     cases = [case for case in cases if 1.5 * case[1] * case[3] * layers * ROW_BYTES < room]
     copied = 64 if args.quick else 4_096
-    with progress("lengths", len(cases) + 2) as advance:
+    with progress("lengths", len(cases) + 4) as advance:
         for kind, batch, positions, slots in cases:
             bench.reorder(kind, batch, positions, slots, layers)
             advance(1)
         bench.copy_sequence(2 if not on_gpu(device) else 8, copied, layers)
         advance(1)
+        for kind in ("same", "smaller"):
+            bench.copy_from(kind, 2 if not on_gpu(device) else 8, copied, layers)
+            advance(1)
         bench.launches()
         advance(1)
 
