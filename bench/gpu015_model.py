@@ -130,7 +130,9 @@ def time_attention(cache: Any, shape: LlamaShape, dtype: torch.dtype, device: to
         x = query
         for layer in cache.layers:
             # (The group's own method refuses: what goes past the Fp16Cache is counted by nobody, as is fine here.)
-            x = StreamingKVCacheFp16.append_attend(layer.cache, layer.index, x, key, value)
+            answer = StreamingKVCacheFp16.append_attend(layer.cache, layer.index, x, key, value)
+            assert isinstance(answer, Tensor)
+            x = answer
 
     return compare_samplers({"": throughput_sampler(attend, device)}, 5)[""].seconds
 
