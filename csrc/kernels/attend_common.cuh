@@ -182,10 +182,11 @@ constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
 // of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by
 // now; the others' parts are copied to `room`, shared memory for `room_floats`, at least two parts: as many at a time
 // as fit there. What those come to takes the place of the last of them, and is the first of the next.
-template <int kWidth, int kQueries>
+// `settle(number, d, state, sums)` may change the sums of an answer before it is written.
+template <int kWidth, int kQueries, typename Settle>
 __device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
                                             uint32_t first_query, uint32_t queries, const Parts& own, bool& shared_last,
-                                            float* room, uint32_t room_floats) {
+                                            float* room, uint32_t room_floats, const Settle& settle) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
   float* const of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
   const uint32_t fit = room_floats / kFloats;
@@ -195,8 +196,9 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
 #pragma unroll 1
   for (uint32_t first = 0;;) {
     merge_parts<kWidth>(parts, queries, static_cast<uint32_t>(p.cache.head_dim),
-                        [&](uint32_t m, uint32_t d, Running state, const Vec<float, 4>& sums) {
+                        [&](uint32_t m, uint32_t d, Running state, Vec<float, 4>& sums) {
                           if (left == nullptr) {
+                            settle(first_query + m, d, state, sums);
                             write_answer(p, division, block, first_query + m, d, state, sums);
                             return;
                           }

@@ -82,10 +82,7 @@ __device__ __forceinline__ float whole_score(float high, float low) {
 // that a ring has room for.
 template <int kDepth, int kTiles, int kShare, int kHalves>
 struct AttendBlock {
-  static constexpr int kRowsOfTile = kTileRows;
-  static constexpr int kQueriesOfWarp = 4 * kTiles;
-  static constexpr int kWarpsOfRing = kShare;
-  static constexpr int kQueries = kQueriesOfWarp * kWarpsOfRing;
+  static constexpr int kQueries = 4 * kTiles * kShare;
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
   static constexpr int kHalfBytes = kTileRows * kChunks * 16;  // of a tile: its keys, or its values
@@ -113,11 +110,6 @@ struct AttendBlock {
     if (kHalves == 4) return kDepth <= 8 && kTiles * kShare == 1 && !from_sm_100 ? 2 : 1;
     if (kTiles == 2 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
     return kDepth > 8 || from_sm_100 || (kDepth == 4 && kTiles == 1) ? 3 : 4;
-  }
-
-  // Where the warps of a ring leave their sums in the end: in the ring. 4: the rings' sums lie in different banks.
-  static __device__ __forceinline__ float* sums_of(char* shared_bytes, int ring) {
-    return reinterpret_cast<float*>(shared_bytes + kRingsAt + ring * kRingBytes) + 4 * ring;
   }
 
   // Where a chunk of a row lies in half a tile: rows are spread over the banks, so that eight of them are read at a
@@ -524,8 +516,7 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
   }
 
   // Each warp leaves its sums in its ring, which is empty now.
-  float* sums = Block::sums_of(shared_bytes, ring_number);
-  bool some_nan = false;
+  float* sums = reinterpret_cast<float*>(ring) + 4 * ring_number;  // 4: the rings' sums lie in different banks
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -536,15 +527,8 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sums[(n * 4 + mine) * Block::kQueryStride + 16 * k + 8 * h + lane / 4] = acc[n][k][h];
-        some_nan = some_nan || is_nan(acc[n][k][h]);
-      }
+      for (int h = 0; h < 2; ++h) sums[(n * 4 + mine) * Block::kQueryStride + 16 * k + 8 * h + lane / 4] = acc[n][k][h];
     }
-  }
-  if (__any_sync(kAllLanes, some_nan)) {
-    __syncwarp();
-    settle_non_finite_sums<Block>(p, division, shared_bytes);
   }
   advance.finish(division, {plan.seen, plan.first}, plan.total - plan.seen, p.cache.ring.divisor);
   __syncthreads();
@@ -556,7 +540,8 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
                     static_cast<uint32_t>(rings)};
   finish_unit<kWidth, kQueries>(p, division, block, first_query, queries, parts, shared.last,
                                 reinterpret_cast<float*>(shared_bytes + Block::kRingsAt),
-                                static_cast<uint32_t>(rings * (Block::kRingBytes / 4)));
+                                static_cast<uint32_t>(rings * (Block::kRingBytes / 4)),
+                                SettleNonFinite{p, division, shared.plan});
 }
 
 // A call's shape and the GPU that it is for: all that the choice of blocks depends on, so that a call's answer does not

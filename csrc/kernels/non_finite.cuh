@@ -2,8 +2,8 @@
 //
 // A softmax weight of a finite score is never 0, so an infinite value makes the answer infinite however little it
 // weighs. The FP16 parts of a small weight are 0 though, and 0 times an infinity is NaN. So the kernel lets such a
-// value make NaN of a sum, and in the end looks at each sum that is NaN again: at the values that its query sees, one
-// by one. That costs time only where there are such values.
+// value make NaN of a sum. Before an answer is written, its elements that are NaN are settled by a look at the values
+// that its query sees, one by one. That costs time only where there are such values.
 #pragma once
 
 #include "attend_common.cuh"
@@ -14,16 +14,13 @@ __device__ __forceinline__ bool is_finite_half(uint16_t bits) { return (bits & 0
 
 __device__ __forceinline__ bool is_nan(float x) { return x != x; }
 
-// The rows of some tiles of one head, as one query sees them.
+// The rows of one head, as one query sees them.
 struct SeenRows {
   const AttendParams& p;
   const AttendPlan& plan;
   const BlockUnit& block;
   int64_t t;           // of the query
   int64_t query_head;  // and its head
-  uint32_t first_tile;
-  uint32_t stride;  // from a tile to the next
-  int tile_rows;
 
   // Element d of a row of this head's keys or values, as it is stored.
   __device__ uint16_t element(const uint16_t* cached, const Rows<const void*>& new_rows, int64_t row, int64_t d) const {
@@ -36,7 +33,7 @@ struct SeenRows {
     return stored_element(new_rows.data, offset, p.append.dtype, p.append.saturate, counted_elsewhere);
   }
 
-  __device__ bool sees(int64_t row) const { return row < plan.count && (p.rows == 1 || plan.sees(t, row)); }
+  __device__ bool sees(int64_t row) const { return p.rows == 1 || plan.sees(t, row); }
 
   // Is the score of a row minus infinity? Its weight is 0 then.
   __device__ bool weighs_nothing(int64_t row) const {
@@ -54,45 +51,38 @@ struct SeenRows {
   // What the values at place d that are not finite come to: 0, an infinity or NaN.
   __device__ float sum_of_non_finite(int64_t d) const {
     float sum = 0.0f;
-    for (int64_t tile = first_tile; tile * tile_rows < plan.count && !is_nan(sum); tile += stride) {
-      for (int64_t row = tile * tile_rows; row < (tile + 1) * tile_rows; ++row) {
-        if (!sees(row)) continue;
-        const uint16_t value = element(p.cache.v_cache, p.append.value, row, d);
-        if (is_finite_half(value)) continue;
-        sum += weighs_nothing(row) ? 0.0f * half_to_float(value) : half_to_float(value);
-      }
+    for (int64_t row = 0; row < plan.count && !is_nan(sum); ++row) {
+      if (!sees(row)) continue;
+      const uint16_t value = element(p.cache.v_cache, p.append.value, row, d);
+      if (is_finite_half(value)) continue;
+      sum += weighs_nothing(row) ? 0.0f * half_to_float(value) : half_to_float(value);
     }
     return sum;
   }
 };
 
-// Settles the sums of one warp that are NaN. A query with a score that is NaN or infinity keeps its NaN.
-// The warp's place is found once more here, so that the kernel need not keep it in registers for this.
-template <typename Block>
-__device__ __noinline__ void settle_non_finite_sums(const AttendParams& p, const Division& division,
-                                                    char* shared_bytes) {
-  const auto& shared = *reinterpret_cast<const typename Block::Shared*>(shared_bytes);
+// Element d of the answer of a query, `number` of those that share this block's KV head, which came out as NaN although
+// the query's scores are not. The block's place is found once more here, so that the kernel need not keep it for this.
+__device__ __noinline__ float settled_element(const AttendParams& p, const Division& division, const AttendPlan& plan,
+                                              uint32_t number, uint32_t d) {
   const BlockUnit block = BlockUnit::of(p, division, blockIdx.x);
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t ring = warp / Block::kWarpsOfRing;
-  const uint32_t rings = blockDim.x / 32 / Block::kWarpsOfRing;
-  const uint32_t first = warp % Block::kWarpsOfRing * Block::kQueriesOfWarp;  // of this warp's queries in the block
-  float* const sums = Block::sums_of(shared_bytes, ring);
-#pragma unroll 1
-  for (uint32_t m = first; m < first + Block::kQueriesOfWarp; ++m) {
-    const uint32_t number = block.tile * Block::kQueries + m;
-    const uint32_t t = division.group_size(number);
-    if (t >= p.rows) return;
-    if (is_nan(shared.running[ring][m].sum)) continue;
-    const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
-    const SeenRows rows{
-        p, shared.plan, block, t, query_head, block.split * rings + ring, division.splits * rings, Block::kRowsOfTile};
-#pragma unroll 1
-    for (uint32_t d = threadIdx.x % 32; d < p.cache.head_dim; d += 32) {
-      float& sum = sums[m * Block::kQueryStride + d];
-      if (is_nan(sum)) sum = rows.sum_of_non_finite(d);
+  const uint32_t t = division.group_size(number);
+  const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
+  return SeenRows{p, plan, block, t, query_head}.sum_of_non_finite(d);
+}
+
+struct SettleNonFinite {
+  const AttendParams& p;
+  const Division& division;
+  const AttendPlan& plan;
+
+  __device__ __forceinline__ void operator()(uint32_t number, uint32_t d, Running state, Vec<float, 4>& sums) const {
+    if (!is_nan(sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3]) || is_nan(state.sum)) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (is_nan(sums.x[i])) sums.x[i] = settled_element(p, division, plan, number, d + i);
     }
   }
-}
+};
 
 }  // namespace kvc

@@ -8,7 +8,7 @@ left alone.
 `Positions` remembers the largest position that each sequence was fed. A token whose position is not larger comes again:
 a text is fed twice, an earlier text was not forgotten, or `use_cache=False` feeds the whole text at each step. On a
 CPU, and where several tokens come at once, that is an error before anything is stored. One token on a GPU is looked at
-by the device. That error comes a step or two later, so that no step waits.
+by the device. That error comes some steps later, so that no step waits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 
 UNKNOWN = -(2**62)  # no position was seen
 FED_TWICE = 2**62  # a token came again; stays until the sequence is forgotten
+CALLS_A_COPY = 4  # steps between two looks at what a GPU has noticed
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Positions:
             self._fed_twice = torch.full((), FED_TWICE, dtype=torch.int64, device=self.last.device)
         self._copy: Tensor | None = None  # of `last`, on its way to the host
         self._arrived: Any = None
+        self._stream: Any = None
+        self._calls = 0
         for tensor in (self.last, self._fed_twice):  # graphs hold their addresses: see StreamingKVCacheFp16
             tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
@@ -148,18 +151,25 @@ class Positions:
             _refuse("a token came at a position that was fed before")
 
     def _latest_copy(self) -> Tensor | None:
-        """A copy of `last` that has arrived, if one has; the next one is sent for."""
+        """A copy of `last` that has arrived, if one has. Now and then the next one is sent for.
+
+        It goes through a stream of its own: on the steps' stream it would hold up the step after it, by some 20 us. It
+        may be read while a step changes `last`. What that step noticed is then in the next copy.
+        """
         arrived = None
         if self._copy is not None:
             if not self._arrived.query():
                 return None
-            arrived = self._copy.clone()
-        else:
+            arrived, self._copy = self._copy, None
+        self._calls += 1
+        if self._calls % CALLS_A_COPY == 0:
             self._copy = torch.empty(self.last.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-            self._arrived = torch.cuda.Event()
-        with torch.cuda.device(self.last.device):
-            self._copy.copy_(self.last, non_blocking=True)
-            self._arrived.record()
+            with torch.cuda.device(self.last.device):
+                if self._stream is None:
+                    self._stream, self._arrived = torch.cuda.Stream(), torch.cuda.Event()
+                with torch.cuda.stream(self._stream):
+                    self._copy.copy_(self.last, non_blocking=True)
+                    self._arrived.record()
         return arrived
 
 
