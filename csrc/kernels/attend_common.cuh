@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attend.h"
 #include "blocks.h"
@@ -182,7 +183,8 @@ constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
 // of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by
 // now; the others' parts are copied to `room`, shared memory for `room_floats`, at least two parts: as many at a time
 // as fit there. What those come to takes the place of the last of them, and is the first of the next.
-// `settle(number, d, state, sums)` may change the sums of an answer before it is written.
+// `settle(number, d, state, sums)` may change the sums of an answer before it is written. It is null where there is
+// nothing to settle, as infinite sums are kept: see merge_parts.
 template <int kWidth, int kQueries, typename Settle>
 __device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
                                             uint32_t first_query, uint32_t queries, const Parts& own, bool& shared_last,
@@ -195,16 +197,17 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
   float* left = whole ? nullptr : of_unit + block.split * kFloats;  // what the parts come to; null: it is the answer
 #pragma unroll 1
   for (uint32_t first = 0;;) {
-    merge_parts<kWidth>(parts, queries, static_cast<uint32_t>(p.cache.head_dim),
-                        [&](uint32_t m, uint32_t d, Running state, Vec<float, 4>& sums) {
-                          if (left == nullptr) {
-                            settle(first_query + m, d, state, sums);
-                            write_answer(p, division, block, first_query + m, d, state, sums);
-                            return;
-                          }
-                          store<float, 4>(left + m * kWidth + d, sums);
-                          if (d == 0) store<float, 2>(left + kQueries * kWidth + 2 * m, {state.max, state.sum});
-                        });
+    merge_parts<kWidth, std::is_null_pointer_v<Settle>>(
+        parts, queries, static_cast<uint32_t>(p.cache.head_dim),
+        [&](uint32_t m, uint32_t d, Running state, Vec<float, 4>& sums) {
+          if (left == nullptr) {
+            if constexpr (!std::is_null_pointer_v<Settle>) settle(first_query + m, d, state, sums);
+            write_answer(p, division, block, first_query + m, d, state, sums);
+            return;
+          }
+          store<float, 4>(left + m * kWidth + d, sums);
+          if (d == 0) store<float, 2>(left + kQueries * kWidth + 2 * m, {state.max, state.sum});
+        });
     if (left == nullptr) break;
     __syncthreads();
     if (first == 0) {

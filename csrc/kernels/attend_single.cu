@@ -206,8 +206,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
   __syncthreads();
   const Parts parts{&shared.states[0].max, sums, 2, Block::kPartStride, 0, static_cast<uint32_t>(warps * kRows)};
   finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, parts, shared.last, sums,
-                                static_cast<uint32_t>(warps * kRows * Block::kPartStride),
-                                [](uint32_t, uint32_t, Running, Vec<float, 4>&) {});
+                                static_cast<uint32_t>(warps * kRows * Block::kPartStride), nullptr);
 }
 
 template <int kLanes>

@@ -38,7 +38,13 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 // The weight 2^x, x <= 0, of a finite score or of a partial softmax: not 0. NaN stays NaN.
 __device__ __forceinline__ float weight_of_finite(float x) {
+#if defined(KVC_EMULATED)
   return power_of_two(x < kLog2LeastWeight ? kLog2LeastWeight : x);
+#else
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(kLog2LeastWeight));  // fmaxf would lose NaN
+  return power_of_two(y);
+#endif
 }
 
 // Where partial softmaxes lie, all strides in floats.
@@ -53,7 +59,8 @@ struct Parts {
 
 // Merges the parts of each query in their order. A thread takes four elements of a query's answer at a time:
 // emit(query, d, state, sums) takes the merged state and the merged sums of the elements d to d + 3.
-template <int kWidth, typename Emit>
+// kKeepInfinite: no part's weight is 0, so that sums that are infinite stay so. Else they may become NaN.
+template <int kWidth, bool kKeepInfinite, typename Emit>
 __device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries, uint32_t head_dim, const Emit& emit) {
   constexpr uint32_t kFours = kWidth / 4;
 #pragma unroll 1
@@ -71,7 +78,8 @@ __device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries
     for (uint32_t i = 0; i < parts.count; ++i) {
       const Vec<float, 2> state = load<float, 2>(states + i * parts.state_stride);
       const Vec<float, 4> part = load<float, 4>(sums + i * parts.sums_stride);
-      const float weight = weight_of_finite(state.x[0] - merged.max);
+      const float difference = state.x[0] - merged.max;
+      const float weight = kKeepInfinite ? weight_of_finite(difference) : power_of_two(difference);
       merged.sum = fmaf(state.x[1], weight, merged.sum);
 #pragma unroll
       for (int j = 0; j < 4; ++j) value.x[j] = fmaf(part.x[j], weight, value.x[j]);
