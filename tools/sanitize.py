@@ -45,7 +45,7 @@ EMULATED_FLAGS = ["--param", "asan-stack=0", "-DSANITIZE_EMULATED", f"-I{EMULATO
 CPU_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 # Parts, of which racecheck takes gigabytes of the host's memory each.
-GPU_TOOLS = {"racecheck": 16, "memcheck": 1, "synccheck": 1, "initcheck": 1}
+GPU_TOOLS = {"memcheck": 1, "synccheck": 1, "initcheck": 1, "racecheck": 40}
 AT_A_TIME = 8  # compute-sanitizer can run ten
 NOTHING_FOUND = ("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")
 
@@ -95,7 +95,7 @@ def on_cpu(folder: Path) -> list[str]:
         return [name for name in pool.map(lambda each: run(*each), runs) if name is not None]
 
 
-def on_gpu(folder: Path) -> list[str]:
+def on_gpu(folder: Path, tools: Sequence[str]) -> list[str]:
     toolkit = setup.find_toolkit()
     if toolkit is None:
         raise SystemExit("sanitize: there is a GPU, but no CUDA toolkit (nvcc): install one, or set CUDA_HOME")
@@ -113,7 +113,7 @@ def on_gpu(folder: Path) -> list[str]:
         plain, racecheck = (each.result() for each in building)
         say("built gpu")
         runs = []
-        for tool, parts in GPU_TOOLS.items():
+        for tool, parts in ((tool, GPU_TOOLS[tool]) for tool in tools):
             program = [racecheck, "fp32"] if tool == "racecheck" else [plain]
             for part in range(parts):
                 command = [sanitizer, "--tool", tool, *program, f"{part}/{parts}"]
@@ -132,13 +132,15 @@ def has_gpu() -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("cpu", "gpu"), help="one of the two parts; gpu: even if none is seen")
-    only = parser.parse_args().only
+    parser.add_argument("--tools", nargs="+", choices=GPU_TOOLS, default=list(GPU_TOOLS), help="on a GPU these alone")
+    chosen = parser.parse_args()
+    only = chosen.only
     found = []
     with tempfile.TemporaryDirectory() as folder:
         if only != "gpu":
             found += on_cpu(Path(folder))
         if only == "gpu" or (only is None and has_gpu()):
-            found += on_gpu(Path(folder))
+            found += on_gpu(Path(folder), chosen.tools)
         elif only is None:
             say("left out the GPU's part: there is no GPU here (--only gpu runs it all the same)")
     print(f"sanitize: {'nothing found' if not found else 'findings of ' + '; '.join(found)}")
