@@ -14,9 +14,9 @@
 namespace kvc {
 
 constexpr uint32_t kFloatInfBits = 0x7f800000u;
-constexpr uint32_t kFloatNanBits = 0x7fc00000u;
 constexpr uint32_t kHalfOverflowBits =
     0x477ff000u;                                // 65520: the least magnitude that rounds past the largest FP16 number
+constexpr uint16_t kHalfQuietBit = 0x0200u;     // of an FP16 NaN
 constexpr uint32_t kHalfMaxBits = 0x477fe000u;  // 65504: the largest FP16 number
 
 KVC_HD uint32_t float_bits(float x) {

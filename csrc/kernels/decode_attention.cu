@@ -479,7 +479,8 @@ __global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::
 #pragma unroll
             for (int chunk = 0; chunk < kChunks; ++chunk) {
               const uint16_t bits = reinterpret_cast<const uint16_t*>(tile_values + Block::place(row, chunk))[lane / 4];
-              if (!is_finite_half(bits)) acc[n][chunk / 2][chunk % 2] = bits_float(kFloatNanBits);
+              // (With the bit an infinity is NaN, too. A plain NaN here makes other instances spill registers.)
+              if (!is_finite_half(bits)) acc[n][chunk / 2][chunk % 2] += half_to_float(bits | kHalfQuietBit);
             }
           }
         }
