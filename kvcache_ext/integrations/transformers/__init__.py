@@ -7,6 +7,8 @@
 
 How a forward pass goes through it:
 
+0. Hooks on the model's decoder (passes.py) let the cache look at what comes, before anything is stored: positions that
+   were fed before, masks of another length, states of an encoder.
 1. The model asks for a mask. `make_mask` (masks.py) is what transformers finds under this attention's name. A plain
    causal or sliding pattern needs no mask: attention over the cache is causal by itself. A 2D mask says which of the
    new tokens exist: `Shared.plan` (shared.py) turns it into what the kernels take, the number of rows to append for
@@ -14,6 +16,7 @@ How a forward pass goes through it:
    mask that it is.
 2. Each layer calls `update` (layers.py). With this attention it only hands the new rows on, in a `NewRows`; with any
    other (eager, sdpa, flex, ...) it appends them and returns all keys and values, gathered, in the dtype that came in.
+   Outside of a pass `update` is a past made by hand: what nobody attends to is appended at the next call.
 3. Each layer calls its attention, `attend` (attention.py): `append_attend` on the cache where it lies, or under a 4D
    mask masked attention over gathered keys and values.
 

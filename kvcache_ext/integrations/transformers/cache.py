@@ -400,16 +400,12 @@ class Fp16Cache(Cache):
             return
         for cache in self.caches:
             layer = next(layer for layer in self.layers if layer.cache is cache)
+            removed: int | Tensor = count  # an int leaves the host with exact lengths
             record = shared.records.get(layer.window)
-            record = None if record is None else record[:, : layer.columns]  # more, after a call that was refused
-            if record is None and layer.first == 0:
-                StreamingKVCacheFp16.truncate(cache, left, **shared.slots(cache.device))
-                continue
-            removed: int | Tensor = count
             if record is not None:
+                record = record[:, : layer.columns]  # more, after a call that was refused
                 removed = (record[:, left:].sum(1) + count - max(record.shape[1] - left, 0)).to(cache.device)
-            held = (cache._state[0] - cache._state[1])[0, : shared.active]
-            StreamingKVCacheFp16.truncate(cache, held - removed, **shared.slots(cache.device))
+            StreamingKVCacheFp16.drop_newest(cache, removed, **shared.slots(cache.device))
         for layer in self.layers:
             layer.columns = left
             shared.all_held_from(left, layer.window)
