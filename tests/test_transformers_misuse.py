@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvcache_ext import StreamingKVCacheFp16
 from kvcache_ext.integrations.transformers import NAME, Fp16Cache
-from kvcache_ext.integrations.transformers.passes import UNKNOWN
+from kvcache_ext.integrations.transformers.positions import UNKNOWN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,12 +18,14 @@ from ...attention import shown
 from ...cache import StreamingKVCacheFp16
 from . import files
 from .files import Progress
-from .graphs import DecodeGraph, StandIn, asks_for_router_logits
-from .layers import AbsentLayer, Fp16Layer, LayerGroup
+from .graphs import DecodeGraph, replayed
+from .groups import LayerGroup
+from .layers import AbsentLayer, Fp16Layer
 from .model import check_attention, check_takes_a_cache, keep_cache_where_rope_changes, plan_layers
-from .passes import Pass, Positions, real_tokens, watch
-from .shared import Shared, check_columns
-from .version import CROP_MARGIN, NAME, cache_argument
+from .passes import watch
+from .positions import Positions
+from .shared import Shared
+from .version import CROP_MARGIN, NAME
 
 
 class Fp16Cache(Cache):
@@ -232,74 +234,6 @@ class Fp16Cache(Cache):
             f"{self.get_seq_length()} tokens)"
         )
 
-    # A forward pass (see passes.py)
-
-    def begin_pass(self, decoder: Any, tokens: Tensor, options: dict[str, Any]) -> None:
-        """Before a pass of the model's decoder over `tokens`, `[B, T]` or `[B, T, ...]`, with these keyword arguments.
-
-        Raises what is wrong with it before anything is stored: ValueError, NotImplementedError, RuntimeError.
-        """
-        shared = self._shared
-        shared.settle()
-        shared.passing = None
-        if len(self.layers) != shared.layer_count:
-            raise NotImplementedError(
-                f"Fp16Cache: {type(decoder).__name__} has changed its list of {shared.layer_count} layers to one of "
-                f"{len(self.layers)}, and what it added would be left out when tokens are taken back or forgotten"
-            )
-        if options.get("encoder_hidden_states") is not None:
-            raise NotImplementedError(
-                "Fp16Cache: there is no place in it for the keys and values of cross-attention (encoder_hidden_states: "
-                "an image's or an encoder's states)"
-            )
-        self._check_whole()
-        batch, rows = tokens.shape[:2]
-        columns, mask = self.get_seq_length(), options.get("attention_mask")
-        if columns > 0:
-            shared.use_batch(batch, columns)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            check_columns(mask, columns, rows)
-        elif columns > 0 and options.get("use_cache") is False and options.get("position_ids") is None:
-            raise ValueError(
-                f"Fp16Cache: a forward pass with use_cache=False over {rows} tokens, and the cache holds {columns}: "
-                "generate() feeds the whole text at each step then; leave use_cache=False out (in the model's config, "
-                "too)"
-            )
-        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        if shared.positions is not None and not capturing:
-            waits = columns > 0 and rows > 1
-            shared.positions.raise_if_fed_twice(wait=waits)
-            if (waits or (columns > 0 and not shared.positions.last.is_cuda)) and batch == shared.active:
-                real, known = real_tokens(mask, batch, rows)
-                if known:
-                    shared.positions.check(options.get("position_ids"), real, batch, rows)
-        shared.passing = Pass(columns)
-
-    def end_pass(self, decoder: Any, tokens: Tensor, options: dict[str, Any]) -> None:
-        """After a pass that went through."""
-        shared = self._shared
-        batch, rows = tokens.shape[:2]
-        position_ids = options.get("position_ids")
-        if is_compiling() and (rows > 1 or position_ids is None):
-            return
-        passing, shared.passing = shared.passing, None
-        if not is_compiling() and passing is not None and options.get("use_cache") is not False:
-            if rows > 0 and self.get_seq_length() == passing.columns:
-                raise NotImplementedError(
-                    f"Fp16Cache: {type(decoder).__name__} was given this cache and stored nothing in it: it keeps no "
-                    "keys and values in such a cache"
-                )
-        real, known = real_tokens(options.get("attention_mask"), batch, rows)
-        if shared.positions is None or not known or batch > self.batch_size:
-            return
-        mask = options.get("attention_mask")
-        if position_ids is not None:
-            shared.positions.note(position_ids, real, batch, rows)
-        elif isinstance(mask, Tensor) and mask.dim() == 2:
-            shared.positions.assume(batch, mask.bool().sum(1))
-        elif real is None and not shared.has_padding():
-            shared.positions.assume(batch, self.get_seq_length())
-
     # What generation does to a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -500,62 +434,8 @@ class Fp16Cache(Cache):
         where a prompt comes in chunks of one, must not be padding. `compile`: see `DecodeGraph`. On a CPU there is no
         graph.
         """
-        graph: DecodeGraph | None = None
-        names = {cache_argument(), "past_key_values"}  # the old one is understood by all versions
-        original, own = model.forward, model.__dict__.get("forward")
-
-        def replayable(kwargs: dict[str, Any]) -> bool:
-            ids, mask, places = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-            given = [kwargs[name] for name in names if kwargs.get(name) is not None]
-            if len(given) != 1 or given[0] is not self or not self._shared.own_attention:
-                return False
-            if not isinstance(ids, Tensor) or tuple(ids.shape) != (self._shared.active, 1):
-                return False
-            if kwargs.get("use_cache") is None and getattr(model.config, "use_cache", True) is False:
-                return False
-            if not isinstance(places, Tensor) or places.dim() != 2:  # some models have several for a token
-                return False
-            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-                return False
-            if asks_for_router_logits(model) and kwargs.get("output_router_logits") is not False:
-                return False
-            for name, value in kwargs.items():
-                if name in names or name in ("input_ids", "attention_mask", "position_ids") or value is None:
-                    continue
-                if name in ("use_cache", "return_dict"):
-                    known = value is True
-                elif name == "logits_to_keep":  # of one token's logits
-                    known = isinstance(value, int)
-                else:
-                    known = value is False and name.startswith("output_")
-                if not known:
-                    return False
-            return True
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal graph
-            if args or not replayable(kwargs):
-                return original(*args, **kwargs)
-            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-            if graph is None or not graph.serves(ids):
-                if not DecodeGraph.has_room(self):
-                    return original(*args, **kwargs)
-                graph = DecodeGraph(model, self, compile=compile, forward=original)
-            if mask is not None:
-                mask = mask.to(ids.device).expand(len(ids), -1)
-                for window in {layer.window for layer in self.layers}:
-                    self._shared.plan(mask, self.get_seq_length(), 1, window, no_padding=True)
-            graph(ids, kwargs["position_ids"])
-            return graph.output()
-
-        model.forward = StandIn(model, own, original, forward)
-        try:
+        with replayed(model, self, compile=compile):
             yield
-        finally:
-            del model.forward
-            if own is not None:
-                model.forward = own
-        self._shared.raise_if_late(wait=True)
 
 
 class Storage:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .passes import Positions
+from .positions import Positions
 from .version import NAME, cache_argument
 
 if TYPE_CHECKING:
@@ -221,3 +221,64 @@ class StandIn:
             return copy.deepcopy(self.own, memo)
         model = copy.deepcopy(self.model, memo)
         return MethodType(type(model).forward, model)
+
+
+@contextmanager
+def replayed(model: Any, cache: Fp16Cache, *, compile: bool) -> Iterator[None]:
+    """See `Fp16Cache.cuda_graphs`."""
+    graph: DecodeGraph | None = None
+    names = {cache_argument(), "past_key_values"}  # the old one is understood by all versions
+    original, own = model.forward, model.__dict__.get("forward")
+
+    def replayable(kwargs: dict[str, Any]) -> bool:
+        ids, mask, places = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        given = [kwargs[name] for name in names if kwargs.get(name) is not None]
+        if len(given) != 1 or given[0] is not cache or not cache._shared.own_attention:
+            return False
+        if not isinstance(ids, Tensor) or tuple(ids.shape) != (cache._shared.active, 1):
+            return False
+        if kwargs.get("use_cache") is None and getattr(model.config, "use_cache", True) is False:
+            return False
+        if not isinstance(places, Tensor) or places.dim() != 2:  # some models have several for a token
+            return False
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return False
+        if asks_for_router_logits(model) and kwargs.get("output_router_logits") is not False:
+            return False
+        for name, value in kwargs.items():
+            if name in names or name in ("input_ids", "attention_mask", "position_ids") or value is None:
+                continue
+            if name in ("use_cache", "return_dict"):
+                known = value is True
+            elif name == "logits_to_keep":  # of one token's logits
+                known = isinstance(value, int)
+            else:
+                known = value is False and name.startswith("output_")
+            if not known:
+                return False
+        return True
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal graph
+        if args or not replayable(kwargs):
+            return original(*args, **kwargs)
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if graph is None or not graph.serves(ids):
+            if not DecodeGraph.has_room(cache):
+                return original(*args, **kwargs)
+            graph = DecodeGraph(model, cache, compile=compile, forward=original)
+        if mask is not None:
+            mask = mask.to(ids.device).expand(len(ids), -1)
+            for window in {layer.window for layer in cache.layers}:
+                cache._shared.plan(mask, cache.get_seq_length(), 1, window, no_padding=True)
+        graph(ids, kwargs["position_ids"])
+        return graph.output()
+
+    model.forward = StandIn(model, own, original, forward)
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+    cache._shared.raise_if_late(wait=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .shared import Shared
 from .version import CROP_MARGIN, NAME, cache_argument
 
 
@@ -199,7 +200,7 @@ class KeepsCache:
 
         inputs, name = prepare(), cache_argument()
         given: Any = options.get(name)
-        if hasattr(given, "begin_pass") and inputs.get(name) is None:
+        if isinstance(getattr(given, "_shared", None), Shared) and inputs.get(name) is None:
             given.reset()
             options["next_sequence_length"] = None  # or older releases go on with the newest token alone
             inputs = prepare()

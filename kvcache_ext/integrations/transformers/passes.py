@@ -1,181 +1,97 @@
 """A decoder's forward passes, watched: whether what it is fed goes on from what the cache holds.
 
 `watch` puts two hooks on a model's decoder, the module that gets token embeddings, masks and `position_ids` whatever
-was called: `generate`, the model, a model around it. Before a pass the cache looks at what comes
-(`Fp16Cache.begin_pass`), after it at what was fed (`Fp16Cache.end_pass`). Passes with another cache, or with none, are
-left alone.
-
-`Positions` remembers the largest position that each sequence was fed. A token whose position is not larger comes again:
-a text is fed twice, an earlier text was not forgotten, or `use_cache=False` feeds the whole text at each step. On a
-CPU, and where several tokens come at once, that is an error before anything is stored. One token on a GPU is looked at
-by the device. That error comes some steps later, so that no step waits.
+was called: `generate`, the model, a model around it. Before a pass `begin_pass` looks at what comes, after it
+`end_pass` at what was fed. Passes with another cache, or with none, are left alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-UNKNOWN = -(2**62)  # no position was seen
-FED_TWICE = 2**62  # a token came again; stays until the sequence is forgotten
-CALLS_A_COPY = 4  # steps between two looks at what a GPU has noticed
+from .positions import real_tokens
+from .shared import Pass, Shared, check_columns
+
+if TYPE_CHECKING:
+    from .cache import Fp16Cache
 
 
-@dataclass
-class Pass:
-    """A forward pass under way."""
+def begin_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: dict[str, Any]) -> None:
+    """Before a pass of the model's decoder over `tokens`, `[B, T]` or `[B, T, ...]`, with these keyword arguments.
 
-    columns: int  # that every layer had when it began
-    rows: int | None = None  # new tokens, as the first layer got them
+    Raises what is wrong with it before anything is stored: ValueError, NotImplementedError, RuntimeError.
+    """
+    shared = cache._shared
+    shared.settle()
+    shared.passing = None
+    if len(cache.layers) != shared.layer_count:
+        raise NotImplementedError(
+            f"Fp16Cache: {type(decoder).__name__} has changed its list of {shared.layer_count} layers to one of "
+            f"{len(cache.layers)}, and what it added would be left out when tokens are taken back or forgotten"
+        )
+    if options.get("encoder_hidden_states") is not None:
+        raise NotImplementedError(
+            "Fp16Cache: there is no place in it for the keys and values of cross-attention (encoder_hidden_states: "
+            "an image's or an encoder's states)"
+        )
+    cache._check_whole()
+    batch, rows = tokens.shape[:2]
+    columns, mask = cache.get_seq_length(), options.get("attention_mask")
+    if columns > 0:
+        shared.use_batch(batch, columns)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        check_columns(mask, columns, rows)
+    elif columns > 0 and options.get("use_cache") is False and options.get("position_ids") is None:
+        raise ValueError(
+            f"Fp16Cache: a forward pass with use_cache=False over {rows} tokens, and the cache holds {columns}: "
+            "generate() feeds the whole text at each step then; leave use_cache=False out (in the model's config, "
+            "too)"
+        )
+    capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if shared.positions is not None and not capturing:
+        waits = columns > 0 and rows > 1
+        shared.positions.raise_if_fed_twice(wait=waits)
+        if (waits or (columns > 0 and not shared.positions.last.is_cuda)) and batch == shared.active:
+            real, known = real_tokens(mask, batch, rows)
+            if known:
+                shared.positions.check(options.get("position_ids"), real, batch, rows)
+    shared.passing = Pass(columns)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ValueError(
-        f"Fp16Cache: {what}: the text, or a part of it, comes again on top of what the cache holds. reset() the cache "
-        "before another text, pass only tokens that are new, and leave out use_cache=False (in the model's config, "
-        "too), with which the whole text comes again at each step"
-    )
-
-
-class Positions:
-    """The largest position that each sequence was fed: `last`, int64 `[batch_size]` on the decoder's device."""
-
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        with torch.inference_mode(False):
-            self.last = torch.full((batch_size,), UNKNOWN, dtype=torch.int64, device=device)
-        self.paused = False  # while steps run that will be taken back
-        self._connect()
-
-    def _connect(self) -> None:
-        with torch.inference_mode(False):
-            if self.last.is_inference():  # copied or unpickled under inference mode
-                self.last = torch.empty_like(self.last).copy_(self.last)
-            self._fed_twice = torch.full((), FED_TWICE, dtype=torch.int64, device=self.last.device)
-        self._copy: Tensor | None = None  # of `last`, on its way to the host
-        self._arrived: Any = None
-        self._stream: Any = None
-        self._calls = 0
-        for tensor in (self.last, self._fed_twice):  # graphs hold their addresses: see StreamingKVCacheFp16
-            tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"last": self.last, "paused": False}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._connect()
-
-    def forget(self) -> None:
-        self.last.fill_(UNKNOWN)
-        self._copy = None
-
-    def take(self, sequences: Tensor) -> None:
-        """Sequence i becomes what sequence `sequences[i]` was."""
-        chosen = sequences.to(self.last.device).clamp(0, len(self.last) - 1)
-        self.last[: len(chosen)] = self.last[chosen]
-
-    def remove(self, count: int) -> None:
-        """That the newest `count` columns of every sequence are gone. (Some of them may have been padding.)"""
-        self.last.sub_(count)
-
-    def assume(self, batch: int, tokens: int | Tensor) -> None:
-        """That each sequence has so many tokens (an int, or `[B]`), some of which came without positions.
-
-        Those are taken to count from 0. (Models that count padding, too, are then further on than this.)
-        """
-        last = self.last[:batch]
-        if isinstance(tokens, Tensor):
-            torch.maximum(last, tokens.to(last.device) - 1, out=last)
-        else:
-            last.clamp_(min=tokens - 1)
-
-    @staticmethod
-    def _of_tokens(position_ids: Any, rows: int) -> tuple[Tensor, bool] | None:
-        """`[B or 1, T]`, and whether neighbours may be equal. None where these are no positions that can be compared.
-
-        Models of images have several for a token (`[3 or 4, B, T]`), of which the first is equal within an image.
-        """
-        if not isinstance(position_ids, Tensor) or position_ids.dim() < 2 or position_ids.shape[-1] != rows:
-            return None
-        if position_ids.dim() == 2:
-            return position_ids, False
-        return (position_ids[0], True) if position_ids.dim() == 3 and len(position_ids) in (3, 4) else None
-
-    def check(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
-        """Raises if a token comes again; on a GPU this waits. `real`: bool `[B, T]`, what is no padding; None: all."""
-        found = self._of_tokens(position_ids, rows)
-        if found is None:
-            return
-        positions = found[0].to(self.last.device).expand(batch, -1)
-        if real is not None:
-            positions = positions.where(real.to(positions.device), FED_TWICE)
-        first, last = torch.stack([positions.amin(1), self.last[:batch]]).tolist()
-        for sequence in range(batch):
-            if first[sequence] + found[1] <= last[sequence]:
-                _refuse(
-                    f"sequence {sequence} is fed position {first[sequence]}, and was fed positions up to "
-                    f"{last[sequence]} before"
-                )
-
-    def note(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
-        """Remembers what was fed, without waiting; and of one token, that it came again."""
-        found = self._of_tokens(position_ids, rows)
-        if found is None:
-            return
-        last = self.last[:batch]
-        positions = found[0].to(last.device).expand(batch, -1)
-        if real is not None:
-            positions = positions.where(real.to(last.device), UNKNOWN)
-        largest = positions[:, 0] if rows == 1 else positions.amax(1)
-        if rows > 1:
-            torch.maximum(last, largest, out=last)
-            return
-        again = largest < last if found[1] else largest <= last
-        if real is not None:
-            again = again & real[:, 0].to(last.device)
-            largest = torch.maximum(largest, last)
-        torch.where(again, self._fed_twice, largest, out=last)
-
-    def raise_if_fed_twice(self, *, wait: bool = False) -> None:
-        """What the device has noticed by now; with `wait`, all that it was given to look at."""
-        if self.paused:
-            return
-        if wait:
-            self._copy = None
-        noticed = self.last if wait or not self.last.is_cuda else self._latest_copy()
-        if noticed is not None and int(noticed.max()) >= FED_TWICE:
-            _refuse("a token came at a position that was fed before")
-
-    def _latest_copy(self) -> Tensor | None:
-        """A copy of `last` that has arrived, if one has. Now and then the next one is sent for.
-
-        It goes through a stream of its own: on the steps' stream it would hold up the step after it, by some 20 us. It
-        may be read while a step changes `last`. What that step noticed is then in the next copy.
-        """
-        arrived = None
-        if self._copy is not None:
-            if not self._arrived.query():
-                return None
-            arrived, self._copy = self._copy, None
-        self._calls += 1
-        if self._calls % CALLS_A_COPY == 0:
-            self._copy = torch.empty(self.last.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-            with torch.cuda.device(self.last.device):
-                if self._stream is None:
-                    self._stream, self._arrived = torch.cuda.Stream(), torch.cuda.Event()
-                with torch.cuda.stream(self._stream):
-                    self._copy.copy_(self.last, non_blocking=True)
-                    self._arrived.record()
-        return arrived
+def end_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: dict[str, Any]) -> None:
+    """After a pass that went through."""
+    shared = cache._shared
+    batch, rows = tokens.shape[:2]
+    position_ids = options.get("position_ids")
+    if is_compiling() and (rows > 1 or position_ids is None):
+        return
+    passing, shared.passing = shared.passing, None
+    if not is_compiling() and passing is not None and options.get("use_cache") is not False:
+        if rows > 0 and cache.get_seq_length() == passing.columns:
+            raise NotImplementedError(
+                f"Fp16Cache: {type(decoder).__name__} was given this cache and stored nothing in it: it keeps no "
+                "keys and values in such a cache"
+            )
+    real, known = real_tokens(options.get("attention_mask"), batch, rows)
+    if shared.positions is None or not known or batch > cache.batch_size:
+        return
+    mask = options.get("attention_mask")
+    if position_ids is not None:
+        shared.positions.note(position_ids, real, batch, rows)
+    elif isinstance(mask, Tensor) and mask.dim() == 2:
+        shared.positions.assume(batch, mask.bool().sum(1))
+    elif real is None and not shared.has_padding():
+        shared.positions.assume(batch, cache.get_seq_length())
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The `Fp16Cache` that a decoder is given, if it is one. (Its class is not known here, as it knows this file.)"""
     for name in ("cache", "past_key_values"):
-        if hasattr(kwargs.get(name), "begin_pass"):
+        if isinstance(getattr(kwargs.get(name), "_shared", None), Shared):
             return kwargs[name]
     return None
 
@@ -193,13 +109,13 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return
     cache, tokens = _cache_of(kwargs), _tokens(args, kwargs)
     if cache is not None and tokens is not None:
-        cache.begin_pass(module, tokens, kwargs)
+        begin_pass(cache, module, tokens, kwargs)
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache, tokens = _cache_of(kwargs), _tokens(args, kwargs)
     if cache is not None and tokens is not None:
-        cache.end_pass(module, tokens, kwargs)
+        end_pass(cache, module, tokens, kwargs)
 
 
 def watch(model: Any) -> None:
@@ -210,21 +126,3 @@ def watch(model: Any) -> None:
     if _before not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_before, with_kwargs=True)
         decoder.register_forward_hook(_after, with_kwargs=True)
-
-
-def real_tokens(mask: Any, batch: int, rows: int) -> tuple[Tensor | None, bool]:
-    """Which of the new tokens exist, bool `[B, T]` or None for all, as a decoder's `attention_mask` says; and whether
-    that can be told at all: a finished mask of another kind does not say."""
-    if isinstance(mask, dict):
-        mask = next(iter(mask.values()), None)
-    if mask is None:
-        return None, True
-    if not isinstance(mask, Tensor):
-        return None, False
-    if mask.dim() == 2 and mask.shape[1] >= rows:
-        return mask[:, -rows:].bool().expand(batch, -1), True
-    if mask.dtype == torch.int8 and mask.shape == (batch, 1, 1, rows):  # these, and the next, are `Shared.plan`'s
-        return mask[:, 0, 0].bool(), True
-    if mask.dtype == torch.int32 and mask.shape == (batch, 1, 1, 1):
-        return torch.arange(rows, device=mask.device) >= rows - mask[:, 0, 0], True
-    return None, False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .passes import Pass, Positions
+from .positions import Positions
 from .version import NAME
 
 if TYPE_CHECKING:
@@ -66,6 +66,14 @@ def check_columns(mask: Tensor, held: int, new: int) -> None:
         "more: pass the mask of the whole text, old and new, or None if nothing is padding; reset() the cache first "
         f"if this is another text{again if mask.shape[1] == new == held + 1 else ''}"
     )
+
+
+@dataclass
+class Pass:
+    """A forward pass under way."""
+
+    columns: int  # that every layer had when it began
+    rows: int | None = None  # new tokens, as the first layer got them
 
 
 @dataclass
