@@ -7,8 +7,8 @@
 
 How a forward pass goes through it:
 
-0. Hooks on the model's decoder (passes.py, positions.py) let the cache look at what comes, before anything is stored: positions that
-   were fed before, masks of another length, states of an encoder.
+0. Hooks on the model's decoder (passes.py, positions.py) let the cache look at what comes, before anything is stored:
+   positions that were fed before, masks of another length, states of an encoder.
 1. The model asks for a mask. `make_mask` (masks.py) is what transformers finds under this attention's name. A plain
    causal or sliding pattern needs no mask: attention over the cache is causal by itself. A 2D mask says which of the
    new tokens exist: `Shared.plan` (shared.py) turns it into what the kernels take, the number of rows to append for
