@@ -562,3 +562,144 @@ def test_a_cache_that_a_pass_left_empty(models: Any, device: torch.device) -> No
         logits_of(model, cache, **prompts(1, 3, device))
     model.model.layers = inner
     assert cache._shared.positions is not None and int(cache._shared.positions.last.max()) == UNKNOWN
+
+
+# Found by a hostile tester
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_pass_that_fails_before_or_after_all_is_stored(device: torch.device, attention: str, where: str) -> None:
+    """After the last layer has stored, all layers hold the same, and nothing but the pass itself says that it failed."""
+    model = make_model("llama", device)
+    cache = cache_for(model, attention)
+    ids = prompts(1, 6, device)["input_ids"]
+
+    def fail(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    module = model.model.layers[0] if where == "first" else model.model.norm
+    hook = module.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        logits_of(model, cache, input_ids=ids)
+    hook.remove()
+    if where == "last":
+        for call in (lambda: logits_of(model, cache, input_ids=ids), lambda: cache.crop(-1)):
+            with pytest.raises(RuntimeError, match=r"broken off after it had stored its tokens; reset\(\) it"):
+                call()
+        cache.reset()
+    else:  # nothing was stored: a past made by hand is one
+        rows = torch.randn(1, 2, 5, 16, device=device)
+        for layer in range(3):
+            cache.update(rows, rows, layer)
+        assert cache.get_seq_length() == 5
+        cache.reset()
+    got = logits_of(model, cache, input_ids=ids)
+    model.set_attn_implementation("eager")
+    want = logits_of(model, RoundingCache(config=model.config), input_ids=ids)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_text_fed_twice_under_finished_masks(models: Any, device: torch.device, kind: torch.dtype) -> None:
+    """A 4D mask says of each token whether it exists: whether it sees itself."""
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64, 2)
+    ids = prompts(2, 7, device)["input_ids"]
+    sees = torch.ones(7, 14, dtype=torch.bool, device=device).tril(7).expand(2, 1, 7, 14).clone()
+    sees[0, :, :2] = False  # two rows of padding
+
+    def mask(of: Tensor) -> Tensor:
+        return of if kind == torch.bool else torch.where(of, 0.0, torch.finfo(kind).min)
+
+    places = (torch.arange(7, device=device) - torch.tensor([[2], [0]], device=device)).clamp(min=0)
+    logits_of(model, cache, input_ids=ids, attention_mask=mask(sees[..., 7:]), position_ids=places)
+    before = stored(cache)
+    with pytest.raises(ValueError, match=AGAIN):
+        logits_of(model, cache, input_ids=ids, attention_mask=mask(sees), position_ids=places)
+    assert unchanged(before, cache)
+    later = (torch.arange(7, device=device) + torch.tensor([[3], [7]], device=device)) * sees[:, 0, :, 7:].diagonal(
+        0, 1, 2
+    )
+    logits_of(model, cache, input_ids=ids, attention_mask=mask(sees), position_ids=later)
+    assert cache.get_seq_length() == 14
+
+
+def test_a_text_fed_twice_with_masks_that_generate_prepares(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    model.set_attn_implementation("eager")
+    cache = Fp16Cache.for_model(model, 64, attention=None, compileable=True)
+    model.generation_config.disable_compile = True
+    try:
+        with pytest.raises(ValueError, match=AGAIN):
+            generate(model, prompts(1, 9, device), cache, use_cache=False, max_new_tokens=8)
+    finally:
+        model.generation_config.disable_compile = False
+
+
+def test_several_tokens_that_were_fed_before_in_compiled_code(models: Any, device: torch.device) -> None:
+    """Compiled code cannot raise: the next call that is not compiled does."""
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64)
+    step = torch.compile(model, fullgraph=True)
+    options = {"input_ids": prompts(1, 7, device)["input_ids"], "attention_mask": None}
+    places = torch.arange(7, device=device)[None]
+    logits_of(step, cache, **options, position_ids=places)
+    logits_of(step, cache, **options, position_ids=places + 7)
+    assert cache._shared.positions is not None and cache._shared.positions.last.tolist() == [13]
+    logits_of(step, cache, **options, position_ids=places + 7)
+    with pytest.raises(ValueError, match=AGAIN):
+        cache.crop(-1)
+
+
+def test_a_cache_that_comes_without_its_name(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64)
+    ids, places = prompts(1, 6, device)["input_ids"], torch.arange(6, device=device)[None]
+    with torch.no_grad():
+        model.model(ids, None, places, cache)
+        with pytest.raises(ValueError, match=AGAIN):
+            model.model(ids, None, places, cache)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "OPT", "Bert"])
+def test_no_new_tokens(device: torch.device, name: str) -> None:
+    """The prompt once more, of which the cache holds all: some models would stumble over nothing before any mask."""
+    options = {"is_decoder": True} if name == "Bert" else {"ffn_dim": 32} if name == "OPT" else {}
+    kind = {"Bert": "BertLMHeadModel", "GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    model = getattr(transformers, kind)(tiny(name, num_key_value_heads=4, **options)).eval().to(device)
+    cache = Fp16Cache.for_model(model, 64)
+    generate(model, prompts(1, 7, device), cache, max_new_tokens=10)
+    with pytest.raises(ValueError, match=r"Fp16Cache: .*reset\(\)"):
+        generate(model, prompts(1, 7, device), cache, max_new_tokens=10)
+
+
+def test_arguments_of_another_batch(models: Any, device: torch.device) -> None:
+    model = models("llama")
+    cache = Fp16Cache.for_model(model, 64, 2)
+    ids = prompts(2, 4, device)["input_ids"]
+    for name, shape in (("attention_mask", (3, 4)), ("position_ids", (3, 4))):
+        with pytest.raises(ValueError, match=f"Fp16Cache: {name} must have 2 rows, one for each sequence, got 3"):
+            logits_of(model, cache, input_ids=ids, **{name: torch.ones(shape, dtype=torch.int64, device=device)})
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_right_uses_that_must_not_be_refused(models: Any, device: torch.device, attention: str) -> None:
+    model = models("llama")
+    cache = cache_for(model, attention)
+    ids = prompts(1, 4, device)["input_ids"]
+
+    def feed(*places: int, **options: Any) -> None:
+        where = torch.tensor([places], device=device)
+        logits_of(model, cache, input_ids=ids[:, : len(places)], position_ids=where, **options)
+
+    feed(0, 1, 2, 3)
+    feed(100, 101, 102, 103)  # a gap
+    cache.crop(-4)
+    feed(4, 5, 6, 7)
+    logits_of(model, cache, input_ids=ids[:, :1], use_cache=False)  # goes on by itself
+    cache.reset()
+    for layer in range(3):  # a past from elsewhere, whose positions nobody knows
+        cache.update(*torch.randn(2, 1, 2, 3, 16, device=device), layer)
+    feed(0, 1, 2, 3)

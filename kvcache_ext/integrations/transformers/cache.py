@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -231,13 +231,18 @@ class Fp16Cache(Cache):
         return (
             f"Fp16Cache({len(self.layers)} layers, max_positions={self._shared.max_positions}, "
             f"batch_size={self.batch_size}, windows={windows}, {self.memory_bytes() / 1e6:.1f} MB, "
-            f"{self.get_seq_length()} tokens)"
+            f"{self.layers[0].columns} tokens)"
         )
 
     # What generation does to a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The columns that a layer has: tokens and padding."""
+        """The columns that a layer has: tokens and padding.
+
+        Raises ValueError where a token was fed twice, and only the device had seen it.
+        """
+        if not is_compiling() and self._shared.positions is not None:
+            self._shared.positions.raise_if_fed_twice()
         length: int = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
         return length
 
@@ -247,17 +252,25 @@ class Fp16Cache(Cache):
         if is_compiling():
             return sizes
         self._shared.settle()
-        self._check_whole()
-        if self._shared.compileable and self._shared.positions is not None:  # `begin_pass` is compiled away
-            self._shared.positions.raise_if_fed_twice()
+        self._check_layers()
         if query_length == 0:
-            raise ValueError(
-                f"Fp16Cache: a forward pass over no tokens: it holds {self.get_seq_length()}, the whole text or more; "
-                "reset() it to begin anew"
-            )
+            self.refuse_no_tokens()
         return sizes
 
-    def _check_whole(self) -> None:
+    def refuse_no_tokens(self) -> NoReturn:
+        raise ValueError(
+            f"Fp16Cache: a forward pass over no tokens: it holds {self.get_seq_length()}, the whole text or more; "
+            "reset() it to begin anew"
+        )
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError if the last forward pass was broken off after it had stored something."""
+        self._check_layers()
+        passing = self._shared.passing  # left behind by one that was interrupted
+        if self._shared.broken_off or (passing is not None and self.layers[0].columns != passing.columns):
+            raise RuntimeError("Fp16Cache: a forward pass was broken off after it had stored its tokens; reset() it")
+
+    def _check_layers(self) -> None:
         counts = {layer.columns for layer in self.layers}
         if len(counts) != 1:
             raise RuntimeError(
@@ -286,6 +299,7 @@ class Fp16Cache(Cache):
         """Forgets everything; the memory stays."""
         shared = self._shared
         shared.handed_out = shared.passing = None
+        shared.broken_off = False
         for cache in self.caches:
             StreamingKVCacheFp16.clear(cache)
         for layer in self.layers:
@@ -316,7 +330,7 @@ class Fp16Cache(Cache):
         if count == 0:
             return
         self._shared.settle()
-        self._check_whole()
+        self.check_whole()
         for layer in self.layers:
             left = layer.columns - count
             if left < 0:
@@ -344,7 +358,7 @@ class Fp16Cache(Cache):
             layer.columns = left
             shared.all_held_from(left, layer.window)
         if shared.positions is not None:
-            shared.positions.remove(count)
+            shared.positions.remove(count, left)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was. `beam_idx`: integers `[n]`.

@@ -45,7 +45,7 @@ def save(cache: Fp16Cache, path: Any, progress: Progress) -> None:
     """See `Fp16Cache.save`."""
     shared = cache._shared
     shared.settle()
-    cache._check_whole()
+    cache.check_whole()
     shared.raise_if_late(wait=True)
     layers: list[dict[str, Any]] = []
     stored = []

@@ -230,9 +230,7 @@ class Fp16Layer(CacheLayerMixin):
         self.shared.settle()
         self._check_new(key_states, value_states)
         if not self.shared.own_attention:
-            keys, values = self.append_gather(key_states, value_states)
-            self._note_past_by_hand()
-            return keys, values
+            return self.append_gather(key_states, value_states)
         self.shared.handed_out = NewRows(self, key_states, value_states)
         return self.shared.handed_out, self.shared.handed_out
 
@@ -266,11 +264,6 @@ class Fp16Layer(CacheLayerMixin):
         key, value = _of_one_dtype(rows.new_key.detach().transpose(1, 2), rows.new_value.detach().transpose(1, 2))
         self.shared.all_held_from(self.columns, self.window)
         self._append(key, value)
-        self._note_past_by_hand()
-
-    def _note_past_by_hand(self) -> None:
-        if self.shared.passing is None and self.shared.positions is not None:
-            self.shared.positions.assume(self.shared.active or 1, self.columns)
 
     def gathered(self, rows: int) -> int:
         """How many columns `append_gather` gives for so many new rows."""

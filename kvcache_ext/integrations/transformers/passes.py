@@ -7,6 +7,8 @@ was called: `generate`, the model, a model around it. Before a pass `begin_pass`
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ def begin_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: di
     """
     shared = cache._shared
     shared.settle()
+    cache.check_whole()
     shared.passing = None
     if len(cache.layers) != shared.layer_count:
         raise NotImplementedError(
@@ -38,14 +41,19 @@ def begin_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: di
             "Fp16Cache: there is no place in it for the keys and values of cross-attention (encoder_hidden_states: "
             "an image's or an encoder's states)"
         )
-    cache._check_whole()
     batch, rows = tokens.shape[:2]
     columns, mask = cache.get_seq_length(), options.get("attention_mask")
+    if rows == 0:
+        cache.refuse_no_tokens()
     if columns > 0:
         shared.use_batch(batch, columns)
+    for name in ("attention_mask", "position_ids"):
+        value = options.get(name)
+        if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] not in (1, batch):
+            raise ValueError(f"Fp16Cache: {name} must have {batch} rows, one for each sequence, got {value.shape[0]}")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         check_columns(mask, columns, rows)
-    elif columns > 0 and options.get("use_cache") is False and options.get("position_ids") is None:
+    elif columns > 0 and options.get("use_cache") is False and not _takes_positions(decoder):
         raise ValueError(
             f"Fp16Cache: a forward pass with use_cache=False over {rows} tokens, and the cache holds {columns}: "
             "generate() feeds the whole text at each step then; leave use_cache=False out (in the model's config, "
@@ -67,7 +75,7 @@ def end_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: dict
     shared = cache._shared
     batch, rows = tokens.shape[:2]
     position_ids = options.get("position_ids")
-    if is_compiling() and (rows > 1 or position_ids is None):
+    if is_compiling() and position_ids is None:
         return
     passing, shared.passing = shared.passing, None
     if not is_compiling() and passing is not None and options.get("use_cache") is not False:
@@ -88,34 +96,65 @@ def end_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: dict
         shared.positions.assume(batch, cache.get_seq_length())
 
 
-def _cache_of(kwargs: dict[str, Any]) -> Any:
-    """The `Fp16Cache` that a decoder is given, if it is one. (Its class is not known here, as it knows this file.)"""
-    for name in ("cache", "past_key_values"):
-        if isinstance(getattr(kwargs.get(name), "_shared", None), Shared):
-            return kwargs[name]
-    return None
+def break_off(cache: Fp16Cache) -> None:
+    """After a pass that ended with an error."""
+    shared = cache._shared
+    passing, shared.passing, shared.handed_out = shared.passing, None, None
+    columns = {layer.columns for layer in cache.layers}
+    if passing is not None and columns != {passing.columns}:
+        shared.broken_off = True
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _takes_positions(decoder: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
+def _cache_of(values: Iterable[Any]) -> Any:
+    """The `Fp16Cache` among a decoder's arguments. (Its class is not known here, as it knows this file.)"""
+    return next((value for value in values if isinstance(getattr(value, "_shared", None), Shared)), None)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+
+
+def _tokens(options: dict[str, Any]) -> Tensor | None:
     """Token ids `[B, T]` or embeddings `[B, T, ...]`."""
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            return value
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(options.get(name), Tensor) and options[name].dim() >= 2:
+            found: Tensor = options[name]
+            return found
     return None
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if is_compiling():
         return
-    cache, tokens = _cache_of(kwargs), _tokens(args, kwargs)
-    if cache is not None and tokens is not None:
-        begin_pass(cache, module, tokens, kwargs)
+    cache = _cache_of((*kwargs.values(), *args))
+    if cache is None:
+        return
+    options = _named(module, args, kwargs)
+    tokens = _tokens(options)
+    if tokens is not None:
+        begin_pass(cache, module, tokens, options)
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache, tokens = _cache_of(kwargs), _tokens(args, kwargs)
-    if cache is not None and tokens is not None:
-        end_pass(cache, module, tokens, kwargs)
+    if is_compiling():
+        options = kwargs
+        cache = _cache_of((kwargs.get("cache"), kwargs.get("past_key_values")))
+    else:
+        cache = _cache_of((*kwargs.values(), *args))
+        options = kwargs if cache is None else _named(module, args, kwargs)
+    if cache is None:
+        return
+    tokens = _tokens(options)
+    if output is None:
+        break_off(cache)
+    elif tokens is not None:
+        end_pass(cache, module, tokens, options)
 
 
 def watch(model: Any) -> None:
@@ -125,4 +164,4 @@ def watch(model: Any) -> None:
         decoder = model
     if _before not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_before, with_kwargs=True)
-        decoder.register_forward_hook(_after, with_kwargs=True)
+        decoder.register_forward_hook(_after, with_kwargs=True, always_call=True)  # also after an error

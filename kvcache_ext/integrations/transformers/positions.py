@@ -22,7 +22,8 @@ def _refuse(what: str) -> NoReturn:
     raise ValueError(
         f"Fp16Cache: {what}: the text, or a part of it, comes again on top of what the cache holds. reset() the cache "
         "before another text, pass only tokens that are new, and leave out use_cache=False (in the model's config, "
-        "too), with which the whole text comes again at each step"
+        "too), with which the whole text comes again at each step. (Pad batches for generate() on the left: behind "
+        "padding on the right it counts from the padding's position on.)"
     )
 
 
@@ -63,9 +64,12 @@ class Positions:
         chosen = sequences.to(self.last.device).clamp(0, len(self.last) - 1)
         self.last[: len(chosen)] = self.last[chosen]
 
-    def remove(self, count: int) -> None:
-        """That the newest `count` columns of every sequence are gone. (Some of them may have been padding.)"""
-        self.last.sub_(count)
+    def remove(self, count: int, left: int) -> None:
+        """That the newest `count` columns of every sequence are gone, and so many are left.
+
+        Some may have been padding, and positions may have had gaps: rather too little is remembered than too much.
+        """
+        self.last.sub_(count).clamp_(max=left - 1)
 
     def assume(self, batch: int, tokens: int | Tensor) -> None:
         """That each sequence has so many tokens (an int, or `[B]`), some of which came without positions.
@@ -79,12 +83,14 @@ class Positions:
             last.clamp_(min=tokens - 1)
 
     @staticmethod
-    def _of_tokens(position_ids: Any, rows: int) -> tuple[Tensor, bool] | None:
+    def _of_tokens(position_ids: Any, batch: int, rows: int) -> tuple[Tensor, bool] | None:
         """`[B or 1, T]`, and whether neighbours may be equal. None where these are no positions that can be compared.
 
         Models of images have several for a token (`[3 or 4, B, T]`), of which the first is equal within an image.
         """
         if not isinstance(position_ids, Tensor) or position_ids.dim() < 2 or position_ids.shape[-1] != rows:
+            return None
+        if position_ids.shape[-2] not in (1, batch):
             return None
         if position_ids.dim() == 2:
             return position_ids, False
@@ -92,7 +98,7 @@ class Positions:
 
     def check(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
         """Raises if a token comes again; on a GPU this waits. `real`: bool `[B, T]`, what is no padding; None: all."""
-        found = self._of_tokens(position_ids, rows)
+        found = self._of_tokens(position_ids, batch, rows)
         if found is None:
             return
         positions = found[0].to(self.last.device).expand(batch, -1)
@@ -107,27 +113,24 @@ class Positions:
                 )
 
     def note(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
-        """Remembers what was fed, without waiting; and of one token, that it came again."""
-        found = self._of_tokens(position_ids, rows)
+        """Remembers what was fed, and that a token came again, without waiting."""
+        found = self._of_tokens(position_ids, batch, rows)
         if found is None:
             return
         last = self.last[:batch]
         positions = found[0].to(last.device).expand(batch, -1)
-        if real is not None:
-            positions = positions.where(real.to(last.device), UNKNOWN)
-        largest = positions[:, 0] if rows == 1 else positions.amax(1)
-        if rows > 1:
-            torch.maximum(last, largest, out=last)
-            return
-        again = largest < last if found[1] else largest <= last
-        if real is not None:
-            again = again & real[:, 0].to(last.device)
-            largest = torch.maximum(largest, last)
+        if rows == 1 and real is None:
+            first = largest = positions[:, 0]
+        else:
+            there = positions > UNKNOWN if real is None else real.to(last.device)
+            first = positions.where(there, FED_TWICE).amin(1)
+            largest = torch.maximum(last, positions.where(there, UNKNOWN).amax(1))
+        again = first < last if found[1] else first <= last
         torch.where(again, self._fed_twice, largest, out=last)
 
     def raise_if_fed_twice(self, *, wait: bool = False) -> None:
         """What the device has noticed by now; with `wait`, all that it was given to look at."""
-        if self.paused:
+        if self.paused or (self.last.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if wait:
             self._copy = None
@@ -160,12 +163,12 @@ class Positions:
 
 def real_tokens(mask: Any, batch: int, rows: int) -> tuple[Tensor | None, bool]:
     """Which of the new tokens exist, bool `[B, T]` or None for all, as a decoder's `attention_mask` says; and whether
-    that can be told at all: a finished mask of another kind does not say."""
+    that can be told at all."""
     if isinstance(mask, dict):
-        mask = next(iter(mask.values()), None)
+        mask = next((value for value in mask.values() if value is not None), None)
     if mask is None:
         return None, True
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.shape[0] not in (1, batch):
         return None, False
     if mask.dim() == 2 and mask.shape[1] >= rows:
         return mask[:, -rows:].bool().expand(batch, -1), True
@@ -173,4 +176,10 @@ def real_tokens(mask: Any, batch: int, rows: int) -> tuple[Tensor | None, bool]:
         return mask[:, 0, 0].bool(), True
     if mask.dtype == torch.int32 and mask.shape == (batch, 1, 1, 1):
         return torch.arange(rows, device=mask.device) >= rows - mask[:, 0, 0], True
+    if mask.dim() == 4 and mask.shape[2] == rows and mask.shape[3] >= rows:  # finished: a token sees itself
+        own = mask[:, 0].diagonal(mask.shape[3] - rows, 1, 2)
+        if own.dtype == torch.bool:
+            return own.expand(batch, -1), True
+        if own.is_floating_point():
+            return (own > torch.finfo(own.dtype).min / 2).expand(batch, -1), True
     return None, False

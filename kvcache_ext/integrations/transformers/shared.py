@@ -96,6 +96,7 @@ class Shared:
     storage: Storage | None = None
     positions: Positions | None = None  # that the sequences were fed
     passing: Pass | None = None  # the forward pass under way, where it is known
+    broken_off: bool = False  # a pass ended with an error after it had stored something
     handed_out: NewRows | None = None  # by `update`, and not yet attended to
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
