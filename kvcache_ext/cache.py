@@ -400,17 +400,20 @@ class StreamingKVCacheFp16:
     ) -> None:
         """`truncate` and `drop_newest` in compiled code."""
         length: int | Tensor
+        chosen = self._optional_slots(op, sequences)
         if isinstance(n, Tensor):
-            length = n.view(1) if n.dim() == 0 else n
+            entries = self.batch_size if chosen is None else chosen.shape[0]
+            length = n.expand(entries).contiguous() if n.dim() == 0 else n  # one number for all
         else:
-            if any(number < 0 for number in ([n] if isinstance(n, int) else n)):
+            numbers = self._ints(op, "n", n)
+            if any(number < 0 for number in numbers):
                 raise IndexError(f"{op}: n must be at least 0, got {n}")
-            length = n if isinstance(n, int) else torch.tensor(list(n), dtype=torch.int64, device=self.device)
+            length = n if isinstance(n, int) else torch.tensor(numbers, dtype=torch.int64, device=self.device)
         ops.truncate(
             self.k_cache,
             self._state,
             length,
-            sequences=self._optional_slots(op, sequences),
+            sequences=chosen,
             sink_positions=self.sink_positions,
             newest=newest,
         )
@@ -535,6 +538,15 @@ class StreamingKVCacheFp16:
             if got != wanted:
                 raise ValueError(f"copy_sequence: source must have the cache's {name}, {wanted}, got {got}")
 
+    @staticmethod
+    def _ints(op: str, name: str, numbers: int | Sequence[int]) -> list[int]:
+        """Numbers of the host's, for compiled code; the bindings check those of eager code."""
+        as_list = [numbers] if isinstance(numbers, int) else list(numbers)
+        for number in as_list:
+            if isinstance(number, (bool, float, str)):
+                raise TypeError(f"{op}: {name} must be an int, got {type(number).__name__}")
+        return as_list
+
     def _slots(
         self,
         op: str,
@@ -550,7 +562,9 @@ class StreamingKVCacheFp16:
         """
         if isinstance(numbers, Tensor):
             return numbers.view(1) if numbers.dim() == 0 else numbers
-        as_list = [numbers] if isinstance(numbers, int) else list(numbers)
+        if name == "sequences" and isinstance(numbers, int):
+            raise TypeError(f"{op}: sequences must be a list of ints or a tensor of them, got int")
+        as_list = self._ints(op, name, numbers)
         for number in as_list:
             if isinstance(number, int) and not 0 <= number < self.batch_size:  # else it is a number of the device's
                 raise IndexError(

@@ -832,6 +832,34 @@ def test_infinite_values_of_scores_that_are_not_finite(backend: Backend, rows: i
     assert want[..., :group, 5].isinf().all()
 
 
+@pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_new_rows_with_scores_of_minus_infinity(backend: Backend, rows: int, softcap: float | None) -> None:
+    """The same of rows that the call itself appends. A softcap makes their scores finite."""
+    twin = attention_twin(backend, 30, overflow="inf", num_layers=1)
+    key, value = torch.randn(1, rows, 2, 64), torch.randn(1, rows, 2, 64)
+    key[0, 1, 0, 3], value[0, 1, 0, 5] = -torch.inf, torch.inf
+    query = torch.rand(1, rows, 4, 64) + 0.1
+    on_device = (x.to(backend.device) for x in (query, key, value))
+    options = {} if softcap is None else {"softcap": softcap}
+    got = twin.cache.append_attend(0, *on_device, **options)
+    want, _ = reference.append_attend(
+        twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, query, key, value, saturate=False, **options
+    )
+    same_kinds(got, want)
+    assert (want[0, 1:, :2, 5].isnan() if softcap is None else want[0, 1:, :2, 5].isposinf()).all()
+
+
+def test_merge_states_has_gradients() -> None:
+    lses = torch.tensor([[0.5], [-0.5]], requires_grad=True)
+    outs = torch.randn(2, 1, 3, requires_grad=True)
+    merged, lse = merge_states(list(outs), list(lses))
+    (merged.sum() + lse.sum()).backward()
+    weights = torch.tensor([0.5, -0.5]).softmax(0)
+    torch.testing.assert_close(outs.grad, weights[:, None, None].expand(2, 1, 3).contiguous())
+    assert lses.grad is not None and lses.grad.isfinite().all() and lses.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("difference", [1.0, 100.0, 1e4])
 def test_merge_states_of_infinite_answers(device: torch.device, difference: float) -> None:
     """An infinite answer stays that, however little it weighs."""

@@ -265,6 +265,10 @@ WRONG_LISTS = {
     "copy_sequence twice to this": lambda c, k: c.copy_sequence([2, 2], [1, 1], source=c.source),
     "copy_sequence of other sinks": lambda c, k: c.copy_sequence(0, 0, source=c.of_other_sinks),
     "drop_newest": lambda c, k: c.drop_newest([1, -1]),
+    "drop_newest of a fraction": lambda c, k: c.drop_newest([1.5, 1]),
+    "drop_newest of truth": lambda c, k: c.drop_newest(True),
+    "drop_newest of a sequence": lambda c, k: c.drop_newest(1, sequences=0),
+    "copy_sequence of truth": lambda c, k: c.copy_sequence(True, 0),
     "drop_newest all": lambda c, k: c.drop_newest(-1),
     "drop_newest some": lambda c, k: c.drop_newest(1, sequences=[0, 0]),
     "truncate": lambda c, k: c.truncate([1, -1]),
@@ -286,7 +290,7 @@ def test_lists_are_checked_in_compiled_code(device: torch.device, name: str) -> 
     key = torch.randn(2, 3, 2, 16, device=device)
     cache.append(0, key, key)
     before = cache._state.clone()
-    with pytest.raises((ValueError, IndexError)) as eager:
+    with pytest.raises((TypeError, ValueError, IndexError)) as eager:
         call(cache, key)
     for fullgraph in (False, True):
         torch._dynamo.reset()

@@ -115,7 +115,8 @@ def test_append_attend(backend: Backend, rows: int, dtype: torch.dtype, overflow
         finite = want.to(dtype).isfinite()
         rounding = {torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
         torch.testing.assert_close(got[finite].double(), want[finite], rtol=rounding, atol=rounding * 100)
-    assert len(kinds) == 4 and kinds["isfinite"] > 100 and kinds["isnan"] > 0
+    assert kinds["isfinite"] > 100 and kinds["isnan"] > 0
+    assert kinds["isposinf"] + kinds["isneginf"] > 0
     assert twin.overflow_counts[0] == 0
     assert (twin.overflow_counts[1] > 0) == (dtype != torch.float16)
 

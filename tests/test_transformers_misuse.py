@@ -570,7 +570,7 @@ def test_a_cache_that_a_pass_left_empty(models: Any, device: torch.device) -> No
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_a_pass_that_fails_before_or_after_all_is_stored(device: torch.device, attention: str, where: str) -> None:
-    """After the last layer has stored, all layers hold the same, and nothing but the pass itself says that it failed."""
+    """After the last layer has stored, all layers hold the same: only the pass itself knows that it failed."""
     model = make_model("llama", device)
     cache = cache_for(model, attention)
     ids = prompts(1, 6, device)["input_ids"]

@@ -294,7 +294,7 @@ class Cache {
     };
     if (is_list(n)) {
       const int64_t size = list_size(op, "n", n);
-      TORCH_CHECK_VALUE(size == entries, op, ": n must have one length for each of the ", entries, " sequences, got ",
+      TORCH_CHECK_VALUE(size == entries, op, ": n must have one number for each of the ", entries, " sequences, got ",
                         size);
       std::vector<int64_t> numbers;
       for (int64_t i = 0; i < entries; ++i) {

@@ -12,7 +12,6 @@ from torch import Tensor
 from . import transfer
 from .layout import (
     DTYPES,
-    KINDS,
     LAYERS,
     NAMES,
     OWN_METADATA,
@@ -65,7 +64,6 @@ def save_layers(
     metadata: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     progress: bool | Progress | None = None,
-    format: str = LAYERS.format,
 ) -> None:
     """Writes layers of one or several caches to one file, whole or not at all, as `StreamingKVCacheFp16.save` does.
 
@@ -77,14 +75,13 @@ def save_layers(
         metadata: goes into the file's `__metadata__`. `layout.OWN_METADATA` has the names that are taken.
         tensors: small tensors, of dtypes in `layout.DTYPES`, on any device. They are part of what the first checksum
             covers. `layout.is_own_tensor` knows the names that are taken.
-        format: the kind of the file; it names the call in errors.
 
     Raises:
         TypeError, ValueError, IndexError: an argument is wrong.
         OSError: the file cannot be written. The old one stays.
         RuntimeError: a current stream is being captured into a graph, or a cache's memory has been moved.
     """
-    kind = KINDS[format]
+    kind = LAYERS
     op = kind.save
     target = checked_path(op, path)
     check_progress(op, progress)
@@ -220,7 +217,7 @@ class LayersFile:
         self._file.read(selection, progress, verify=not fresh, emptied=emptied, overflow_counts=True)
 
 
-def open_layers(path: Any, *, format: str = LAYERS.format) -> LayersFile:
+def open_layers(path: Any) -> LayersFile:
     """Opens a file of `save_layers` and reads and checks all of it but keys and values.
 
     Raises:
@@ -228,6 +225,6 @@ def open_layers(path: Any, *, format: str = LAYERS.format) -> LayersFile:
             call), has a newer version, is truncated or damaged.
         TypeError, OSError: the path is wrong, or the file cannot be read.
     """
-    kind = KINDS[format]
+    kind = LAYERS
     source = checked_path(kind.load, path)
     return LayersFile(OpenFile(kind.load, source, kind))
