@@ -71,8 +71,6 @@ H200_TARGETS = {  # 90% of copying from device to device
         "reorder/beams/8/4096",
         "reorder/wrapped/8/4096",
         "copy_sequence/4096",
-        "copy_from/same/4096",
-        "copy_from/smaller/4096",
     )
 }
 
