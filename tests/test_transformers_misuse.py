@@ -703,3 +703,39 @@ def test_right_uses_that_must_not_be_refused(models: Any, device: torch.device, 
     for layer in range(3):  # a past from elsewhere, whose positions nobody knows
         cache.update(*torch.randn(2, 1, 2, 3, 16, device=device), layer)
     feed(0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("how", ["plain", "lookup", "padded", "cropped", "reordered"])
+def test_a_text_fed_twice_to_a_model_without_positions(device: torch.device, how: str) -> None:
+    """Bloom has no `position_ids`, and transformers 5.24 takes masks of ones away: the tokens themselves tell."""
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(
+        vocab_size=97, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0, eos_token_id=None
+    )
+    model = transformers.BloomForCausalLM(config).eval().to(device)
+    inputs = prompts(2, 5, device, padded=how == "padded")
+    inputs = inputs if how in ("padded", "reordered") else {name: value[:1] for name, value in inputs.items()}
+    cache = Fp16Cache.for_model(model, 64, 2, attention=None)
+    text = generate(model, inputs, cache, max_new_tokens=4)
+    if how == "cropped":
+        cache.crop(-2)
+    elif how == "reordered":
+        cache.reorder_cache(torch.tensor([1, 0], device=device))
+        text = text[[1, 0]]
+    longer = torch.cat([text, prompts(len(text), 6, device)["input_ids"]], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, longer.shape[1] - 5), value=1)
+    turn = {"input_ids": longer, "attention_mask": mask}
+    want = generate(model, turn, RoundingCache(config=config), max_new_tokens=6)
+    if how == "lookup":
+        held = cache.get_seq_length()
+        try:
+            got = generate(model, turn, cache, max_new_tokens=6, prompt_lookup_num_tokens=2)
+        except ValueError as error:
+            assert "comes again on top" in str(error) or "attention_mask has" in str(error)
+            assert cache.get_seq_length() == held
+            return
+        assert torch.equal(got, want)
+        return
+    with torch.no_grad(), pytest.raises(ValueError, match=AGAIN):
+        model(input_ids=longer, past_key_values=cache)
+    assert torch.equal(generate(model, turn, cache, max_new_tokens=6), want)

@@ -300,6 +300,7 @@ class Fp16Cache(Cache):
         shared = self._shared
         shared.handed_out = shared.passing = None
         shared.broken_off = False
+        shared.texts.forget()
         for cache in self.caches:
             StreamingKVCacheFp16.clear(cache)
         for layer in self.layers:
@@ -357,6 +358,7 @@ class Fp16Cache(Cache):
         for layer in self.layers:
             layer.columns = left
             shared.all_held_from(left, layer.window)
+        shared.texts.crop(left)
         if shared.positions is not None:
             shared.positions.remove(count, left)
 
@@ -423,6 +425,7 @@ class Fp16Cache(Cache):
         whole = torch.cat([indices.long(), rest])
         for cache in self.caches:
             StreamingKVCacheFp16.reorder(cache, whole.to(cache.device))
+        shared.texts.take(indices)
         if shared.positions is not None:
             shared.positions.take(indices)
         for window, record in shared.records.items():

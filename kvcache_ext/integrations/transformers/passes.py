@@ -67,6 +67,8 @@ def begin_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: di
             real, known = real_tokens(mask, batch, rows)
             if known:
                 shared.positions.check(options.get("position_ids"), real, batch, rows)
+    if columns > 0 and rows > 1 and not capturing and not _takes_positions(decoder) and _are_ids(tokens):
+        shared.texts.check(tokens)
     shared.passing = Pass(columns)
 
 
@@ -84,6 +86,8 @@ def end_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: dict
                 f"Fp16Cache: {type(decoder).__name__} was given this cache and stored nothing in it: it keeps no "
                 "keys and values in such a cache"
             )
+    if not is_compiling() and not _takes_positions(decoder):
+        shared.texts.note(tokens if _are_ids(tokens) else None, cache.get_seq_length())
     real, known = real_tokens(options.get("attention_mask"), batch, rows)
     if shared.positions is None or not known or batch > cache.batch_size:
         return
@@ -94,6 +98,10 @@ def end_pass(cache: Fp16Cache, decoder: nn.Module, tokens: Tensor, options: dict
         shared.positions.assume(batch, mask.bool().sum(1))
     elif real is None and not shared.has_padding():
         shared.positions.assume(batch, cache.get_seq_length())
+
+
+def _are_ids(tokens: Tensor) -> bool:
+    return tokens.dim() == 2 and not tokens.is_floating_point()
 
 
 def break_off(cache: Fp16Cache) -> None:

@@ -161,6 +161,47 @@ class Positions:
         return arrived
 
 
+class Texts:
+    """The token ids that were fed to a model without `position_ids`, where they are all known: `[sequences, columns]`.
+
+    There a text that is fed twice can be told by itself alone: by new tokens that begin with all that came before.
+    """
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+
+    def forget(self) -> None:
+        self.ids = None
+
+    def check(self, ids: Tensor) -> None:
+        """Raises if `ids`, `[B, T]`, begin with all that was fed. On a GPU this waits."""
+        fed = self.ids
+        if fed is None or len(fed) != len(ids) or ids.shape[1] <= fed.shape[1]:
+            return
+        if torch.equal(ids[:, : fed.shape[1]].to(fed.device), fed):
+            _refuse(f"{ids.shape[1]} tokens begin with the {fed.shape[1]} that were fed before")
+
+    def note(self, ids: Tensor | None, columns: int) -> None:
+        """After `ids` were fed, so that there are so many columns."""
+        before = 0 if self.ids is None else self.ids.shape[1]
+        known = ids is not None and before + ids.shape[1] == columns
+        if not known or ids is None:
+            self.ids = None
+        elif self.ids is None:
+            self.ids = ids.clone()
+        else:
+            self.ids = torch.cat([self.ids, ids.to(self.ids.device)], 1)
+
+    def take(self, sequences: Tensor) -> None:
+        """Sequence i becomes what sequence `sequences[i]` was."""
+        if self.ids is not None:
+            self.ids = self.ids[sequences.to(self.ids.device).clamp(0, len(self.ids) - 1)]
+
+    def crop(self, left: int) -> None:
+        if self.ids is not None:
+            self.ids = self.ids[:, :left]
+
+
 def real_tokens(mask: Any, batch: int, rows: int) -> tuple[Tensor | None, bool]:
     """Which of the new tokens exist, bool `[B, T]` or None for all, as a decoder's `attention_mask` says; and whether
     that can be told at all."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .positions import Positions
+from .positions import Positions, Texts
 from .version import NAME
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Shared:
     late: dict[int | None, LateCheck] = field(default_factory=dict)
     storage: Storage | None = None
     positions: Positions | None = None  # that the sequences were fed
+    texts: Texts = field(default_factory=Texts)
     passing: Pass | None = None  # the forward pass under way, where it is known
     broken_off: bool = False  # a pass ended with an error after it had stored something
     handed_out: NewRows | None = None  # by `update`, and not yet attended to
@@ -136,6 +137,7 @@ class Shared:
             )
         if self.active is not None and self.storage is not None:
             self.storage.clear()  # of a pass that was broken off in its first layer
+            self.texts.forget()
             if self.positions is not None:
                 self.positions.forget()
         self.active = batch
