@@ -15,7 +15,7 @@ from torch import Tensor
 
 UNKNOWN = -(2**62)  # no position was seen
 FED_TWICE = 2**62  # a token came again; stays until the sequence is forgotten
-CALLS_A_COPY = 4  # steps between two looks at what a GPU has noticed
+CALLS_A_COPY = 8  # looks between two copies of what a GPU has noticed
 
 
 def _refuse(what: str) -> NoReturn:
