@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_GPU
+from conftest import HAS_GPU, ROOT
 from llms import ATTENTIONS, FAMILIES, WINDOW, generate, logits_of, make_model, ones_after, prompts, tiny, transformers
 
 from kvcache_ext import StreamingKVCacheFp16
@@ -94,6 +97,28 @@ def test_a_loaded_cache_is_a_cache(models: Any, device: torch.device, tmp_path: 
         assert torch.equal(generate(model, inputs, cache, max_new_tokens=8), want)
     else:
         assert torch.equal(generate(model, inputs, cache, max_new_tokens=8), want)
+
+
+def test_another_process_goes_on(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    model = make_model("gemma2")
+    cache = Fp16Cache.for_model(model, 64, 2)
+    inputs = prompts(2, 12, cpu, padded=True)
+    turn = next_turn(inputs, generate(model, inputs, cache, max_new_tokens=5))
+    cache.save(tmp_path / "text")
+    torch.save(turn, tmp_path / "turn")
+    program = (
+        "import sys, torch; from llms import generate, make_model\n"
+        "from kvcache_ext.integrations.transformers import Fp16Cache\n"
+        "torch.set_num_threads(1); model = make_model('gemma2')\n"
+        "cache = Fp16Cache.load(sys.argv[1] + '/text', model)\n"
+        "text = generate(model, torch.load(sys.argv[1] + '/turn'), cache, max_new_tokens=6)\n"
+        "print(text.tolist())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == generate(model, turn, cache, max_new_tokens=6).tolist()
 
 
 def test_caches_of_other_models(tmp_path: Path) -> None:
