@@ -7,6 +7,7 @@ was called: `generate`, the model, a model around it. Before a pass `begin_pass`
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,14 @@ def break_off(cache: Fp16Cache) -> None:
         shared.broken_off = True
 
 
+@functools.cache
+def _names_positions(kind: Any) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
+
+
 def _takes_positions(decoder: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(decoder.forward).parameters
+    kind: Any = type(decoder)
+    return _names_positions(kind)
 
 
 def _cache_of(values: Iterable[Any]) -> Any:
