@@ -695,8 +695,8 @@ class StreamingKVCacheFp16:
             return_lse: also return the natural log-sum-exp of the scaled and capped scores: FP32 of the query's shape
                 without head_dim.
             out: a tensor of the query's shape and dtype to write into.
-            precision: "fp16" lets torch's FP16 attention answer many queries (`T` over 16) where it can, faster and
-                with its error, some 5e-4; "fp32" and calls that it cannot serve are answered at FP32 accuracy.
+            precision: "fp16" lets kernels round queries and weights to FP16, which makes many queries (a prompt)
+                faster, with the error of FP16 attention, some 5e-4; "fp32" answers at FP32 accuracy.
             sequences: the batch slots to attend to (see the class); `B` is then their number.
 
         Returns:
@@ -709,32 +709,29 @@ class StreamingKVCacheFp16:
         it (8 where head_dim is above 128, 4 above 256); more of them run in blocks of keys through
         matmul and an online softmax (see `kvcache_ext.attention.prefill`).
         """
-        attention.check_precision(precision)
-        if not attention.is_long(query):
-            if not is_compiling():
-                return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out, sequences)
-            attention.refuse_gradients("attend", query=query, out=out)
-            options = attention.kernel_options(self.head_dim, scale, window, softcap)
-            out, lse = attention.outputs(query, self.head_dim, out, return_lse)
-            ops.attend(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                self._workspace,
-                layer,
-                query,
-                sink_positions=self.sink_positions,
-                scale=options[0],
-                window=options[1],
-                softcap=options[2],
-                out=out,
-                lse=lse,
-                sequences=self._optional_slots("attend", sequences),
-            )
-            return out if lse is None else (out, lse)
-        return attention.prefill(
-            self, layer, query, (None, None, None), scale, window, softcap, return_lse, out, precision, sequences
+        rounds = attention.rounds(precision)
+        if not is_compiling():
+            return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out, rounds, sequences)
+        attention.refuse_gradients("attend", query=query, out=out)
+        options = attention.kernel_options(self.head_dim, scale, window, softcap)
+        out, lse = attention.outputs(query, self.head_dim, out, return_lse)
+        ops.attend(
+            self.k_cache,
+            self.v_cache,
+            self._state,
+            self._workspace,
+            layer,
+            query,
+            sink_positions=self.sink_positions,
+            scale=options[0],
+            window=options[1],
+            softcap=options[2],
+            out=out,
+            lse=lse,
+            sequences=self._optional_slots("attend", sequences),
+            rounds=rounds,
         )
+        return out if lse is None else (out, lse)
 
     def append_attend(
         self,
@@ -760,40 +757,36 @@ class StreamingKVCacheFp16:
 
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
-        attention.check_precision(precision)
-        if not attention.is_long(query):
-            if not is_compiling():
-                return self._compiled.append_attend(
-                    layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, sequences
-                )
-            attention.refuse_gradients("append_attend", query=query, key=key, value=value, out=out)
-            options = attention.kernel_options(self.head_dim, scale, window, softcap)
-            out, lse = attention.outputs(query, self.head_dim, out, return_lse)
-            ops.append_attend(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                self._overflow_counts,
-                self._workspace,
-                layer,
-                query,
-                key,
-                value,
-                new_lengths,
-                sink_positions=self.sink_positions,
-                saturate=self._saturate,
-                scale=options[0],
-                window=options[1],
-                softcap=options[2],
-                out=out,
-                lse=lse,
-                sequences=self._optional_slots("append_attend", sequences),
+        rounds = attention.rounds(precision)
+        if not is_compiling():
+            return self._compiled.append_attend(
+                layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, rounds, sequences
             )
-            return out if lse is None else (out, lse)
-        if key is None:  # which prefill takes for nothing to append
-            raise TypeError("append_attend: key must be a torch.Tensor, got NoneType")
-        new = (key, value, new_lengths)
-        return attention.prefill(self, layer, query, new, scale, window, softcap, return_lse, out, precision, sequences)
+        attention.refuse_gradients("append_attend", query=query, key=key, value=value, out=out)
+        options = attention.kernel_options(self.head_dim, scale, window, softcap)
+        out, lse = attention.outputs(query, self.head_dim, out, return_lse)
+        ops.append_attend(
+            self.k_cache,
+            self.v_cache,
+            self._state,
+            self._overflow_counts,
+            self._workspace,
+            layer,
+            query,
+            key,
+            value,
+            new_lengths,
+            sink_positions=self.sink_positions,
+            saturate=self._saturate,
+            scale=options[0],
+            window=options[1],
+            softcap=options[2],
+            out=out,
+            lse=lse,
+            sequences=self._optional_slots("append_attend", sequences),
+            rounds=rounds,
+        )
+        return out if lse is None else (out, lse)
 
     # Lengths and figures
 

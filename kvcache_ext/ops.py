@@ -98,15 +98,17 @@ def attend(
     out: Tensor,
     lse: Tensor | None = None,
     sequences: Tensor | None = None,
+    rounds: bool = False,
 ) -> None:
-    """Attention of up to 16 positions of `query`, `[B, T, Hq, D]`, over one layer, written to `out` and `lse`.
+    """Attention of the positions of `query`, `[B, T, Hq, D]`, over one layer, written to `out` and `lse`.
 
-    `scale` is at most 2^86 in magnitude; `window` and `softcap` 0 mean none. `workspace`: FP32, see
-    `workspace_floats`, its first 1,024 elements zero.
+    `scale` is at most 2^86 in magnitude; `window` and `softcap` 0 mean none. `rounds`: queries and weights may be
+    rounded to FP16. `workspace`: FP32, see `workspace_floats`, its first 1,024 elements zero.
     """
     _ops.attend(
-        k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences
-    )
+        k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences,
+        rounds,
+    )  # fmt: skip
 
 
 def append_attend(
@@ -129,11 +131,12 @@ def append_attend(
     out: Tensor,
     lse: Tensor | None = None,
     sequences: Tensor | None = None,
+    rounds: bool = False,
 ) -> None:
     """`append` and `attend` in one call, as if each position were appended and attended to in turn."""
     _ops.append_attend(
         k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
-        saturate, scale, window, softcap, out, lse, sequences,
+        saturate, scale, window, softcap, out, lse, sequences, rounds,
     )  # fmt: skip
 
 
@@ -257,7 +260,8 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("kvcache_ext::attend")
 def _(  # type: ignore[no-untyped-def]
-    k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences=None
+    k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences=None,
+    rounds=False,
 ):
     _check_devices(
         "attend", k_cache, v_cache=v_cache, state=state, workspace=workspace, query=query,
@@ -268,7 +272,7 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("kvcache_ext::append_attend")
 def _(  # type: ignore[no-untyped-def]
     k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
-    saturate, scale, window, softcap, out, lse, sequences=None,
+    saturate, scale, window, softcap, out, lse, sequences=None, rounds=False,
 ):  # fmt: skip
     _check_devices(
         "append_attend", k_cache, v_cache=v_cache, state=state, overflow_counts=overflow_counts, workspace=workspace,

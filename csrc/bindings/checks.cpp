@@ -439,6 +439,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   p.query = query_rows<const void*>(query.const_data_ptr(), query, c);
   if (out.defined()) p.out = query_rows<void*>(out.data_ptr(), out, c);
   p.window = options.window;
+  p.rounds = options.rounds;
   p.settled = false;
   p.appends = append != nullptr;
   if (append != nullptr) {

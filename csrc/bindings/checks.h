@@ -85,13 +85,11 @@ struct AttendOptions {
   double scale;
   int64_t window;  // 0: none
   double softcap;  // 0: none
+  bool rounds;     // precision="fp16"
 };
 
 // The largest magnitude of a scale, 2^86: times 512 products of FP16's largest numbers and log2(e) it is within FP32.
 constexpr double kLargestScale = 0x1p86;
-
-// The largest T that the decode kernels take.
-constexpr int64_t kMostQueries = 16;
 
 // Raises unless `query` has one of the shapes that attention takes: before an answer is allocated for it.
 void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache, int64_t batch);

@@ -198,22 +198,6 @@ bool HostLengths::known_without_looking() {
   return on_host() || (exact_ && capture() == 0);
 }
 
-int64_t HostLengths::longest_or_all(int64_t layer, Sequences of) {
-  return known_without_looking() ? longest(layer, of) : sinks_ + ring_.divisor;
-}
-
-std::pair<int64_t, int64_t> HostLengths::run_or_none(int64_t layer, Sequences of) {
-  if (of.begin == of.end || !known_without_looking()) return {-1, 0};
-  const int64_t n = held(layer, of.begin);
-  for (int64_t b = of.begin; b < of.end; ++b) {
-    // Where positions behind the sinks are evicted, a query before the oldest that is left sees the sinks alone.
-    const bool gap = sinks_ > 0 && first_[layer * batch_ + b] > sinks_;
-    if (gap || held(layer, b) != n) return {-1, 0};
-  }
-  const int64_t slot = n == 0 ? -1 : contiguous_slot(layer, of, 0, n);
-  return {slot, slot < 0 ? 0 : n};
-}
-
 int64_t HostLengths::shortest() const {
   int64_t n = held(0, 0);
   for (int64_t i = 1; i < layers_ * batch_; ++i) n = std::min(n, held_positions({seen_[i], first_[i]}, sinks_));

@@ -62,12 +62,6 @@ class HostLengths {
   int64_t held(int64_t layer, int64_t sequence) const;
   // The largest number held by one of these sequences of the layer.
   int64_t longest(int64_t layer, Sequences of) const;
-  // That without looking at the device: all slots where the copy is not exact, or is about to be captured.
-  int64_t longest_or_all(int64_t layer, Sequences of);
-  // All that they hold as a run of slots, likewise without looking: the first slot and the number. -1 and 0 where
-  // the slots or the positions do not follow each other, the sequences differ, nothing is held, or the copy is not
-  // exact.
-  std::pair<int64_t, int64_t> run_or_none(int64_t layer, Sequences of);
   int64_t shortest() const;                     // the smallest number held by any
   int64_t shortest_of(int64_t sequence) const;  // over layers
   int64_t position() const;                     // the largest number seen by any

@@ -181,13 +181,13 @@ class Cache {
   }
 
   py::object attend(py::handle layer, py::handle query, py::handle scale, py::handle window, py::handle softcap,
-                    py::handle return_lse, py::handle out, py::handle sequences) {
+                    py::handle return_lse, py::handle out, bool rounds, py::handle sequences) {
     const char* op = "attend";
     check_in_place(op);
     const SequencesArgument chosen(*this, op, sequences);
     const int64_t l = integer_argument(op, "layer", layer);
     const at::Tensor& q = tensor_argument(op, "query", query);
-    const AttendOptions options = attend_options(op, scale, window, softcap);
+    const AttendOptions options = attend_options(op, scale, window, softcap, rounds);
     const at::Tensor to = attend_output(op, q, out, chosen);
     const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
     kvc::attend(cache_, lengths_.get(), l, q, options, chosen.get(), workspace_, to, lse);
@@ -196,7 +196,7 @@ class Cache {
 
   py::object append_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
                            py::handle scale, py::handle window, py::handle softcap, py::handle return_lse,
-                           py::handle out, py::handle sequences) {
+                           py::handle out, bool rounds, py::handle sequences) {
     const char* op = "append_attend";
     check_in_place(op);
     const SequencesArgument chosen(*this, op, sequences);
@@ -205,45 +205,11 @@ class Cache {
     const at::Tensor& k = tensor_argument(op, "key", key);
     const at::Tensor& v = tensor_argument(op, "value", value);
     const at::Tensor* n = optional_tensor_argument(op, "new_lengths", new_lengths);
-    const AttendOptions options = attend_options(op, scale, window, softcap);
+    const AttendOptions options = attend_options(op, scale, window, softcap, rounds);
     const at::Tensor to = attend_output(op, q, out, chosen);
     const at::Tensor lse = flag_argument(op, "return_lse", return_lse) ? new_lse(q) : at::Tensor();
     kvc::append_attend(cache_, lengths_.get(), l, q, k, v, n, options, chosen.get(), workspace_, to, lse);
     return answer(to, lse);
-  }
-
-  // Raises what attend or, with a key, append_attend would for any number of queries, and does nothing. `out` may be
-  // None. Returns scale, window, softcap and sequences as the ops take them.
-  py::tuple check_attend(py::handle layer, py::handle query, py::handle key, py::handle value, py::handle new_lengths,
-                         py::handle scale, py::handle window, py::handle softcap, py::handle return_lse, py::handle out,
-                         py::handle sequences) const {
-    const char* op = key.is_none() ? "attend" : "append_attend";
-    check_in_place(op);
-    const int64_t l = integer_argument(op, "layer", layer);
-    const at::Tensor& q = tensor_argument(op, "query", query);
-    const AttendOptions options = attend_options(op, scale, window, softcap);
-    flag_argument(op, "return_lse", return_lse);
-    const SequencesArgument given(*this, op, sequences);
-    const ChosenSequences chosen = chosen_sequences(op, cache_, given.get());
-    const at::Tensor* k = nullptr;
-    const at::Tensor* v = nullptr;
-    const at::Tensor* n = nullptr;
-    std::optional<AppendParams> append;
-    if (!key.is_none()) {
-      k = &tensor_argument(op, "key", key);
-      v = &tensor_argument(op, "value", value);
-      n = optional_tensor_argument(op, "new_lengths", new_lengths);
-      append = append_params(op, cache_, l, false, *k, *v, n, chosen);
-    }
-    const at::Tensor to = out.is_none() ? at::Tensor() : tensor_argument(op, "out", out);
-    attend_params(op, cache_, l, q, options, append ? &*append : nullptr, chosen, workspace_, to, at::Tensor());
-    const at::Tensor* of_sequences = given.get() == nullptr ? nullptr : &given.get()->tensor;
-    check_outputs_apart(op, cache_,
-                        {{"query", &q}, {"key", k}, {"value", v}, {"new_lengths", n}, {"sequences", of_sequences}},
-                        {{"out", &to}});
-    py::object numbers = py::none();
-    if (given.get() != nullptr) numbers = py::cast(given.get()->tensor);
-    return py::make_tuple(options.scale, options.window, options.softcap, numbers);
   }
 
   int64_t shortest() {
@@ -438,10 +404,11 @@ class Cache {
     std::optional<IntegerArgument> numbers_;
   };
 
-  AttendOptions attend_options(const char* op, py::handle scale, py::handle window, py::handle softcap) const {
+  AttendOptions attend_options(const char* op, py::handle scale, py::handle window, py::handle softcap,
+                               bool rounds) const {
     return {scale.is_none() ? 1.0 / std::sqrt(static_cast<double>(cache_.view.head_dim))
                             : number_argument(op, "scale", scale),
-            window_argument(op, window), softcap_argument(op, softcap)};
+            window_argument(op, window), softcap_argument(op, softcap), rounds};
   }
 
   // A wrong query is reported as such by the checks, not by the allocation of an answer for it.
@@ -524,7 +491,6 @@ PYBIND11_MODULE(_C, m) {
       .def("get_range_raw", &Cache::get_range_raw)
       .def("attend", &Cache::attend)
       .def("append_attend", &Cache::append_attend)
-      .def("check_attend", &Cache::check_attend)
       .def("check_in_place", &Cache::check_in_place)
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
@@ -536,18 +502,6 @@ PYBIND11_MODULE(_C, m) {
       .def("copy_sequence", &Cache::copy_sequence)
       .def("copy_from", &Cache::copy_from)
       .def("clear", &Cache::clear);
-  // The largest number of positions that the sequences [begin, end) of a layer hold, as far as that is known on the
-  // host; else all slots.
-  m.def("longest_or_all",
-        [](const at::Tensor& state, int64_t layer, int64_t max_positions, int64_t begin, int64_t end) {
-          const auto lengths = kvc::HostLengths::of(state);
-          return lengths ? lengths->longest_or_all(layer, {begin, end}) : max_positions;
-        });
-  // All that they hold as (first slot, number), as far as that is known on the host and a run; else (-1, 0).
-  m.def("run_or_none", [](const at::Tensor& state, int64_t layer, int64_t begin, int64_t end) {
-    const auto lengths = kvc::HostLengths::of(state);
-    return lengths ? lengths->run_or_none(layer, {begin, end}) : std::pair<int64_t, int64_t>(-1, 0);
-  });
   m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
   m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });
   m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });

@@ -106,21 +106,11 @@ TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer
   return to;
 }
 
-namespace {
-
-void check_query_count(const char* op, int64_t rows) {
-  TORCH_CHECK_VALUE(rows <= kMostQueries, op, ": query must have at most ", kMostQueries, " positions here, got ",
-                    rows);
-}
-
-}  // namespace
-
 void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
             const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
             const at::Tensor& out, const at::Tensor& lse) {
   const ChosenSequences chosen = chosen_sequences("attend", cache, sequences);
   AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, chosen, workspace, out, lse);
-  check_query_count("attend", p.rows);
   check_outputs_apart("attend", cache, {{"query", &query}, {"sequences", tensor_of(sequences)}},
                       {{"workspace", &workspace}, {"out", &out}, {"lse", &lse}});
   p.settled = sequences == nullptr && lengths != nullptr && lengths->settled(layer);
@@ -136,7 +126,6 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   const ChosenSequences chosen = chosen_sequences(op, cache, sequences);
   const AppendParams append = append_params(op, cache, layer, false, key, value, new_lengths, chosen);
   AttendParams p = attend_params(op, cache, layer, query, options, &append, chosen, workspace, out, lse);
-  check_query_count(op, p.rows);
   check_outputs_apart(op, cache,
                       {{"query", &query},
                        {"key", &key},
@@ -297,10 +286,10 @@ void op_gather_out(const at::Tensor& k_cache, const at::Tensor& v_cache, const a
 void op_attend(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state, at::Tensor& workspace,
                int64_t layer, const at::Tensor& query, int64_t sink_positions, double scale, int64_t window,
                double softcap, at::Tensor& out, const std::optional<at::Tensor>& lse,
-               const std::optional<at::Tensor>& sequences) {
+               const std::optional<at::Tensor>& sequences, bool rounds) {
   check_dense("attend", "out", out);
   attend(without_counters("attend", k_cache, v_cache, state, sink_positions), HostLengths::of(state).get(), layer,
-         query, {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out,
+         query, {scale, window, softcap, rounds}, OptionalIntegers(sequences).get(), workspace, out,
          lse.value_or(at::Tensor()));
 }
 
@@ -308,11 +297,11 @@ void op_append_attend(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& stat
                       at::Tensor& workspace, int64_t layer, const at::Tensor& query, const at::Tensor& key,
                       const at::Tensor& value, const std::optional<at::Tensor>& new_lengths, int64_t sink_positions,
                       bool saturate, double scale, int64_t window, double softcap, at::Tensor& out,
-                      const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& sequences) {
+                      const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& sequences, bool rounds) {
   check_dense("append_attend", "out", out);
   append_attend(with_counters("append_attend", {k_cache, v_cache, state, overflow_counts, sink_positions, saturate}),
                 HostLengths::of(state).get(), layer, query, key, value, new_lengths ? &*new_lengths : nullptr,
-                {scale, window, softcap}, OptionalIntegers(sequences).get(), workspace, out,
+                {scale, window, softcap, rounds}, OptionalIntegers(sequences).get(), workspace, out,
                 lse.value_or(at::Tensor()));
 }
 
@@ -370,12 +359,12 @@ TORCH_LIBRARY(kvcache_ext, m) {
   m.def(
       "attend(Tensor k_cache, Tensor v_cache, Tensor state, Tensor(a!) workspace, int layer, Tensor query, "
       "int sink_positions, float scale, int window, float softcap, Tensor(b!) out, Tensor(c!)? lse, "
-      "Tensor? sequences=None) -> ()");
+      "Tensor? sequences=None, bool rounds=False) -> ()");
   m.def(
       "append_attend(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) state, Tensor(d!) overflow_counts, "
       "Tensor(e!) workspace, int layer, Tensor query, Tensor key, Tensor value, Tensor? new_lengths, "
       "int sink_positions, bool saturate, float scale, int window, float softcap, Tensor(f!) out, Tensor(g!)? lse, "
-      "Tensor? sequences=None) -> ()");
+      "Tensor? sequences=None, bool rounds=False) -> ()");
   m.def(
       "truncate(Tensor k_cache, Tensor(a!) state, int length, int sink_positions, Tensor? lengths=None, "
       "Tensor? sequences=None, bool newest=False) -> ()");

@@ -31,7 +31,7 @@ void gather_out(const char* op, const CheckedCache& cache, int64_t layer, const 
 TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer, int64_t start, int64_t end,
                         at::ScalarType dtype, const TensorPair* out);
 
-// Attention of `query`'s up to kMostQueries positions into `out` (and `lse`, if it is defined).
+// Attention of `query`'s positions into `out` (and `lse`, if it is defined).
 void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
             const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
             const at::Tensor& out, const at::Tensor& lse);

@@ -74,7 +74,7 @@ void attend_cpu(const AttendParams& p) {
   std::vector<cpu::AttendRun> runs;
   const int64_t entries = p.sequences.entries(c.batch);
   std::vector<int64_t> first_run(static_cast<size_t>(entries) + 1);
-  const int64_t most = std::max<int64_t>(1, kMostRuns / std::max<int64_t>(1, entries));
+  const int64_t most = std::max<int64_t>(1, kMostRuns / std::max<int64_t>(1, entries * p.rows));
   for (int64_t b = 0; b < entries; ++b) {
     const SequenceState state = cpu::state_of(c, p.layer, p.sequences.sequence(b, c.batch));
     const AttendPlan plan = AttendPlan::make(p, b, state);

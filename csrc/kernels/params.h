@@ -119,6 +119,7 @@ struct AttendParams {
   float scale;
   float softcap;                   // scores become softcap * tanh(score / softcap); 0: they stay
   int64_t window;                  // 0: no window
+  bool rounds;                     // FP16 will do for queries and weights (precision="fp16")
   bool settled;                    // the launch before does not touch this layer, which may be read at once
   bool appends;                    // the fields of `append` count; else they are not read
   AppendParams append;             // of the same cache and layer, layer_count 1, T rows
