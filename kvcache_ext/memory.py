@@ -26,17 +26,19 @@ def state_bytes(num_layers: int, batch_size: int) -> int:
     return (3 * num_layers * batch_size + num_layers) * 8
 
 
-def workspace_floats(device: torch.device | None, head_dim: int) -> int:
-    """FP32 elements of attention's workspace: 1,024 tickets, and room for what blocks leave to be merged.
+def workspace_floats(device: torch.device | None, head_dim: int, batch_size: int) -> int:
+    """FP32 elements of attention's workspace: 1,024 tickets, two int64 numbers a sequence, and what blocks leave.
 
-    That is the weighted sums, maxima and sums of weights of as many queries as two blocks of 16 a multiprocessor (four
-    of 8) have, for head sizes padded to a power of two. A launch is cut into no more parts than there is room for.
+    They leave weighted sums, maxima and sums of weights to be merged: there is room for 128 queries a multiprocessor
+    (32 where there is no GPU), for head sizes padded to a power of two. A launch is cut into no more parts than there is
+    room for.
     """
     multiprocessors = MOST_MULTIPROCESSORS if device is None else 0
     if device is not None and device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     width = max(64, 1 << (head_dim - 1).bit_length())
-    return 1024 + 2 * max(multiprocessors, 8) * 16 * (width + 2)
+    queries = 128 * multiprocessors or 8 * 32
+    return 1024 + 4 * batch_size + queries * (width + 2)
 
 
 def _read_number(path: str) -> int | None:
@@ -191,7 +193,7 @@ def plan(
         batch_size=batch_size,
         cache_bytes=cache_bytes(num_layers, batch_size, max_positions, num_heads, head_dim),
         state_bytes=state_bytes(num_layers, batch_size),
-        workspace_bytes=workspace_floats(device, head_dim) * 4,
+        workspace_bytes=workspace_floats(device, head_dim, batch_size) * 4,
         rounding_bytes=0 if device is not None and device.type == "cpu" else CUDA_ROUNDING,
         weights_bytes=weights_bytes,
         device=None if device is None else str(device),

@@ -88,7 +88,7 @@ class Case {
         other_values(other_entries() * other_slots * s.heads * s.head_dim),
         other_state(3 * other_entries()),
         overflows(s.layers),
-        workspace(kvc::kAttendTickets + 132 * 16 * 514),
+        workspace(kvc::kWorkspaceWords + 132 * 16 * 514),
         numbers(most_elements() * kvc::dtype_size(dtype)),
         more_numbers(most_elements() * kvc::dtype_size(dtype)),
         key_out(most_elements() * kvc::dtype_size(dtype)),
@@ -105,7 +105,7 @@ class Case {
     set_bytes(overflows.data, 0, overflows.size * sizeof(int64_t));
     // A cache's workspace starts as zeros, and whole vectors of it are copied of which parts mean nothing. On a CPU
     // all but the tickets stays NaN, which must not reach an answer.
-    set_bytes(workspace.data, 0, (kOnHost ? static_cast<size_t>(kvc::kAttendTickets) : workspace.size) * 4);
+    set_bytes(workspace.data, 0, (kOnHost ? static_cast<size_t>(kvc::kWorkspaceWords) : workspace.size) * 4);
     cache = {keys.data,   values.data, state.data, s.layers, s.batch,
              s.positions, s.heads,     s.head_dim, s.sinks,  kvc::Divider::by(s.positions - s.sinks)};
     other = {other_keys.data, other_values.data, other_state.data, s.layers, s.batch + 1,
@@ -258,8 +258,8 @@ class Case {
     if (a.appends) p.append = append_params(a.layer, 1, a.count, a.form, a.ragged);
     p.sequences = chosen;
     p.tickets = reinterpret_cast<uint32_t*>(workspace.data);
-    p.partials = workspace.data + kvc::kAttendTickets;
-    p.partial_floats = static_cast<int64_t>(workspace.size) - kvc::kAttendTickets;
+    p.partials = workspace.data + kvc::kWorkspaceWords;
+    p.partial_floats = static_cast<int64_t>(workspace.size) - kvc::kWorkspaceWords;
     run_op(p);
     if (a.finite) look(out, layout, a.count, query_heads, "attend");
   }

@@ -427,9 +427,12 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
     p.lse = lse.data_ptr<float>();
   }
   check_storage(op, "workspace", workspace, cache);
+  // Behind tickets and a word, two int64 numbers an entry.
+  const int64_t entries = sequences.entries(c.batch);
+  const int64_t words = kWorkspaceWords + 4 * entries;
   TORCH_CHECK_VALUE(
-      workspace.scalar_type() == at::kFloat && workspace.is_contiguous() && workspace.numel() >= kAttendTickets, op,
-      ": workspace must be contiguous torch.float32 of at least ", kAttendTickets, " elements");
+      workspace.scalar_type() == at::kFloat && workspace.is_contiguous() && workspace.numel() >= words, op,
+      ": workspace must be contiguous torch.float32 of at least ", words, " elements");
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(workspace.const_data_ptr()) % 16 == 0, op,
                     ": workspace must begin at a multiple of 16 bytes");
 
@@ -452,8 +455,12 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
     p.append = AppendParams{};
   }
   p.tickets = reinterpret_cast<uint32_t*>(workspace.data_ptr<float>());
-  p.partials = workspace.data_ptr<float>() + kAttendTickets;
-  p.partial_floats = workspace.numel() - kAttendTickets;
+  p.redo = p.tickets + kAttendTickets;
+  p.first_lengths = reinterpret_cast<int64_t*>(workspace.data_ptr<float>() + kWorkspaceWords);
+  p.last_lengths = p.first_lengths + entries;
+  p.partials = workspace.data_ptr<float>() + words;
+  p.partial_floats = workspace.numel() - words;
+  p.many = is_for_many(p.rows, p.query_heads / c.heads);
   return p;
 }
 

@@ -68,7 +68,7 @@ void attend_cpu(const AttendParams& p) {
   const CacheView& c = p.cache;
   if (loaded_ops.attend != nullptr) {
     check_loaded(loaded_ops.attend(&p));
-    if (p.appends && p.rows > 1) append_cpu(p.append);
+    if (p.appends && p.rows > 1 && !p.many) append_cpu(p.append);
     return;
   }
   std::vector<cpu::AttendRun> runs;

@@ -36,8 +36,9 @@ void append_cuda(const AppendParams& p, c10::Device device) { launch("append", l
 void gather_cuda(const GatherParams& p, c10::Device device) { launch("gather", launch_gather, p, device); }
 void attend_cuda(const AttendParams& p, c10::Device device) {
   launch("attend", launch_attend, p, device);
-  // One new position is appended in the same launch. Several are not, as earlier queries still see what they overwrite.
-  if (p.appends && p.rows > 1) launch("append", launch_append, p.append, device);
+  // One new position is appended in the same launch, and many see to it themselves. A few are not, as earlier queries
+  // still see what they overwrite.
+  if (p.appends && p.rows > 1 && !p.many) launch("append", launch_append, p.append, device);
 }
 
 void copy_sequences_cuda(const CopySequencesParams& p, c10::Device device) {

@@ -18,6 +18,12 @@ constexpr float kLn2 = 0.6931471805599453f;
 // infinite value would be NaN.
 constexpr float kLog2LeastWeight = -100.0f;
 
+// The rows that a query sees: [begin, end), and the sinks before `end`.
+struct SeenRange {
+  int32_t begin;
+  int32_t end;
+};
+
 struct AttendPlan {
   int64_t seen;        // positions in the cache before the call
   int64_t total;       // and after it
@@ -34,11 +40,12 @@ struct AttendPlan {
   int64_t window;
   bool appends;
 
-  KVC_HD static AttendPlan make(const AttendParams& p, int64_t sequence, SequenceState s) {
+  // `stored`: what the call appends is in the cache already, and `s` the state after that. (Nothing was evicted then.)
+  KVC_HD static AttendPlan make(const AttendParams& p, int64_t sequence, SequenceState s, bool stored = false) {
     AttendPlan a;
     const int64_t appended = p.appends ? appended_rows(p.append, sequence) : 0;
-    a.seen = s.seen;
-    a.total = s.seen + appended;
+    a.seen = stored ? s.seen - appended : s.seen;
+    a.total = a.seen + appended;
     a.padding = p.appends ? p.rows - appended : 0;
     a.queries = p.rows;
     a.sinks = p.cache.sinks;
@@ -50,7 +57,7 @@ struct AttendPlan {
     a.oldest = a.oldest_for(a.padding);
     a.count = a.padding < p.rows ? a.sinks_held + imax(a.total - a.oldest, 0) : 0;
     a.cached = a.seen <= a.sinks_held ? a.seen : a.sinks_held + imax(a.seen - a.oldest, 0);
-    a.cached = imin(a.cached, a.count);
+    a.cached = stored ? a.count : imin(a.cached, a.count);
     a.base = p.cache.ring.mod(a.oldest - a.sinks);
     return a;
   }
@@ -77,6 +84,20 @@ struct AttendPlan {
 
   // Where a row that is not cached lies in the call's keys and values.
   KVC_HD int64_t input_row(int64_t row) const { return position(row) - seen + padding; }
+
+  // Row numbers are at most max_positions + T, for which 32 bits do (checks.cpp).
+  KVC_HD SeenRange range_of(int64_t query) const {
+    if (query < padding) return {0, 0};
+    const int64_t past = query_position(query) + 1;
+    const int64_t end = past <= sinks_held ? past : sinks_held + imin(imax(past - oldest, 0), count - sinks_held);
+    const int64_t begin = sinks_held + imax(oldest_for(query) - oldest, 0);
+    return {static_cast<int32_t>(begin), static_cast<int32_t>(imax(end, 0))};
+  }
+
+  // Do rows [begin, end) lie in the cache, in slots that follow each other?
+  KVC_HD bool lie_in_a_row(int64_t begin, int64_t end) const {
+    return end <= cached && slot(end - 1) - slot(begin) == end - 1 - begin;
+  }
 
   KVC_HD bool sees(int64_t query, int64_t row) const {
     const int64_t p = position(row);

@@ -94,6 +94,40 @@ __device__ __forceinline__ uint16_t stored_element(const void* data, int64_t i, 
   return stored_half(load_as_float(data, i, type), saturate, overflows);
 }
 
+// New rows of a head in the call's own tensor. Passed by value, like all that a function which is not inlined takes: a
+// kernel's parameters are slow to read through a reference.
+struct NewRows {
+  const void* data;
+  int64_t offset;      // of the sequence's head
+  int64_t row_stride;  // in elements
+  DType dtype;
+  bool saturate;
+
+  __device__ __forceinline__ NewRows(const AppendParams& p, const Rows<const void*>& rows, const BlockUnit& block)
+      : data(rows.data),
+        offset(block.entry * rows.batch_stride + block.head * rows.head_stride),
+        row_stride(rows.row_stride),
+        dtype(p.dtype),
+        saturate(p.saturate) {}
+};
+
+// Eight elements of a new row, as they are stored. (Who stores them counts overflows.)
+__device__ __forceinline__ Vec<uint16_t, 8> new_chunk(const NewRows& rows, int64_t row, int d) {
+  const int64_t offset = rows.offset + row * rows.row_stride + d;
+  Vec<uint16_t, 8> elements;
+  if (rows.dtype == DType::f16) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) elements.x[j] = static_cast<const uint16_t*>(rows.data)[offset + j];
+    return elements;
+  }
+  float x[8];
+  load_floats(rows.data, offset, rows.dtype, 8, x);
+  uint32_t counted_elsewhere = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) elements.x[j] = stored_half(x[j], rows.saturate, counted_elsewhere);
+  return elements;
+}
+
 static __device__ __noinline__ float capped(float score, float softcap) {
   return softcap * tanhf(score / softcap) * kLog2e;
 }

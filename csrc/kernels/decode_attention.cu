@@ -50,9 +50,6 @@ constexpr bool kEqualBarriers = true;
 constexpr bool kEqualBarriers = false;
 #endif
 
-// 2^n, -126 <= n <= 127.
-__device__ __forceinline__ float exact_power_of_two(int n) { return bits_float(static_cast<uint32_t>(n + 127) << 23); }
-
 // Two halves of a register: the high part of x, and what it lacks times 2^11. The high part is 0 for 0 alone, as that
 // times an infinite key is NaN.
 __device__ __forceinline__ uint32_t high_and_low(float x) {
@@ -116,40 +113,6 @@ struct AttendBlock {
   // time.
   static __device__ __forceinline__ int place(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 16; }
 };
-
-// New rows of a head in the call's own tensor. Passed by value, like all that a function which is not inlined takes: a
-// kernel's parameters are slow to read through a reference.
-struct NewRows {
-  const void* data;
-  int64_t offset;      // of the sequence's head
-  int64_t row_stride;  // in elements
-  DType dtype;
-  bool saturate;
-
-  __device__ __forceinline__ NewRows(const AppendParams& p, const Rows<const void*>& rows, const BlockUnit& block)
-      : data(rows.data),
-        offset(block.entry * rows.batch_stride + block.head * rows.head_stride),
-        row_stride(rows.row_stride),
-        dtype(p.dtype),
-        saturate(p.saturate) {}
-};
-
-// Eight elements of a new row, as they are stored. (Who stores them counts overflows.)
-__device__ __forceinline__ Vec<uint16_t, 8> new_chunk(const NewRows& rows, int64_t row, int d) {
-  const int64_t offset = rows.offset + row * rows.row_stride + d;
-  Vec<uint16_t, 8> elements;
-  if (rows.dtype == DType::f16) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) elements.x[j] = static_cast<const uint16_t*>(rows.data)[offset + j];
-    return elements;
-  }
-  float x[8];
-  load_floats(rows.data, offset, rows.dtype, 8, x);
-  uint32_t counted_elsewhere = 0;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) elements.x[j] = stored_half(x[j], rows.saturate, counted_elsewhere);
-  return elements;
-}
 
 // Copies a tile's keys or values where they do not simply follow each other in the cache: rows that wrap, new rows (if
 // they can be read by now), zeros after the last row and after head_dim. `plan` lies in shared memory.
@@ -667,6 +630,7 @@ cudaError_t launch_for(const Call& call) {
 
 cudaError_t launch_attend(const AttendParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
+  if (p.many) return launch_attend_many(p, stream);
   if (p.rows == 1 && p.query_heads == p.cache.heads && p.cache.head_dim <= 256) return launch_attend_single(p, stream);
   Call call(p, stream);
   const cudaError_t error = call.find_device();

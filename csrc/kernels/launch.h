@@ -12,6 +12,11 @@ cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream);
 cudaError_t launch_attend(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_attend_single(const AttendParams& params, cudaStream_t stream);  // which the former calls
+// Attention of many queries (AttendParams::many), with the append of new positions; launch_attend calls it. It launches
+// these: the answers, and those anew in which values that are not finite play a part.
+cudaError_t launch_attend_many(const AttendParams& params, cudaStream_t stream);
+cudaError_t launch_prompt(const AttendParams& params, cudaStream_t stream);
+cudaError_t launch_prompt_exact(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_copy_sequences(const CopySequencesParams& params, cudaStream_t stream);
 cudaError_t launch_copy_from(const CopyFromParams& params, cudaStream_t stream);
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream);

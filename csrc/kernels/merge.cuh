@@ -25,6 +25,9 @@ struct alignas(8) Running {
 // infinity is 0, also beside this.
 constexpr float kLeastScore = -3.402823466e38f;
 
+// 2^n, -126 <= n <= 127.
+__device__ __forceinline__ float exact_power_of_two(int n) { return bits_float(static_cast<uint32_t>(n + 127) << 23); }
+
 // 2^x; what is below 2^-126 is 0.
 __device__ __forceinline__ float power_of_two(float x) {
 #if defined(KVC_EMULATED)

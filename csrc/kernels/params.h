@@ -99,8 +99,13 @@ struct GatherParams {
   ChosenSequences sequences = {};
 };
 
-// How many tickets the workspace of an attention call has: heads that several blocks share at a time.
-constexpr int64_t kAttendTickets = 1024;
+// The workspace of attention calls begins with tickets, as many as there are units that several blocks share at a time,
+// and one word more (AttendParams::redo).
+constexpr int64_t kAttendTickets = 1023;
+constexpr int64_t kWorkspaceWords = kAttendTickets + 1;
+
+// Whether so many queries of a sequence, and query heads to a KV head, are the affair of the kernels for many (a GPU's).
+KVC_HD bool is_for_many(int64_t rows, [[maybe_unused]] int64_t group) { return rows > 16; }
 
 // Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as
 // if each were appended and attended to in turn.
@@ -126,6 +131,11 @@ struct AttendParams {
   float* partials;                 // workspace: what the blocks that share a head leave for the last of them
   uint32_t* tickets;               // workspace [kAttendTickets]: zero between launches
   int64_t partial_floats;          // the size of `partials`
+  // Of calls with many queries:
+  uint32_t* redo;         // workspace: not 0 where an answer has a NaN, which is to be looked at again; zero between calls
+  int64_t* first_lengths;  // workspace [B]: how many of an entry's new positions are stored before attention, 0 or all
+  int64_t* last_lengths;   // workspace [B]: how many are stored after it, as they evict what queries still see
+  bool many;               // whether it is one
   ChosenSequences sequences = {};  // `append` has the same
 };
 

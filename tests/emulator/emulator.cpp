@@ -236,6 +236,10 @@ int kvc_gather(const kvc::GatherParams* p) {
 int kvc_attend(const kvc::AttendParams* p) {
   // Where the state is settled it is not to be guessed; else every other time it is so, where a graph could know.
   kvc::AttendParams q = *p;
+  if (p->many) {
+    const emulator::Guess guess(p->cache);
+    return kvc::launch_attend(*p, nullptr);
+  }
   const bool plain =
       q.sequences.indices.data == nullptr && (!q.appends || (q.rows == 1 && q.append.new_lengths == nullptr));
   q.settled = plain && emulator::random_below(2) == 0;

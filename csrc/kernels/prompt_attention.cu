@@ -1,0 +1,369 @@
+// prompt attention: softmax(scale * Q K^T) V for many queries of each sequence, over FP16 keys and values as they lie
+// in the cache, by the tensor core instructions of sm_80 and newer. (prompt_sm90.cu has the kernel for sm_90a.)
+//
+// Grid: for each sequence, KV head and tile of its queries (prompt_common.cuh) a block, or several (`splits`) that share
+// the tiles of keys; where head_dim is over 256, one for each 256 columns of the answer. A block copies tiles of keys
+// and values into shared memory, one ahead of the one that it works on. Each warp multiplies it with 16 queries of its
+// own: scores, weights, weighted sums, with a running maximum and sum (online softmax: Milakov and Gimelshein, 2018;
+// tiles and their order: FlashAttention-2, Dao, 2023).
+//
+// A call's new positions lie in the cache by now, unless storing them would evict what its queries still see: then they
+// are read from the call's tensors, rounded to FP16 on the way, and stored afterwards (prompt_order.cu).
+#include "launch.h"
+#include "prompt_common.cuh"
+
+namespace kvc {
+namespace {
+
+// kDepth: 16-element steps of a row; 16 * kDepth is the largest head_dim of this instance. kKeys: of a tile. kStages:
+// tiles that there is room for. kParts: of a query and of a weight. kHighInRegisters: the high parts of queries.
+template <int kDepth_, int kWarps_, int kKeys_, int kStages_, int kParts_, bool kHighInRegisters_>
+struct PromptBlock {
+  static constexpr int kDepth = kDepth_, kWarps = kWarps_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
+  static constexpr bool kHighInRegisters = kHighInRegisters_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kQueries = 16 * kWarps;
+  static constexpr int kPieces = kDepth > 16 ? kDepth / 16 : 1;  // that the answer's columns are cut into
+  static constexpr int kWidth = 16 * kDepth / kPieces;           // columns of a piece
+  static constexpr int kKeyChunks = 2 * kDepth;                  // 16-byte chunks of a row
+  static constexpr int kValueChunks = kWidth / 8;
+  static constexpr int kKeyBytes = kKeys * kKeyChunks * 16;
+  static constexpr int kStageBytes = kKeyBytes + kKeys * kValueChunks * 16;
+  static constexpr int kSharedParts = kHighInRegisters ? kParts - 1 : kParts;  // of queries, in shared memory
+  static constexpr int kBlocks = kDepth <= 8 ? 2 : 1;                          // a multiprocessor
+
+  struct Shared {
+    AttendPlan plan;
+    bool last;
+  };
+  static constexpr int kQueriesAt = (sizeof(Shared) + 127) / 128 * 128;
+  static constexpr int kStagesAt = kQueriesAt + kSharedParts * kQueries * kDepth * 32;
+  static constexpr int kBytes = kStagesAt + kStages * kStageBytes;
+  static_assert(kBytes <= 101376, "what a block has on sm_86, sm_89 and sm_120");
+
+  // Where a chunk of a row lies in a tile: rows are spread over the banks, so that eight of them are read at a time.
+  static __device__ __forceinline__ int key_place(int row, int chunk) {
+    return (row * kKeyChunks + (chunk ^ (row & 7))) * 16;
+  }
+  static __device__ __forceinline__ int value_place(int row, int chunk) {
+    return (row * kValueChunks + (chunk ^ (row & 7))) * 16;
+  }
+};
+
+// Copies the rows [row0, end) of a head's keys or values to a tile, and zeros to what is left of it. `cached`: the
+// first column wanted of the head's first row; `chunks_held`: from there to the end of head_dim.
+template <int kRows, int kChunks, int kThreads, typename Place>
+__device__ __forceinline__ void copy_tile(const AttendPlan& plan, const uint16_t* cached, int64_t row_elements,
+                                          int chunks_held, int32_t row0, int32_t end, const NewRows& rows,
+                                          int new_column, char* at, const Place& place) {
+  constexpr int kRowsAtATime = kThreads / kChunks;
+  static_assert(kRowsAtATime >= 1 && kRows % kRowsAtATime == 0);
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const int first = static_cast<int>(threadIdx.x) / kChunks;
+  const bool held = chunk < chunks_held;
+  if (plan.lie_in_a_row(row0, end)) {
+    const uint16_t* from = cached + (plan.slot(row0) + first) * row_elements + (held ? chunk * 8 : 0);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kRowsAtATime, from += kRowsAtATime * row_elements) {
+      const bool real = held && row0 + i + first < end;
+      copy_async(at + place(i + first, chunk), real ? from : cached, real);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = first; i < kRows; i += kRowsAtATime) {
+    const int32_t row = row0 + i;
+    if (row >= plan.cached && row < end) {  // a new one
+      Vec<uint16_t, 8> elements = {};
+      if (held) elements = new_chunk(rows, plan.input_row(row), new_column + chunk * 8);
+      store<uint16_t, 8>(reinterpret_cast<uint16_t*>(at + place(i, chunk)), elements);
+    } else {
+      const bool real = held && row < end;
+      copy_async(at + place(i, chunk), real ? cached + plan.slot(row) * row_elements + chunk * 8 : cached, real);
+    }
+  }
+}
+
+template <typename Block>
+__global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
+    prompt_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division) {
+  constexpr int kDepth = Block::kDepth;
+  constexpr int kParts = Block::kParts;
+  constexpr int kKeyBlocks = Block::kKeys / 8;
+  constexpr int kColumnBlocks = Block::kWidth / 8;
+  KVC_DYNAMIC_SHARED(shared_bytes);
+  auto& shared = *reinterpret_cast<typename Block::Shared*>(shared_bytes);
+
+  const int piece = static_cast<int>(blockIdx.x % Block::kPieces);
+  const BlockUnit block = division.unit(p, blockIdx.x / Block::kPieces);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int head_dim = static_cast<int>(p.cache.head_dim);
+  const FastDivider& group_size = division.division.group_size;
+  const uint32_t first_query = block.tile * Block::kQueries;
+  const uint32_t all_queries = group_size.divisor * static_cast<uint32_t>(p.rows);
+  const int queries = static_cast<int>(
+      all_queries - first_query < Block::kQueries ? all_queries - first_query : Block::kQueries);  // of this block
+
+  wait_for_previous_launch();
+  let_next_launch_begin();
+  if (threadIdx.x == 0) shared.plan = prompt_plan(p, block.entry, block.sequence);
+  __syncthreads();
+  const AttendPlan& plan = shared.plan;
+  const int32_t sinks_held = static_cast<int32_t>(plan.sinks_held);
+
+  // Tiles [next, stop) of keys are this block's, the last first.
+  const KeyTiles<Block::kKeys> tiles(plan, group_size(first_query), group_size(first_query + queries - 1));
+  const int32_t splits = static_cast<int32_t>(division.division.splits);
+  const int32_t split = static_cast<int32_t>(block.split);
+  const int32_t stop = static_cast<int32_t>(int64_t{tiles.count} * split / splits);
+  int32_t next = static_cast<int32_t>(int64_t{tiles.count} * (split + 1) / splits) - 1;
+  int32_t asked = next;  // the tile that is asked for next
+  const int64_t row_elements = p.cache.heads * head_dim;
+  const int64_t head_offset = block.cache_offset(p);
+  const auto ask_for = [&](int stage) {
+    if (asked >= stop) {
+      const int32_t row0 = tiles.row(asked);
+      const int32_t end = tiles.row_end(asked);
+      char* at = shared_bytes + Block::kStagesAt + stage * Block::kStageBytes;
+      const int chunks = head_dim / 8;
+      copy_tile<Block::kKeys, Block::kKeyChunks, Block::kThreads>(
+          plan, p.cache.k_cache + head_offset, row_elements, chunks, row0, end, NewRows(p.append, p.append.key, block),
+          0, at, Block::key_place);
+      const int column = piece * Block::kWidth;
+      copy_tile<Block::kKeys, Block::kValueChunks, Block::kThreads>(
+          plan, p.cache.v_cache + head_offset + column, row_elements, chunks - column / 8, row0, end,
+          NewRows(p.append, p.append.value, block), column, at + Block::kKeyBytes, Block::value_place);
+    }
+    --asked;
+    end_copy_group();
+  };
+#pragma unroll
+  for (int stage = 0; stage < Block::kStages - 1; ++stage) ask_for(stage);
+
+  // The warp's queries: this lane's two, and what they and all of the warp's see.
+  const int warp_first = warp * 16;
+  const auto number_of = [&](int row) { return first_query + static_cast<uint32_t>(row < queries ? row : queries - 1); };
+  const int row_of_lane[2] = {warp_first + lane / 4, warp_first + lane / 4 + 8};
+  const uint32_t number[2] = {number_of(row_of_lane[0]), number_of(row_of_lane[1])};
+  const bool there[2] = {row_of_lane[0] < queries, row_of_lane[1] < queries};
+  PromptRows rows;
+  rows.clear();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) rows.seen[h] = plan.range_of(group_size(number[h]));
+  const SeenRange oldest = plan.range_of(group_size(number_of(warp_first)));
+  SeenRange newest = plan.range_of(group_size(number_of(warp_first + 15)));
+  if (warp_first >= queries) newest.end = 0;  // nothing to do
+
+  // Queries become FP16 parts, in the order in which a lane holds the left operand of a product.
+  FragmentA high[Block::kHighInRegisters ? kDepth : 1];
+  const auto shared_part = [&](int part, int k) {
+    const int at = ((warp * Block::kSharedParts + part) * kDepth + k) * 32 + lane;
+    return reinterpret_cast<uint32_t*>(shared_bytes + Block::kQueriesAt) + 4 * at;
+  };
+  {
+    const auto load_step = [&](int k, float (&x)[8]) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const QueryPlace place(division.division, block, number[j % 2]);
+        const int d = 16 * k + j / 2 * 8 + lane % 4 * 2;
+        float pair[2] = {0.0f, 0.0f};
+        if (d < head_dim) {
+          load_pair(p.query.data,
+                    block.entry * p.query.batch_stride + place.t * p.query.row_stride +
+                        place.head * p.query.head_stride + d,
+                    p.dtype, division.query_in_pairs, pair);
+        }
+        x[2 * j] = pair[0];
+        x[2 * j + 1] = pair[1];
+      }
+    };
+    constexpr bool kHold = kDepth <= 8;
+    float held[kHold ? kDepth : 1][8];
+    float largest[2] = {0.0f, 0.0f};
+    if constexpr (kHold) {
+#pragma unroll
+      for (int k = 0; k < kDepth; ++k) load_step(k, held[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      float x[8];
+      if constexpr (!kHold) load_step(k, x);
+      const float(&elements)[8] = kHold ? held[kHold ? k : 0] : x;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(elements[i]));
+    }
+    float up[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(kAllLanes, largest[h], 1));
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(kAllLanes, largest[h], 2));
+      const QueryScale scale = QueryScale::of(p, largest[h]);
+      up[h] = scale.up;
+      rows.factor[h] = scale.factor;
+    }
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      float x[8];
+      if constexpr (!kHold) load_step(k, x);
+      const float(&elements)[8] = kHold ? held[kHold ? k : 0] : x;
+      Vec<uint32_t, 4> high_part, low_part;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float a = elements[2 * j] * up[j % 2];
+        const float b = elements[2 * j + 1] * up[j % 2];
+        high_part.x[j] = half_pair(a, b);
+        low_part.x[j] = low_pair(a, b, high_part.x[j]);
+      }
+      if constexpr (Block::kHighInRegisters) {
+        high[k] = {{high_part.x[0], high_part.x[1], high_part.x[2], high_part.x[3]}};
+      } else {
+        store<uint32_t, 4>(shared_part(0, k), high_part);
+      }
+      if constexpr (kParts == 2) store<uint32_t, 4>(shared_part(Block::kSharedParts - 1, k), low_part);
+    }
+  }
+  __syncwarp();
+
+  FragmentC sums[kColumnBlocks] = {};
+  int stage = 0;
+#pragma unroll 1
+  for (; next >= stop; --next) {
+    if constexpr (Block::kStages == 1) ask_for(0);
+    wait_for_copies<Block::kStages == 1 ? 0 : Block::kStages - 2>();
+    __syncthreads();
+    if constexpr (Block::kStages > 1) ask_for(stage == 0 ? Block::kStages - 1 : stage - 1);
+    const char* keys = shared_bytes + Block::kStagesAt + stage * Block::kStageBytes;
+    const char* values = keys + Block::kKeyBytes;
+    stage = stage + 1 == Block::kStages ? 0 : stage + 1;
+    const int32_t row0 = tiles.row(next);
+    const int32_t row_end = tiles.row_end(next);
+    const bool unseen = row0 >= newest.end || (row0 >= sinks_held && row_end <= oldest.begin);
+    if (!unseen) {
+      // Products of queries (rows) and keys (columns).
+      FragmentC products[kKeyBlocks] = {};
+      const int key_row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+      for (int k = 0; k < kDepth; ++k) {
+        FragmentA parts[2];
+        if constexpr (Block::kHighInRegisters) {
+          parts[0] = high[k];
+        } else {
+          const Vec<uint32_t, 4> x = load<uint32_t, 4>(shared_part(0, k));
+          parts[0] = {{x.x[0], x.x[1], x.x[2], x.x[3]}};
+        }
+        if constexpr (kParts == 2) {
+          const Vec<uint32_t, 4> x = load<uint32_t, 4>(shared_part(Block::kSharedParts - 1, k));
+          parts[1] = {{x.x[0], x.x[1], x.x[2], x.x[3]}};
+        }
+#pragma unroll
+        for (int n = 0; n < kKeyBlocks / 2; ++n) {
+          const FragmentA both = load_matrices(keys + Block::key_place(16 * n + key_row, 2 * k + lane / 8 % 2));
+          const FragmentB first = {{both.x[0], both.x[1]}};
+          const FragmentB second = {{both.x[2], both.x[3]}};
+#pragma unroll
+          for (int part = kParts - 1; part >= 0; --part) {
+            multiply_add(products[2 * n], parts[part], first);
+            multiply_add(products[2 * n + 1], parts[part], second);
+          }
+        }
+      }
+      const bool clear = row_end - row0 == Block::kKeys && row_end <= oldest.end &&
+                         (row0 >= newest.begin || row_end <= sinks_held);
+      if (!clear) rows.hide_unseen(products, row0, row_end, sinks_held);
+      float rescale[2];
+      rows.weigh(products, p.softcap, rescale);
+      FragmentA weights[kParts][Block::kKeys / 16];
+#pragma unroll
+      for (int n = 0; n < Block::kKeys / 16; ++n) {
+        weights[0][n] = high_weights(products[2 * n], products[2 * n + 1]);
+        if constexpr (kParts == 2) {
+          weights[1][n] = low_weights(products[2 * n], products[2 * n + 1], weights[0][n]);
+        }
+      }
+      // Products of weights (rows) and values (columns), four blocks of eight columns at a time.
+      const int value_row = lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+      for (int c = 0; c < kColumnBlocks; c += 4) {
+        FragmentC tile_sums[4] = {};
+#pragma unroll
+        for (int n = 0; n < Block::kKeys / 16; ++n) {
+          FragmentA both[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            both[j] =
+                load_matrices_transposed(values + Block::value_place(16 * n + value_row, c + 2 * j + lane / 16));
+          }
+#pragma unroll
+          for (int part = kParts - 1; part >= 0; --part) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const FragmentA& of = both[j / 2];
+              multiply_add(tile_sums[j], weights[part][n],
+                           j % 2 == 0 ? FragmentB{{of.x[0], of.x[1]}} : FragmentB{{of.x[2], of.x[3]}});
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            sums[c + j].x[e] = fmaf(sums[c + j].x[e], rescale[e / 2], tile_sums[j].x[e]);
+          }
+        }
+      }
+    }
+    if constexpr (Block::kStages == 1) __syncthreads();
+  }
+
+  rows.add_lanes();
+  const int column = piece * Block::kWidth;
+  if (splits == 1) {
+    write_rows(p, division, block, rows, number, there, column, sums);
+    return;
+  }
+  const uint32_t unit = block.unit * Block::kPieces + static_cast<uint32_t>(piece);
+  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
+  float* const parts = p.partials + unit * splits * kFloats;
+  leave_rows<Block::kWidth, Block::kQueries>(parts + split * kFloats, queries, rows, row_of_lane, sums);
+  merge_prompt_parts<Block::kWidth, Block::kQueries>(p, division, block, unit, parts, first_query,
+                                                     static_cast<uint32_t>(queries), column, shared.last);
+}
+
+template <typename Block>
+cudaError_t launch_blocks(const AttendParams& p, cudaStream_t stream) {
+  int device = 0;
+  int multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return error;
+  const int64_t units = prompt_units(p, Block::kQueries) * Block::kPieces;
+  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
+  const int64_t splits =
+      prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, kFloats);
+  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
+  const auto kernel = prompt_kernel<Block>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
+  if (error != cudaSuccess) return error;
+  OverlappingLaunch launch(units * splits, Block::kThreads, Block::kBytes, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits));
+}
+
+template <int kParts>
+cudaError_t launch_parts(const AttendParams& p, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_blocks<PromptBlock<4, 4, 64, 2, kParts, true>>(p, stream);
+  if (p.cache.head_dim <= 128) return launch_blocks<PromptBlock<8, 4, 64, 2, kParts, true>>(p, stream);
+  if (p.cache.head_dim <= 256) return launch_blocks<PromptBlock<16, 4, 32, 2, kParts, true>>(p, stream);
+  if (p.cache.head_dim <= 512) return launch_blocks<PromptBlock<32, 2, 16, 1, kParts, false>>(p, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t launch_prompt(const AttendParams& p, cudaStream_t stream) {
+  return p.rounds ? launch_parts<1>(p, stream) : launch_parts<2>(p, stream);
+}
+
+}  // namespace kvc

@@ -1,0 +1,396 @@
+// What the kernels for many queries share: prompt_attention.cu, for every GPU, and prompt_sm90.cu.
+//
+// The queries that share a KV head are numbered t * group + g. A block takes a tile of them, and the keys that they see
+// in tiles, the newest first. A warp has 16 of the queries; of these a lane has two, number lane / 4 and eight on: what
+// an m16n8 product leaves it. (A 64-row wgmma leaves each of its four warps just that.)
+//
+// FP32 accuracy on tensor cores, which take FP16: keys and values are FP16 as they lie. A query is scaled by a power of
+// two, so that its largest element is one from 2^14 to 2^15; a weight, at most 1, is scaled by 2^14. Each is then two
+// FP16 parts, high + low, whose products go to one sum, the low part's first: a tensor core truncates as it adds.
+// No sum stays in one for longer than a tile of keys. With kParts = 1 (precision="fp16") there is no low part.
+//
+// Values that are not finite make NaN of sums: 0 times them is NaN, and so is the difference of infinite products. An
+// answer with a NaN is noted in AttendParams::redo, and answered anew by prompt_exact.cu.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "attend_common.cuh"
+
+namespace kvc {
+
+constexpr float kLog2PromptScale = 14;  // of a weight
+
+// How a launch is divided. Blocks that run at the same time take tiles of few heads, whose keys they share in L2; the
+// tiles that see most keys go first, so that the last blocks to run are short ones.
+struct PromptDivision {
+  Division division;     // a unit is a tile of the queries of a KV head
+  FastDivider together;  // KV heads (of all sequences) that are walked together
+  FastDivider walk;      // units of so many heads
+  bool query_in_pairs;   // two elements of a query lie in an aligned word (FP16, BF16) or two (FP32)
+  bool out_in_pairs;     // likewise an answer's
+
+  __device__ __forceinline__ BlockUnit unit(const AttendParams& p, uint32_t block) const {
+    BlockUnit b;
+    b.split = division.units(block);
+    b.unit = block - b.split * division.units.divisor;
+    const uint32_t turn = walk(b.unit);
+    const uint32_t rest = b.unit - turn * walk.divisor;
+    const uint32_t down = together(rest);
+    b.tile = division.tiles.divisor - 1 - down;
+    const uint32_t sequence_head = turn * together.divisor + rest - down * together.divisor;
+    b.entry = division.heads(sequence_head);
+    b.head = sequence_head - b.entry * division.heads.divisor;
+    b.sequence = sequence_of_entry(p.sequences, b.entry, p.cache.batch);
+    return b;
+  }
+};
+
+template <typename Pointer>
+inline bool lies_in_pairs(const Rows<Pointer>& rows, DType dtype) {
+  const uintptr_t bytes = 2 * static_cast<uintptr_t>(dtype_size(dtype));
+  const int64_t strides = rows.batch_stride | rows.row_stride | rows.head_stride;
+  return reinterpret_cast<uintptr_t>(rows.data) % bytes == 0 && strides % 2 == 0;
+}
+
+// Tiles of so many queries that a call has.
+inline int64_t prompt_units(const AttendParams& p, int64_t queries) {
+  const int64_t all = p.rows * (p.query_heads / p.cache.heads);
+  return p.sequences.entries(p.cache.batch) * p.cache.heads * ((all + queries - 1) / queries);
+}
+
+// How many blocks share the keys of a unit: as many as run at once, if there is room for what they leave and there are
+// a few tiles of keys for each.
+inline int64_t prompt_splits(const AttendParams& p, int64_t units, int64_t at_once, int64_t keys, int64_t floats) {
+  if (units > kAttendTickets) return 1;
+  const int64_t room = p.partial_floats / (units * floats);
+  const int64_t tiles = (p.cache.positions + p.rows) / (4 * keys);
+  return imax(imin(imin(at_once / units, room), tiles), 1);
+}
+
+// The division of a call into blocks that take `queries` queries of a KV head, and so many splits of the keys.
+inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int64_t splits) {
+  const int64_t sequence_heads = p.sequences.entries(p.cache.batch) * p.cache.heads;
+  const int64_t group = p.query_heads / p.cache.heads;
+  const int64_t tiles = (p.rows * group + queries - 1) / queries;
+  int64_t together = 8;
+  while (sequence_heads % together != 0) --together;
+  PromptDivision d;
+  d.division = {FastDivider::by(static_cast<uint32_t>(sequence_heads * tiles)),
+                FastDivider::by(static_cast<uint32_t>(tiles)), FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
+                FastDivider::by(static_cast<uint32_t>(group)), static_cast<uint32_t>(splits)};
+  d.together = FastDivider::by(static_cast<uint32_t>(together));
+  d.walk = FastDivider::by(static_cast<uint32_t>(together * tiles));
+  d.query_in_pairs = lies_in_pairs(p.query, p.dtype);
+  d.out_in_pairs = lies_in_pairs(p.out, p.dtype);
+  return d;
+}
+
+__device__ __forceinline__ AttendPlan prompt_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
+  SequenceState state = empty_state(p.cache.sinks);
+  if (sequence >= 0) {
+    const volatile int64_t* seen = p.cache.state + p.layer * p.cache.batch + sequence;
+    state = {seen[0], seen[p.cache.layers * p.cache.batch]};
+  }
+  return AttendPlan::make(p, entry, state, p.appends && p.first_lengths[entry] > 0);
+}
+
+// The rows that some queries see, in tiles of kKeys. Where a window hides what lies behind the sinks, tiles of sinks
+// come first.
+template <int kKeys>
+struct KeyTiles {
+  int32_t sinks = 0;  // that have tiles of their own
+  int32_t sink_tiles = 0;
+  int32_t begin = 0;  // of the other rows
+  int32_t end = 0;
+  int32_t count = 0;
+
+  // For queries of the positions from first_t to last_t of the call.
+  __device__ __forceinline__ KeyTiles(const AttendPlan& plan, int64_t first_t, int64_t last_t) {
+    if (last_t < plan.padding) return;
+    begin = plan.range_of(imax(first_t, plan.padding)).begin;
+    end = plan.range_of(last_t).end;
+    const int32_t held = static_cast<int32_t>(plan.sinks_held);
+    if (begin <= held || end <= held) {
+      begin = 0;
+    } else {
+      sinks = held;
+      sink_tiles = (held + kKeys - 1) / kKeys;
+    }
+    count = sink_tiles + (end - begin + kKeys - 1) / kKeys;
+  }
+  __device__ __forceinline__ int32_t row(int32_t tile) const {
+    return tile < sink_tiles ? tile * kKeys : begin + (tile - sink_tiles) * kKeys;
+  }
+  __device__ __forceinline__ int32_t row_end(int32_t tile) const {
+    const int32_t past = row(tile) + kKeys;
+    const int32_t most = tile < sink_tiles ? sinks : end;
+    return past < most ? past : most;
+  }
+};
+
+// Two FP16 numbers in a register.
+__device__ __forceinline__ uint32_t half_pair(float x, float y) {
+#if defined(KVC_EMULATED)
+  return float_to_half(x) | static_cast<uint32_t>(float_to_half(y)) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
+#endif
+}
+__device__ __forceinline__ float first_of(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair)); }
+__device__ __forceinline__ float second_of(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair >> 16)); }
+// What the high parts of x and y lack.
+__device__ __forceinline__ uint32_t low_pair(float x, float y, uint32_t high) {
+  return half_pair(x - first_of(high), y - second_of(high));
+}
+
+// The power of two that a query is scaled by, and what its products are multiplied with to be scores: powers of two, or
+// natural where there is a softcap. The sign of `scale` goes with the query, so that the larger product is the larger
+// score.
+struct QueryScale {
+  float up;
+  float factor;
+
+  __device__ __forceinline__ static QueryScale of(const AttendParams& p, float largest) {
+    const int exponent = static_cast<int>(float_bits(largest) >> 23) - 127;
+    const int shift = exponent < -100 ? 114 : exponent > 126 ? -112 : 14 - exponent;
+    const float scale = p.softcap > 0 ? p.scale : p.scale * kLog2e;
+    const float factor = fabsf(scale) * exact_power_of_two(-shift);
+    if (factor == 0.0f) return {0.0f, 1.0f};  // all scores are 0
+    return {scale < 0 ? -exact_power_of_two(shift) : exact_power_of_two(shift), factor};
+  }
+};
+
+// Two elements of a query as FP32.
+__device__ __forceinline__ void load_pair(const void* data, int64_t i, DType type, bool in_pairs, float (&x)[2]) {
+  if (type == DType::f32) {
+    const float* from = static_cast<const float*>(data) + i;
+    if (in_pairs) {
+      const Vec<float, 2> pair = load<float, 2>(from);
+      x[0] = pair.x[0];
+      x[1] = pair.x[1];
+    } else {
+      x[0] = from[0];
+      x[1] = from[1];
+    }
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(data) + i;
+  Vec<uint16_t, 2> pair;
+  if (in_pairs) {
+    pair = load<uint16_t, 2>(from);
+  } else {
+    pair = {{from[0], from[1]}};
+  }
+  x[0] = type == DType::f16 ? half_to_float(pair.x[0]) : bf16_to_float(pair.x[0]);
+  x[1] = type == DType::f16 ? half_to_float(pair.x[1]) : bf16_to_float(pair.x[1]);
+}
+
+__device__ __forceinline__ void store_pair(void* data, int64_t i, DType type, bool in_pairs, float x, float y) {
+  if (!in_pairs) {
+    store_float(data, i, type, x);
+    store_float(data, i + 1, type, y);
+  } else if (type == DType::f32) {
+    store<float, 2>(static_cast<float*>(data) + i, {{x, y}});
+  } else if (type == DType::f16) {
+    store<uint16_t, 2>(static_cast<uint16_t*>(data) + i, {{float_to_half(x), float_to_half(y)}});
+  } else {
+    store<uint16_t, 2>(static_cast<uint16_t*>(data) + i, {{float_to_bf16(x), float_to_bf16(y)}});
+  }
+}
+
+// The softmax of a lane's two queries.
+struct PromptRows {
+  float factor[2];  // from products to scores
+  float max[2];     // of scores, in powers of two
+  float sum[2];     // of this lane's weights, each times 2^14
+  SeenRange seen[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      max[h] = kLeastScore;
+      sum[h] = 0.0f;
+    }
+  }
+
+  // Products with keys that a query does not see become minus infinity. The tile has the rows [row0, row_end), and
+  // zeros behind them; `sinks` are held.
+  template <int kBlocks>
+  __device__ __forceinline__ void hide_unseen(FragmentC (&products)[kBlocks], int32_t row0, int32_t row_end,
+                                              int32_t sinks) const {
+    const int32_t column = row0 + static_cast<int32_t>(threadIdx.x % 4) * 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t end = seen[h].end < row_end ? seen[h].end : row_end;
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int32_t row = column + 8 * i + e;
+          if (row >= end || (row < seen[h].begin && row >= sinks)) products[i].x[2 * h + e] = minus_infinity();
+        }
+      }
+    }
+  }
+
+  // Products become weights. `rescale`: what earlier sums are to be multiplied with.
+  template <int kBlocks>
+  __device__ __forceinline__ void weigh(FragmentC (&products)[kBlocks], float softcap, float (&rescale)[2]) {
+    if (softcap > 0) {
+      const float inverse = 1.0f / fmaxf(softcap, 1.17549435e-38f);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float product = products[i].x[e];
+          const float score = softcap * tanhf(product * factor[e / 2] * inverse) * kLog2e;
+          products[i].x[e] = product == minus_infinity() ? product : score;
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float scale = softcap > 0 ? 1.0f : factor[h];
+      float largest = fmaxf(products[0].x[2 * h], products[0].x[2 * h + 1]);
+#pragma unroll
+      for (int i = 1; i < kBlocks; ++i) {
+        largest = fmaxf(largest, fmaxf(products[i].x[2 * h], products[i].x[2 * h + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+      const float new_max = fmaxf(max[h], largest * scale);
+      rescale[h] = power_of_two(max[h] - new_max);
+      max[h] = new_max;
+      const float base = kLog2PromptScale - new_max;
+      float weights[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = products[i].x[2 * h + e];
+          x = power_of_two(fmaf(x, scale, base));
+          weights[e] += x;
+        }
+      }
+      sum[h] = fmaf(sum[h], rescale[h], weights[0] + weights[1]);
+    }
+  }
+
+  // The lanes' sums become the queries'.
+  __device__ __forceinline__ void add_lanes() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 1);
+      sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 2);
+    }
+  }
+  __device__ __forceinline__ Running running(int h) const { return {max[h] - kLog2PromptScale, sum[h]}; }
+};
+
+// Weights of 16 keys (two blocks of a product) as the left operand of a product with those keys' values.
+__device__ __forceinline__ FragmentA high_weights(const FragmentC& first, const FragmentC& second) {
+  return {{half_pair(first.x[0], first.x[1]), half_pair(first.x[2], first.x[3]), half_pair(second.x[0], second.x[1]),
+           half_pair(second.x[2], second.x[3])}};
+}
+__device__ __forceinline__ FragmentA low_weights(const FragmentC& first, const FragmentC& second,
+                                                 const FragmentA& high) {
+  return {{low_pair(first.x[0], first.x[1], high.x[0]), low_pair(first.x[2], first.x[3], high.x[1]),
+           low_pair(second.x[0], second.x[1], high.x[2]), low_pair(second.x[2], second.x[3], high.x[3])}};
+}
+
+// Where a query of the call lies.
+struct QueryPlace {
+  uint32_t t;
+  int64_t head;
+
+  __device__ __forceinline__ QueryPlace(const Division& division, const BlockUnit& block, uint32_t number)
+      : t(division.group_size(number)),
+        head(block.head * division.group_size.divisor + (number - t * division.group_size.divisor)) {}
+};
+
+// Writes a lane's part of the answers of its two queries, numbers number[h]: the columns that a product left it, of
+// those from `column` on. `there`: the queries exist. The sums are the queries' by now.
+template <int kBlocks>
+__device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDivision& division,
+                                           const BlockUnit& block, const PromptRows& rows, const uint32_t (&number)[2],
+                                           const bool (&there)[2], int column, const FragmentC (&sums)[kBlocks]) {
+  const int lane_column = column + static_cast<int>(threadIdx.x % 4) * 2;
+  const int head_dim = static_cast<int>(p.cache.head_dim);
+  bool is_nan = false;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (!there[h]) continue;
+    const QueryPlace place(division.division, block, number[h]);
+    const int64_t offset =
+        block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride;
+    const float factor = rows.sum[h] == 0.0f ? 0.0f : 1.0f / rows.sum[h];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const int d = lane_column + 8 * i;
+      if (d >= head_dim) continue;
+      const float x = sums[i].x[2 * h] * factor;
+      const float y = sums[i].x[2 * h + 1] * factor;
+      is_nan = is_nan || x != x || y != y;
+      store_pair(p.out.data, offset + d, p.dtype, division.out_in_pairs, x, y);
+    }
+    if (p.lse != nullptr && lane_column == 0) {
+      const Running state = rows.running(h);
+      p.lse[(block.entry * p.rows + place.t) * p.query_heads + place.head] =
+          state.sum == 0.0f ? minus_infinity() : state.max * kLn2 + logf(state.sum);
+    }
+  }
+  if (is_nan) *p.redo = 1;
+}
+
+// A block's part of a unit whose keys are split: the weighted sums and states of its queries, left in the workspace.
+template <int kWidth, int kQueries, int kBlocks>
+__device__ __forceinline__ void leave_rows(float* part, int queries, const PromptRows& rows, const int (&row)[2],
+                                           const FragmentC (&sums)[kBlocks]) {
+  const int lane = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (row[h] >= queries) continue;
+    if (lane == 0) {
+      const Running state = rows.running(h);
+      store<float, 2>(part + kQueries * kWidth + 2 * row[h], {{state.max, state.sum}});
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      store<float, 2>(part + row[h] * kWidth + 8 * i + 2 * lane, {{sums[i].x[2 * h], sums[i].x[2 * h + 1]}});
+    }
+  }
+}
+
+// Merges the parts of a unit, in their order, if this block is the last to have left one. All of its threads have left
+// theirs. `unit`, `column`: the ticket, and the first column of head_dim that the parts are about.
+template <int kWidth, int kQueries>
+__device__ __forceinline__ void merge_prompt_parts(const AttendParams& p, const PromptDivision& division,
+                                                   const BlockUnit& block, uint32_t unit, const float* parts,
+                                                   uint32_t first_query, uint32_t queries, int column,
+                                                   bool& shared_last) {
+  constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
+  const uint32_t splits = division.division.splits;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared_last = sign_in(p.tickets + unit) + 1 == splits;
+    if (shared_last) see_what_others_wrote();
+  }
+  __syncthreads();
+  if (!shared_last) return;
+  const int64_t columns = imin(p.cache.head_dim - column, kWidth);
+  merge_parts<kWidth, false>(
+      {parts + kQueries * kWidth, parts, kFloats, kFloats, kWidth, splits}, queries, static_cast<uint32_t>(columns),
+      [&](uint32_t row, uint32_t d, Running state, Vec<float, 4>& sums) {
+        const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3];
+        if (all != all || state.sum != state.sum) *p.redo = 1;
+        write_answer(p, division.division, block, first_query + row, static_cast<uint32_t>(column) + d, state, sums);
+      });
+  if (threadIdx.x == 0) p.tickets[unit] = 0;
+}
+
+}  // namespace kvc
