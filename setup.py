@@ -1,7 +1,8 @@
 """Builds kvcache_ext._C against the torch that is installed.
 
 KVCACHE_EXT_CUDA=1 forces a CUDA build, KVCACHE_EXT_CUDA=0 a CPU build; unset, a CUDA build is made when torch has CUDA
-and a CUDA toolkit is found (a GPU need not be there). TORCH_CUDA_ARCH_LIST chooses the GPU architectures.
+and a CUDA toolkit is found (a GPU need not be there). TORCH_CUDA_ARCH_LIST chooses the GPU architectures; 9.0 in it
+means 9.0a.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;11.0;12.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;11.0;12.0+PTX"
 
 
 def find_toolkit() -> Path | None:
@@ -48,12 +49,35 @@ def supported_architectures(toolkit: Path) -> str:
     listing = subprocess.run(
         [str(toolkit / "bin" / "nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True
     )
-    known = listing.stdout.split()
-    wanted = DEFAULT_ARCHITECTURES.split(";")
-    kept = [arch for arch in wanted if f"compute_{arch.removesuffix('+PTX').replace('.', '')}" in known]
-    if kept and not kept[-1].endswith("+PTX"):
-        kept[-1] += "+PTX"
+    return architectures_of(listing.stdout.split())
+
+
+def architectures_of(known: list[str]) -> str:
+    """The default list, less what is not among these: compute_80 and so on, which names no compute_90a."""
+    kept = [arch for arch in DEFAULT_ARCHITECTURES.split(";") if f"compute_{plain_number(arch)}" in known]
+    if not any(arch.endswith("+PTX") for arch in kept):
+        # The PTX is for GPUs that are newer than the compiler. That of 9.0a runs on no other.
+        newest = max((i for i, arch in enumerate(kept) if not arch.endswith("a")), default=None)
+        if newest is not None:
+            kept[newest] += "+PTX"
     return ";".join(kept)
+
+
+def plain_number(architecture: str) -> str:
+    """For example "90" for "9.0a", and "120" for "12.0+PTX"."""
+    return architecture.removesuffix("+PTX").rstrip("af").replace(".", "")
+
+
+def with_sm90a(architectures: str) -> str:
+    """This list with 9.0a for 9.0: every GPU of compute capability 9.0 runs code for sm_90a. 9.0+PTX stays."""
+    entries = architectures.replace(" ", ";").split(";")
+    return ";".join(dict.fromkeys("9.0a" if arch == "9.0" else arch for arch in entries if arch))
+
+
+def has_sm90a(architectures: str) -> bool:
+    """Whether GPUs of compute capability 9.0 will run the code for sm_90a: a build for 9.0 beside it leaves that open."""
+    entries = architectures.split(";")
+    return any(arch.startswith("9.0a") for arch in entries) and not {"9.0", "9.0+PTX", "Hopper"} & set(entries)
 
 
 def cxx_compiler() -> str:
@@ -140,7 +164,8 @@ def extension_and_commands() -> dict[str, object]:
     toolkit, reason = choose_build()
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # before torch looks for it itself
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", supported_architectures(toolkit))
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or supported_architectures(toolkit)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = with_sm90a(architectures)
     from torch.utils import cpp_extension
 
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
@@ -153,8 +178,12 @@ def extension_and_commands() -> dict[str, object]:
         cpp_extension.CUDA_HOME = str(toolkit)  # which a CPU build of torch leaves empty, whatever the environment says
         libraries = holding(toolkit, "libcudart.so", "lib64", "lib", "targets/*/lib")
         cxx.append("-DKVC_WITH_CUDA")
+        nvcc = ["-O3", "--threads", "2"]
+        if has_sm90a(os.environ["TORCH_CUDA_ARCH_LIST"]):
+            cxx.append("-DKVC_WITH_SM90A")
+            nvcc.append("-DKVC_WITH_SM90A")
         options = {
-            "extra_compile_args": {"cxx": cxx, "nvcc": ["-O3", "--threads", "2"]},
+            "extra_compile_args": {"cxx": cxx, "nvcc": nvcc},
             "include_dirs": holding(toolkit, "cuda_runtime.h", "include", "targets/*/include"),
             "libraries": ["cudart"],
             "library_dirs": libraries,

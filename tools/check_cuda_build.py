@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURE = "9.0"
+ARCHITECTURE = "9.0a"
 LOG = ROOT / "build" / "check_cuda_build.log"
 
 # Run in the folder of the built package. The CPU's ops go through the same module as the GPU's.

@@ -19,7 +19,9 @@
 #include <functional>
 #include <utility>
 
-#define KVC_EMULATED  // kernels/tensor.cuh then takes emulated_tensor.h from this folder
+#define KVC_EMULATED  // kernels/tensor.cuh then takes emulated_tensor.h from this folder, hopper.cuh emulated_hopper.h
+#define KVC_WITH_SM90A
+#define __CUDA_ARCH_FEAT_SM90_ALL
 
 #define __global__
 #define __device__
@@ -35,31 +37,49 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801
+};
 using cudaStream_t = void*;
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
-// A GPU of few multiprocessors, so that small tests fill it and large ones do not take for ever, with the smallest
-// shared memory that GPUs since sm_80 have.
+namespace emulator {
+// The GPU that a call runs on (see choose_gpu in emulator.cpp).
+struct Gpu {
+  int major;
+  int minor;
+  int shared_bytes;  // that a block can have
+};
+extern Gpu gpu;
+}  // namespace emulator
+
+// Few multiprocessors, so that small tests fill them and large ones do not take for ever.
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 6
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
-                                                            : 101376;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 6; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = emulator::gpu.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = emulator::gpu.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::gpu.shared_bytes; break;
+  }
   return cudaSuccess;
 }
 template <typename Kernel>
-inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= emulator::gpu.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
@@ -90,7 +110,15 @@ void check_alignment(const void* address, size_t bytes);
 // Waits for the warp, then returns the 32 values that its lanes brought.
 const uint64_t* warp_exchange(uint64_t value);
 char* dynamic_shared();  // of the block that runs: poisoned when it begins
+size_t dynamic_shared_bytes();
 void set_dynamic_shared(size_t bytes);
+char* shared_base();  // address 0 of shared memory: a multiple of 1,024 here as there
+// Waits, while other threads run, until this is so.
+void wait_until(const std::function<bool()>& ready);
+void give_way();  // lets another warp run first, as chance has it
+// Does this some time later in this block: at the latest when no thread of it can go on.
+void do_later(const std::function<void()>& action);
+[[noreturn]] void stop(const char* message);
 uint32_t random_below(uint32_t n);
 void end_previous_launch();
 
@@ -149,6 +177,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x % 32 != 0) {
     return cudaErrorInvalidConfiguration;
   }
+  if (config->dynamicSmemBytes > static_cast<size_t>(emulator::gpu.shared_bytes)) return cudaErrorInvalidValue;
   emulator::set_dynamic_shared(config->dynamicSmemBytes);
   emulator::run_grid(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;

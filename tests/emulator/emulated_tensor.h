@@ -36,6 +36,10 @@ inline float half_at(const uint32_t* registers, int i) {
 
 namespace kvc {
 
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - emulator::shared_base());
+}
+
 inline void copy_async(void* shared, const void* global, bool real) {
   emulator::check_alignment(shared, 16);
   emulator::Copy copy{static_cast<char*>(shared), {}, emulator::copies_of_thread().group};

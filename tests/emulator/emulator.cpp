@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "hopper.cuh"
 #include "launch.h"
-#include "tensor.cuh"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -18,16 +18,19 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-enum class Waiting { no, block, warps, warp, done };
+constexpr char kPoison = '\xff';  // makes NaN
+enum class Waiting { no, block, warps, warp, until, done };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Waiting waiting = Waiting::no;
   uint64_t brought = 0;
+  const std::function<bool()>* ready = nullptr;  // what it waits for with Waiting::until
   Copies copies;
+  Products products;
   Operands operands[2];
-  unsigned products = 0;
+  unsigned operand_sets = 0;
   unsigned group = 0;  // threads of the barrier that it waits for
 };
 
@@ -35,8 +38,13 @@ ucontext_t scheduler;
 std::vector<Fiber> fibers;
 unsigned current;
 const std::function<void()>* running;
+bool another_warp;  // is to run now
 std::vector<uint64_t> warp_values;
-std::vector<char> shared_memory;
+std::vector<char> shared_memory;  // has room for what a launch asks for, and what moves its begin
+size_t shared_bytes = 0;          // that the launch asked for
+size_t shared_begin = 0;          // from shared_base() on: what a block has beside may move it
+Hopper hopper;
+std::vector<std::function<void()>> actions;  // to be done later
 uint32_t random_state = 12345;
 
 // The state [2, L, B] of a launch that may begin before the one before is done: true, and while that one runs.
@@ -76,11 +84,21 @@ void release(unsigned begin, unsigned end, Waiting kind) {
   }
 }
 
+// Looks each time anew: a phase of a barrier that ends twice while somebody waits for it is missed, as on a GPU.
+bool is_ready(const Fiber& f) { return f.waiting == Waiting::no || (f.waiting == Waiting::until && (*f.ready)()); }
+
 bool can_run(unsigned begin) {  // a lane of the warp that begins there
   for (unsigned i = begin; i < begin + 32; ++i) {
-    if (fibers[i].waiting == Waiting::no) return true;
+    if (is_ready(fibers[i])) return true;
   }
   return false;
+}
+
+void do_an_action() {
+  const size_t i = random_below(static_cast<uint32_t>(actions.size()));
+  const std::function<void()> action = actions[i];
+  actions.erase(actions.begin() + static_cast<std::ptrdiff_t>(i));
+  action();
 }
 
 unsigned any_warp_that_can_run(unsigned warps) {  // `warps` if there is none
@@ -95,7 +113,9 @@ unsigned any_warp_that_can_run(unsigned warps) {  // `warps` if there is none
 void run_block(unsigned threads) {
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   warp_values.assign(threads, 0);
-  std::fill(shared_memory.begin(), shared_memory.end(), '\xff');  // NaN
+  std::fill(shared_memory.begin(), shared_memory.end(), kPoison);
+  hopper = {};
+  hopper.seen.assign(shared_begin + shared_bytes, kPoison);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     getcontext(&f.context);
@@ -104,19 +124,30 @@ void run_block(unsigned threads) {
     f.context.uc_link = nullptr;
     f.waiting = Waiting::no;
     f.copies = {};
-    f.products = 0;
+    f.products = {};
+    f.operand_sets = 0;
     makecontext(&f.context, fiber_main, 0);
   }
   // Warps run as chance has it, some until nothing but a barrier holds them: what a barrier is missing for shows.
   const unsigned warps = threads / 32;
   for (;;) {
     const unsigned warp = any_warp_that_can_run(warps);
+    const bool ended = std::all_of(fibers.begin(), fibers.begin() + threads,
+                                   [](const Fiber& f) { return f.waiting == Waiting::done; });
+    if (ended && !actions.empty()) stop("a block ends before a bulk copy that it asked for");
+    if (!actions.empty() && (warp == warps || random_below(8) == 0)) {
+      do_an_action();
+      continue;
+    }
     if (warp == warps) break;
     const unsigned begin = 32 * warp;
-    for (unsigned steps = random_below(2) == 0 ? UINT_MAX : 1 + random_below(8); steps > 0 && can_run(begin); --steps) {
+    another_warp = false;
+    for (unsigned steps = random_below(2) == 0 ? UINT_MAX : 1 + random_below(8);
+         steps > 0 && !another_warp && can_run(begin); --steps) {
       for (const unsigned lane : shuffled(32)) {
         Fiber& f = fibers[begin + lane];
-        if (f.waiting != Waiting::no) continue;
+        if (!is_ready(f)) continue;
+        f.waiting = Waiting::no;
         current = begin + lane;
         threadIdx = dim3(current);
         swapcontext(&scheduler, &f.context);
@@ -131,9 +162,16 @@ void run_block(unsigned threads) {
     release(0, threads, Waiting::block);
   }
   for (unsigned i = 0; i < threads; ++i) {
-    if (fibers[i].waiting == Waiting::done) continue;
-    std::fprintf(stderr, "emulator: a thread waits for a barrier that another one never reaches\n");
-    std::abort();
+    if (fibers[i].waiting != Waiting::done) stop("a thread waits for a barrier that another one never reaches");
+    if (!fibers[i].products.under_way.empty()) stop("a thread ends with products that it did not wait for");
+  }
+  check_hopper(threads);
+  for (const auto& [address, barrier] : hopper.barriers) {
+    if (barrier.bytes != 0) stop("a block ends that expects other bytes than bulk copies brought");
+  }
+  const auto past = shared_memory.begin() + (dynamic_shared() - shared_memory.data()) + shared_bytes;
+  if (std::any_of(past, shared_memory.end(), [](char c) { return c != kPoison; })) {
+    stop("a block writes past the end of its shared memory");
   }
 }
 
@@ -163,17 +201,29 @@ uint32_t random_below(uint32_t n) {
 
 Copies& copies_of_thread() { return fibers[current].copies; }
 
-void set_dynamic_shared(size_t bytes) { shared_memory.resize(bytes + 128); }
+Hopper& hopper_of_block() { return hopper; }
+Products& products_of_thread() { return fibers[current].products; }
 
-char* dynamic_shared() {
-  const uintptr_t start = reinterpret_cast<uintptr_t>(shared_memory.data());
-  return reinterpret_cast<char*>((start + 127) / 128 * 128);
+// Shared memory begins anywhere that is a multiple of 128: what a kernel aligns further must have room for that.
+void set_dynamic_shared(size_t bytes) {
+  shared_bytes = bytes;
+  shared_begin = 128 * random_below(8);
+  shared_memory.resize(1024 + shared_begin + bytes + 128);
 }
+
+size_t dynamic_shared_bytes() { return shared_bytes; }
+
+char* shared_base() {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(shared_memory.data());
+  return reinterpret_cast<char*>((start + 1023) / 1024 * 1024);
+}
+
+char* dynamic_shared() { return shared_base() + shared_begin; }
 
 const Operands* warp_operands(const Operands& mine) {
   static Operands of_warp[32];  // read before the next lane runs
   Fiber& self = fibers[current];
-  const unsigned set = self.products++ % 2;
+  const unsigned set = self.operand_sets++ % 2;
   self.operands[set] = mine;
   warp_exchange(0);
   const unsigned first = current / 32 * 32;
@@ -202,11 +252,30 @@ struct Guess {
   ~Guess() { guessed_state = nullptr; }
 };
 
-void check_alignment(const void* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
-  std::fprintf(stderr, "emulator: an access of %zu bytes at a misaligned address\n", bytes);
+void stop(const char* message) {
+  std::fprintf(stderr, "emulator: %s\n", message);
   std::abort();
 }
+
+void check_alignment(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) stop("an access at a misaligned address");
+}
+
+void wait_until(const std::function<bool()>& ready) {
+  if (ready()) return;
+  fibers[current].ready = &ready;
+  wait(Waiting::until);
+}
+
+void give_way() {
+  static const std::function<bool()> at_once = [] { return true; };
+  if (random_below(4) != 0) return;
+  another_warp = true;
+  fibers[current].ready = &at_once;
+  wait(Waiting::until);
+}
+
+void do_later(const std::function<void()>& action) { actions.push_back(action); }
 
 void block_barrier() { wait(Waiting::block); }
 
@@ -222,6 +291,15 @@ const uint64_t* warp_exchange(uint64_t value) {
   return warp_values.data() + self / 32 * 32;
 }
 
+// The smallest shared memory that GPUs since sm_80 have, and what the kernels for sm_90a need: a call runs on either,
+// as chance has it. KVC_EMULATED_GPU, "8.6" or "9.0", leaves one of them.
+Gpu gpu = {8, 6, 101376};
+void choose_gpu() {
+  static const char* const wanted = std::getenv("KVC_EMULATED_GPU");
+  const bool small = wanted != nullptr ? std::strcmp(wanted, "8.6") == 0 : random_below(2) == 0;
+  gpu = small ? Gpu{8, 6, 101376} : Gpu{9, 0, 232448};
+}
+
 }  // namespace emulator
 
 extern "C" {
@@ -234,6 +312,7 @@ int kvc_gather(const kvc::GatherParams* p) {
   return kvc::launch_gather(*p, nullptr);
 }
 int kvc_attend(const kvc::AttendParams* p) {
+  emulator::choose_gpu();
   // Where the state is settled it is not to be guessed; else every other time it is so, where a graph could know.
   kvc::AttendParams q = *p;
   if (p->many) {
