@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from conftest import Backend, Twin, assert_same_bits, make_cache
+from conftest import Backend, Twin, assert_same_bits, assert_same_kinds, make_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -599,15 +599,6 @@ def test_the_largest_scale(
         torch.testing.assert_close(half.cpu().double(), want[0], rtol=1e-2, atol=1e-2)
 
 
-def same_kinds(got: torch.Tensor, want: torch.Tensor) -> None:
-    """NaN, either infinity and finite numbers in the same places; those about the same."""
-    got, want = got.cpu().double(), want.double()
-    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(kind(got), kind(want))
-    finite = want.isfinite()
-    torch.testing.assert_close(got[finite], want[finite], rtol=1e-4, atol=1e-4)
-
-
 def of_large_scores(rows: int, heads: int, head_dim: int, size: float) -> torch.Tensor:
     """Keys or queries with next to nothing but a first element, of some `size`."""
     x = torch.zeros(1, rows, heads, head_dim)
@@ -648,14 +639,14 @@ def test_infinite_values_of_little_weight(
         want, _ = reference.attend(
             twin.k_cache, twin.v_cache, twin.state, 0, query.cpu(), scale=1.0, sink_positions=2, **options
         )
-        same_kinds(got, want)
+        assert_same_kinds(got, want)
         assert want.isinf().any() and want.isfinite().any()
     got = twin.cache.append_attend(0, query, *new, scale=1.0)
     want, _ = reference.append_attend(
         twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, query.cpu(), *(x.cpu() for x in new),
         scale=1.0, sink_positions=2, saturate=False,
     )  # fmt: skip
-    same_kinds(got, want)
+    assert_same_kinds(got, want)
     assert want[..., 12].isinf().any()
 
 
@@ -673,11 +664,11 @@ def test_infinite_values_of_scores_that_are_not_finite(backend: Backend, rows: i
     query = torch.rand(1, rows, 2 * group, 64) + 0.1
     got = twin.cache.attend(0, query.to(backend.device))
     want, _ = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query)
-    same_kinds(got, want)
+    assert_same_kinds(got, want)
     assert want[..., :group, 5].isnan().all() and want[..., :group, 6].isinf().all()
     capped = twin.cache.attend(0, query.to(backend.device), softcap=5.0)
     want, _ = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query, softcap=5.0)
-    same_kinds(capped, want)
+    assert_same_kinds(capped, want)
     assert want[..., :group, 5].isinf().all()
 
 
@@ -695,7 +686,7 @@ def test_new_rows_with_scores_of_minus_infinity(backend: Backend, rows: int, sof
     want, _ = reference.append_attend(
         twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, query, key, value, saturate=False, **options
     )
-    same_kinds(got, want)
+    assert_same_kinds(got, want)
     assert (want[0, 1:, :2, 5].isnan() if softcap is None else want[0, 1:, :2, 5].isposinf()).all()
 
 
