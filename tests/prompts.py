@@ -123,9 +123,7 @@ class Prompt:
         """query, key, value of N(0, 1); `query` and `new` are dtypes."""
         batch, heads = self.model.batch if batch is None else batch, self.model.heads
         of = (dtypes.get("query", torch.float32), *[dtypes.get("new", torch.float32)] * 2)
-        return [
-            self.randn(batch, rows, h, dtype) for h, dtype in zip((heads * group, heads, heads), of, strict=True)
-        ]
+        return [self.randn(batch, rows, h, dtype) for h, dtype in zip((heads * group, heads, heads), of, strict=True)]
 
     # Calls
 
@@ -211,7 +209,9 @@ class Prompt:
         return Expected(answers, of, "scale" not in options)
 
     def options(self, given: dict[str, Any]) -> AttentionOptions:
-        return AttentionOptions(given.get("scale", self.model.head_dim**-0.5), given.get("window"), given.get("softcap"))
+        return AttentionOptions(
+            given.get("scale", self.model.head_dim**-0.5), given.get("window"), given.get("softcap")
+        )
 
     def entries(self, sequences: Chosen) -> list[int | None]:
         numbers = range(self.model.batch) if sequences is None else as_numbers(sequences)

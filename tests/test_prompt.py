@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import Backend, Twin, assert_same_bits, assert_same_kinds, make_cache
 from model import Sequence, attention
-from prompts import HEAD_BOUND, HALF_ULP, Prompt, assert_same_state
+from prompts import HALF_ULP, HEAD_BOUND, Prompt, assert_same_state
 
 from kvcache_ext import StreamingKVCacheFp16, reference
 
@@ -93,9 +93,8 @@ def test_more_is_held_than_new(backend: Backend, held: int) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_long_prompts_of_one_head(backend: Backend, rows: int, held: int, group: int, precision: str) -> None:
     leave_out(backend.slow)
-    Prompt(backend, slots=held + rows, head_dim=128 if backend.name == "cuda" else 64).append(held).append_attend(
-        *Prompt(backend, slots=1, head_dim=128 if backend.name == "cuda" else 64).new(rows, group), precision=precision
-    )
+    prompt = Prompt(backend, slots=held + rows, head_dim=128 if backend.name == "cuda" else 64).append(held)
+    prompt.append_attend(*prompt.new(rows, group), precision=precision)
 
 
 # Rings
@@ -119,9 +118,7 @@ RINGS = [  # rows of the call, slots, sinks, appended before it
 
 @pytest.mark.parametrize(("rows", "slots", "sinks", "appended"), RINGS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_calls_that_evict(
-    backend: Backend, rows: int, slots: int, sinks: int, appended: int, precision: str
-) -> None:
+def test_calls_that_evict(backend: Backend, rows: int, slots: int, sinks: int, appended: int, precision: str) -> None:
     """Each query sees what the ring held at its turn, also what later positions of the call evict."""
     prompt = Prompt(backend, slots=slots, sinks=sinks, head_dim=32, heads=1 if backend.slow else 2).append(appended)
     leave_out(backend.slow and (rows == 200 or (precision == "fp16" and sinks != 5)))
@@ -179,9 +176,10 @@ def test_more_queries_than_positions(backend: Backend, rows: int) -> None:
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_windows(backend: Backend, window: int, sinks: int, precision: str) -> None:
-    """Smaller and larger than tiles, in a call that evicts, behind a ring that has wrapped; with sinks far behind it."""
+    """Smaller and larger than tiles, in a call that evicts from a ring that has wrapped; with sinks far behind."""
     leave_out(backend.slow and (precision == "fp16" or window in (16, 63, 65, 2**62)))
-    check_both(Prompt(backend, slots=160, sinks=sinks, head_dim=16).append(210), 70, 2, window=window, precision=precision)
+    prompt = Prompt(backend, slots=160, sinks=sinks, head_dim=16).append(210)
+    check_both(prompt, 70, 2, window=window, precision=precision)
 
 
 @pytest.mark.parametrize("window", [3, 40])
@@ -259,7 +257,7 @@ def test_long_tails(backend: Backend) -> None:
     query[..., 0] = 1.0
     got = cache.attend(0, query, scale=1.0)
     assert isinstance(got, torch.Tensor)
-    tail = (count + torch.arange(17) - 0.0)[:, None].double() * math.exp(-score)
+    tail = (count + torch.arange(17))[:, None].double() * math.exp(-score)
     want = (value[3].double() + tail) / (1 + tail)
     error = (got[:, 0].cpu().double() - want).norm(dim=-1) / want.norm(dim=-1)
     assert (want - value[3].double()).norm(dim=-1).min() > 5e-6 and error.max() <= HEAD_BOUND
@@ -291,7 +289,7 @@ def view(form: str, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x, x[..., :1]], -1)[..., :-1]
     if form == "an element from the start":
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    return x.flip(1).contiguous().as_strided(x.shape, x.stride()) if form == "other numbers" else x
+    raise ValueError(form)
 
 
 FORMS = ["[B, H, T, D]", "every second head", "one row of all heads and more", "gaps of an element",
@@ -432,7 +430,7 @@ def bare(prompt: Prompt, tensors: list[torch.Tensor], filler: float, **options: 
     """The answers on copies of the cache whose slots that hold nothing are full of something."""
     prompt.poison(filler)
     answers = [*copy.deepcopy(prompt.cache).attend(0, tensors[0], return_lse=True, **options)]
-    return answers + [*copy.deepcopy(prompt.cache).append_attend(0, *tensors, return_lse=True, **options)]
+    return [*answers, *copy.deepcopy(prompt.cache).append_attend(0, *tensors, return_lse=True, **options)]
 
 
 @pytest.mark.parametrize("filler", [torch.nan, torch.inf, 65504.0])
@@ -546,7 +544,6 @@ def test_the_same_call_gives_the_same_bits(backend: Backend, rows: int, group: i
     leave_out(backend.slow and precision == "fp16" and slots > 100)
     prompt = Prompt(backend, slots=slots, head_dim=16, batch=2).append(slots - 20)
     tensors = prompt.new(rows, group)
-    prompt.poison()
     first = bare(prompt, tensors, torch.nan, precision=precision)
     for _ in range(2 if backend.slow else 5):
         for got, want in zip(bare(prompt, tensors, torch.nan, precision=precision), first, strict=True):
