@@ -31,8 +31,6 @@ from common import (
     Target,
     choose_device,
     device_name,
-    fill_random,
-    graph_sampler,
     on_gpu,
     one_thread,
     open_results,
@@ -41,7 +39,6 @@ from common import (
     print_table,
     quantity,
 )
-from common import compare as compare_samplers
 from llama import OPTIONS, SEVEN_B, TINY, WEIGHT_WORDS, WEIGHTS, LlamaShape, Option, Unavailable
 
 GPU_POSITIONS = [1_024, 4_096, 16_384, 65_536, 131_072]
@@ -66,23 +63,6 @@ H200_TARGETS = {
 class Figure:
     tokens_per_second: float
     peak: int  # bytes
-
-
-def read_rate(device: torch.device, quick: bool) -> float:
-    """Bytes a second that can be read at most."""
-    if not on_gpu(device):
-        return ceilings.measure(device, True).copy / 2  # of a copy, half is reading
-    size = 1 << (28 if quick else 32)
-    while True:  # smaller where another program has the memory
-        try:
-            source = fill_random(torch.empty(size // 4, device=device))
-            break
-        except torch.OutOfMemoryError:
-            size //= 2
-    sink = torch.zeros(1, dtype=torch.int32, device=device)
-    read = ceilings.plain_kernel("read_only", size // 16, source, sink)
-    sampler = graph_sampler(read if read is not None else lambda: source.sum())
-    return size / compare_samplers({"": sampler}, 3 if quick else ceilings.ROUNDS)[""].seconds
 
 
 def measure_option(
@@ -254,7 +234,7 @@ def main() -> int:
             f"A rehearsal on the CPU, with a tiny model ({shape.layers} layers): its figures say nothing about a 7B one"
         )
 
-    reading = read_rate(device, args.quick)
+    reading = ceilings.read_rate(device, args.quick)
     llama.tidy(device)
     failed: list[str] = []
     for weights in kinds:
