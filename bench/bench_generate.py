@@ -10,6 +10,8 @@ the same run.
 Peak memory is what the allocator held at most once weights and cache existed, in GB of 10^9 bytes, with the steps' own
 needs in it (captures and compiled code too). What does not fit is said and left out, and so are other failures.
 
+How long a prompt takes before that is bench_first_token.py's.
+
 Parts for a short session: --weights, --positions, --options, --layers. Without a GPU it is a rehearsal with a tiny
 model, under the name `tiny`.
 """
@@ -41,6 +43,7 @@ from common import (
 )
 from llama import OPTIONS, SEVEN_B, TINY, WEIGHT_WORDS, WEIGHTS, LlamaShape, Option, Unavailable
 
+DECODED = ["fp16", "fp32", "w4", "w8"]
 GPU_POSITIONS = [1_024, 4_096, 16_384, 65_536, 131_072]
 FEWER_POSITIONS = [4_096, 65_536]  # for all but FP16 weights: compiling takes most of the time
 CPU_POSITIONS = [128, 512]
@@ -185,7 +188,8 @@ def positions_for(weights: str, args: argparse.Namespace, gpu: bool) -> list[int
 
 def arguments() -> argparse.Namespace:
     p = parser(__doc__)
-    p.add_argument("--weights", type=comma_list, help=f"of {','.join(WEIGHTS)} (default: all; fp16,fp32 when --quick)")
+    default = f"{','.join(DECODED)}; fp16,fp32 when --quick"
+    p.add_argument("--weights", type=comma_list, help=f"of {','.join(WEIGHTS)} (default: {default})")
     p.add_argument(
         "--positions", type=comma_list, help="such as 4096,65536 (default: 1,024 to 131,072; fewer but for fp16)"
     )
@@ -228,7 +232,7 @@ def main() -> int:
     ]
     if not gpu and not args.options:
         options.remove("graph")  # without a GPU it is the eager step
-    kinds = args.weights or (["fp16", "fp32"] if args.quick else list(WEIGHTS))
+    kinds = args.weights or (["fp16", "fp32"] if args.quick else DECODED)
     if not gpu:
         print(
             f"A rehearsal on the CPU, with a tiny model ({shape.layers} layers): its figures say nothing about a 7B one"

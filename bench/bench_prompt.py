@@ -7,10 +7,10 @@ that dtype. `bf16-exact`: BF16 queries, precision="fp32". `window4096`: a slidin
 8 sequences, of 0.3 of S to S positions. A row `.../append` is `truncate` back to S - T positions and `append_attend`
 together; its peers copy the new rows into a cache of their own dtype, then attend.
 
-The others are torch's scaled_dot_product_attention over copies `[B, H, S, D]` of the query's dtype (sdpa_peers.py): FP32
-by the memory-efficient kernel, alone and with the gathering of FP32 copies from the cache counted ("to FP32, SDPA");
-FP16 and BF16 by flash and cuDNN. A ragged batch is a call for each of its sequences. A peer that refuses a case, does
-not fit into memory or answers something else is left out, and it is said why.
+The others are torch's scaled_dot_product_attention over copies `[B, H, S, D]` of the query's dtype (sdpa_peers.py).
+FP32: the memory-efficient kernel, alone and with the gathering of FP32 copies from the cache counted ("to FP32, SDPA").
+FP16 and BF16: flash and cuDNN. A ragged batch is a call for each of its sequences. A peer that refuses a case, does not
+fit into memory or answers something else is left out, and it is said why.
 
 The ceiling is torch.mm of the same run: FP16 or BF16, and for FP32 rows half of FP16, as an FP32 query takes two FP16
 products. (On a CPU: FP32 for all.) On a GPU times are those of eager calls by events, while the host is ahead.

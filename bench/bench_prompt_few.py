@@ -1,10 +1,10 @@
 """`bench_prompt.py --crossover`: attention of few queries, where kernels for decoding give way to those for prompts.
 
-A row `prompt/few/g<query heads to a KV head>/<T>x<S>/<fp32|bf16>` is one call of `attend` of T queries over S positions of
-8 KV heads of 128, in microseconds. Layers lie in memory one after another, as many as no cache holds, and each layer's
-query is the answer of the layer before it; on a GPU all of them are one CUDA graph. The others are those of
-bench_prompt.py, FP32 for some T alone, as it takes long. The ceiling is the longer of two times: reading keys and values
-at the rate of a kernel that only reads, and the products at the rate of torch.mm (for FP32 half of FP16's).
+A row `prompt/few/g<query heads to a KV head>/<T>x<S>/<fp32|bf16>` is one call of `attend` of T queries over S positions
+of 8 KV heads of 128, in microseconds. There are as many layers as no cache of a processor holds, and each layer's query
+is the answer of the layer before it; on a GPU all of them are one CUDA graph. The others are those of bench_prompt.py,
+FP32 for some T alone, as it takes long. The ceiling is the longer of two times: reading keys and values at the rate of
+a kernel that only reads, and the products at the rate of torch.mm (for FP32 half of FP16's).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ QUERIES = [2, 4, 8, 16, 17, 32, 48, 64, 128]
 FP32_PEERS_FOR = [2, 16, 64, 128]
 POSITIONS = [4_096, 16_384, 131_072]
 LAYER_BYTES = 5e8  # of all layers' keys and values: ten times a GPU's cache
+MOST_LAYERS = 64
 REPEATED_LAYERS = 2  # of the FP32 copies, which have a KV head for every query head
-SECONDS = 0.1  # for the rounds of a row
+SECONDS = 0.05  # for the rounds of a row
 DTYPES = {"fp32": (torch.float32, "fp32"), "bf16": (torch.bfloat16, "fp16")}  # of queries; precision
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [1, H, S, D]
@@ -58,7 +59,7 @@ class Held:
 
     def __init__(self, positions: int, device: torch.device) -> None:
         layer_bytes = 4 * positions * HEADS * HEAD_DIM
-        self.layers = max(2, round(LAYER_BYTES / layer_bytes)) if on_gpu(device) else 1
+        self.layers = max(2, min(MOST_LAYERS, round(LAYER_BYTES / layer_bytes))) if on_gpu(device) else 1
         self.positions, self.device = positions, device
         self.cache = StreamingKVCacheFp16(self.layers, positions, HEADS, HEAD_DIM, device=device)
         keys, values = (fill_random(torch.empty(1, positions, HEADS, HEAD_DIM, device=device)) for _ in range(2))

@@ -1,15 +1,16 @@
 """Attention of many queries by torch's scaled_dot_product_attention: what bench_prompt.py holds ours against.
 
-Every backend gets what it is fastest with. Causal attention of T queries to S > T keys: flash and memory-efficient know
-it as `causal_lower_right`; cuDNN, and torch on a CPU, get an additive mask of the query's dtype, made once beforehand. A
-sliding window: flash has an argument for it (of torch's own op, which SDPA does not pass on); the others get a mask, and
-only the keys that some query sees. Memory-efficient attention cannot share a KV head between query heads: its keys and
-values are repeated beforehand.
+Every backend gets what it is fastest with. Causal attention of T queries to S > T keys: flash and memory-efficient have
+`causal_lower_right`; cuDNN, and torch on a CPU, get an additive mask of the query's dtype, made once beforehand. A
+sliding window: flash has an argument for it (of the op below SDPA, which does not pass it on); the others get a mask,
+and only the keys that some query sees. Memory-efficient attention cannot share a KV head between query heads: its keys
+and values are repeated beforehand.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ FLASH, CUDNN, EFFICIENT = (
 )
 TOLERANCE = 0.02  # of a peer's answer beside ours: BF16 differs by some 0.005
 ROUNDS, FEWEST_ROUNDS = 9, 3
-SAMPLE_SECONDS = 0.007  # the shortest sample: ENOUGH_SECONDS of work, and the wait before it
 NAMES = {FLASH: "SDPA flash", CUDNN: "SDPA cuDNN", EFFICIENT: "SDPA FP32"}  # efficient is used for FP32 alone
 
 
@@ -48,12 +48,12 @@ def additive_mask(queries: int, held: int, window: int | None, dtype: torch.dtyp
 
 def repeated(keys: Tensor, query_heads: int) -> Tensor:
     """A KV head `[B, H, S, D]` for every query head."""
-    return keys.repeat_interleave(query_heads // keys.shape[1], 1)
+    return keys if keys.shape[1] == query_heads else keys.repeat_interleave(query_heads // keys.shape[1], 1)
 
 
 @dataclass
 class Attention:
-    """Causal attention of one query length and one length of keys, ready to be called; all tensors `[B, H, rows, D]`."""
+    """Causal attention, ready to be called, of sequences of one length. All tensors are `[B, H, rows, D]`."""
 
     query: Tensor
     keys: Tensor
@@ -72,7 +72,7 @@ class Attention:
             first = max(0, keys.shape[2] - queries - window + 1) // 8 * 8
             keys, values = keys[:, :, first:].contiguous(), values[:, :, first:].contiguous()
         held = keys.shape[2]
-        if backend is EFFICIENT and keys.shape[1] != query_heads:
+        if backend is EFFICIENT:
             keys, values = repeated(keys, query_heads), repeated(values, query_heads)
         arguments: dict[str, Any] = {"enable_gqa": True} if keys.shape[1] != query_heads else {}
         if window is None and queries == held:
@@ -114,7 +114,7 @@ def in_eager_calls(work: Work, device: torch.device, backend: SDPBackend | None 
 
 
 def difference(answers: Sequence[Tensor], want: Tensor) -> float:
-    """How far answers `[1, H, T, D]`, one a sequence, are from ours, `[B, T, H, D]`: relative, of three queries each."""
+    """How far answers `[1, H, T, D]`, one a sequence, are from ours, `[B, T, H, D]`: relative, of three queries."""
     rows = [0, want.shape[1] // 2, want.shape[1] - 1]
     answer = torch.cat([a[:, :, rows] for a in answers]).transpose(1, 2).float()
     return float((answer - want[:, rows].float()).norm() / want[:, rows].float().norm())
@@ -148,8 +148,10 @@ def rounds_for(samplers: dict[str, Sampler], seconds: float, quick: bool) -> int
     """As many rounds as take these seconds, within limits."""
     if quick:
         return 1
-    once = sum(max(SAMPLE_SECONDS, sampler()) for sampler in samplers.values())
-    return max(FEWEST_ROUNDS, min(ROUNDS, int(seconds / once)))
+    begin = time.perf_counter()
+    for sampler in samplers.values():
+        sampler()
+    return max(FEWEST_ROUNDS, min(ROUNDS, int(seconds / (time.perf_counter() - begin))))
 
 
 def chosen(name: str, only: str) -> bool:
