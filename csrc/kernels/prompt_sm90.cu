@@ -255,179 +255,202 @@ __device__ __forceinline__ void hold_products(FragmentC (&sums)[kPieces][kBlocks
   for (int piece = 0; piece < kPieces; ++piece) hold_products(sums[piece]);
 }
 
+// A warpgroup that multiplies: its queries, what has come of them so far, and where it is in the rings of tiles.
 template <typename Block>
-__device__ __forceinline__ void multiply_tiles(const AttendParams& p, const PromptDivision& division,
-                                               typename Block::Shared& shared, char* panels) {
-  constexpr int kKeys = Block::kKeys;
-  constexpr int kParts = Block::kParts;
-  const int group = static_cast<int>(threadIdx.x / kGroupThreads) - 1;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  char* const own_queries = panels + group * kParts * Block::kQueryPartBytes;
-  store_queries<Block>(p, division, shared, group, own_queries);
-  fence_for_products();
-  sync_threads(kPlanBarrier, kThreads);
+struct Multiplier {
+  static constexpr int kKeys = Block::kKeys;
+  static constexpr int kParts = Block::kParts;
+  using Products = FragmentC[kKeys / 8];
+  using Weights = FragmentA[kParts][kKeys / 16];
 
-  const int row = kGroupQueries * group + static_cast<int>(threadIdx.x / 32 % 4) * 16 + lane / 4;  // and eight on
+  const AttendParams& p;
+  const PromptDivision& division;
+  typename Block::Shared& shared;
+  char* panels;
+  int group;  // 0 or 1
   PromptRows rows;
-  rows.clear();
-  rows.factor[0] = shared.factor[row];
-  rows.factor[1] = shared.factor[row + 8];
-  const auto hide = [&](auto& products, int32_t row0, int32_t row_end) {
-    const SeenRange oldest = shared.oldest[group];
-    const SeenRange newest = shared.newest[group];
-    const int32_t sinks = static_cast<int32_t>(shared.plan.sinks_held);
-    const bool clear =
-        row_end - row0 == kKeys && row_end <= oldest.end && (row0 >= newest.begin || row_end <= sinks);
-    if (clear) return;
-    const FastDivider& group_size = division.division.group_size;
-    const SeenRange seen[2] = {shared.plan.range_of(group_size(shared.tile.number(row))),
-                               shared.plan.range_of(group_size(shared.tile.number(row + 8)))};
-    hide_unseen(products, seen, row0, row_end, sinks);
-  };
-
-  FragmentC sums[Block::kPieces][Block::kColumns / 8] = {};
+  FragmentC sums[Block::kPieces][Block::kColumns / 8];
   Stage<Block::kStages> stage;
-  const auto keys_of = [&](int number) { return panels + Block::kKeysAt + number * Block::kTileBytes; };
-  const auto values_of = [&](int number) { return panels + Block::kValuesAt + number * Block::kTileBytes; };
-  const auto give_back = [&](uint64_t* empty) {
-    if (lane == 0) arrive(empty + stage.number);
-  };
 
-  if constexpr (Block::kTakeTurns) {
+  // The first of this lane's two queries, counted from the block's first; the other is eight on.
+  __device__ __forceinline__ int row() const {
+    return kGroupQueries * group + static_cast<int>(threadIdx.x / 32 % 4) * 16 + static_cast<int>(threadIdx.x % 32) / 4;
+  }
+  __device__ __forceinline__ char* queries() const { return panels + group * kParts * Block::kQueryPartBytes; }
+  __device__ __forceinline__ const char* keys(int number) const {
+    return panels + Block::kKeysAt + number * Block::kTileBytes;
+  }
+  __device__ __forceinline__ const char* values(int number, int piece) const {
+    return panels + Block::kValuesAt + number * Block::kTileBytes + piece * (Block::kColumns / 64) * Block::kPanelBytes;
+  }
+  static __device__ __forceinline__ void give_back(uint64_t* empty) {
+    if (threadIdx.x % 32 == 0) arrive(empty);
+  }
+
+  __device__ __forceinline__ void begin() {
+    store_queries<Block>(p, division, shared, group, queries());
+    fence_for_products();
+    sync_threads(kPlanBarrier, kThreads);
+    rows.clear();
+    rows.factor[0] = shared.factor[row()];
+    rows.factor[1] = shared.factor[row() + 8];
+#pragma unroll
+    for (int piece = 0; piece < Block::kPieces; ++piece) {
+#pragma unroll
+      for (int i = 0; i < Block::kColumns / 8; ++i) sums[piece][i] = {};
+    }
+  }
+
+  // A tile's products become weights; `rescale`: what the sums of tiles before are to be multiplied with.
+  __device__ __forceinline__ void weigh(Products& products, int32_t tile, float (&rescale)[2]) {
+    const int32_t row0 = shared.tiles.row(tile);
+    const int32_t row_end = shared.tiles.row_end(tile);
+    const int32_t sinks = static_cast<int32_t>(shared.plan.sinks_held);
+    const bool clear = row_end - row0 == kKeys && row_end <= shared.oldest[group].end &&
+                       (row0 >= shared.newest[group].begin || row_end <= sinks);
+    if (!clear) {
+      const FastDivider& group_size = division.division.group_size;
+      const SeenRange seen[2] = {shared.plan.range_of(group_size(shared.tile.number(row()))),
+                                 shared.plan.range_of(group_size(shared.tile.number(row() + 8)))};
+      hide_unseen(products, seen, row0, row_end, sinks);
+    }
+    rows.weigh(products, p.softcap, rescale);
+  }
+
+  // One tile after the other: scores, weights, sums. While one warpgroup weighs, the other may multiply.
+  __device__ __forceinline__ void take_tiles() {
+#pragma unroll 1
+    for (int32_t tile = shared.last_tile; tile >= shared.stop; --tile, stage.advance()) {
+      uint64_t* const keys_empty = shared.keys_empty + stage.number;
+      uint64_t* const values_empty = shared.values_empty + stage.number;
+      const bool unseen =
+          shared.tiles.row(tile) >= shared.newest[group].end ||
+          (shared.tiles.row(tile) >= shared.plan.sinks_held && shared.tiles.row_end(tile) <= shared.oldest[group].begin);
+      wait_barrier(shared.keys_full + stage.number, stage.parity);
+      if (unseen) {
+        give_back(keys_empty);
+        wait_barrier(shared.values_full + stage.number, stage.parity);
+        give_back(values_empty);
+        continue;
+      }
+      Weights weights;
+      float rescale[2];
+      {
+        Products products;
+        begin_scores<Block>(products, queries(), keys(stage.number));
+        wait_for_products<0>();
+        hold_products(products);
+        give_back(keys_empty);
+        weigh(products, tile, rescale);
+        take_weights(weights, products);
+      }
+      wait_barrier(shared.values_full + stage.number, stage.parity);
+      if constexpr (kParts == 1) {
+        rescale_sums(sums, rescale);
+        begin_products();
+#pragma unroll
+        for (int piece = 0; piece < Block::kPieces; ++piece) {
+          multiply_values<Block, true>(sums[piece], weights, values(stage.number, piece));
+        }
+        end_products();
+        wait_for_products<0>();
+        hold_products(sums);
+        give_back(values_empty);
+      } else {
+#pragma unroll
+        for (int piece = 0; piece < Block::kPieces; ++piece) {
+          FragmentC of_tile[Block::kColumns / 8];
+          begin_products();
+          multiply_values<Block, false>(of_tile, weights, values(stage.number, piece));
+          end_products();
+          wait_for_products<0>();
+          hold_products(of_tile);
+          if (piece + 1 == Block::kPieces) give_back(values_empty);
+          add_sums(sums[piece], of_tile, rescale);
+        }
+      }
+    }
+  }
+
+  // The two warpgroups begin products in turns; those of a tile's scores run beside those of the tile's before with its
+  // values, and beside the other warpgroup's weighing.
+  __device__ __forceinline__ void take_tiles_in_turns() {
     const int mine = kTurnBarrier + group;
     const int others = kTurnBarrier + 1 - group;
-    FragmentA weights[kParts][kKeys / 16];
-    float rescale[2];
-    const auto weigh = [&](FragmentC(&products)[kKeys / 8], int32_t tile) {
-      hide(products, shared.tiles.row(tile), shared.tiles.row_end(tile));
-      rows.weigh(products, p.softcap, rescale);
-    };
     if (group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
-    if (shared.last_tile >= shared.stop) {
-      FragmentC products[kKeys / 8];
+    if (shared.last_tile < shared.stop) return;
+    Weights weights;
+    float rescale[2];
+    {
+      Products products;
       wait_barrier(shared.keys_full + stage.number, stage.parity);
       sync_threads(mine, 2 * kGroupThreads);
-      begin_scores<Block>(products, own_queries, keys_of(stage.number));
+      begin_scores<Block>(products, queries(), keys(stage.number));
       arrive_threads(others, 2 * kGroupThreads);
       wait_for_products<0>();
       hold_products(products);
-      give_back(shared.keys_empty);
-      weigh(products, shared.last_tile);
+      give_back(shared.keys_empty + stage.number);
+      weigh(products, shared.last_tile, rescale);
       take_weights(weights, products);
     }
 #pragma unroll 1
     for (int32_t tile = shared.last_tile - 1; tile >= shared.stop; --tile) {
       const Stage<Block::kStages> before = stage;  // of the tile whose weights we have
       stage.advance();
-      FragmentC products[kKeys / 8];
+      Products products;
       wait_barrier(shared.keys_full + stage.number, stage.parity);
       sync_threads(mine, 2 * kGroupThreads);
-      begin_scores<Block>(products, own_queries, keys_of(stage.number));
+      begin_scores<Block>(products, queries(), keys(stage.number));
       wait_barrier(shared.values_full + before.number, before.parity);
       begin_products();
-      multiply_values<Block, true>(sums[0], weights, values_of(before.number));
+      multiply_values<Block, true>(sums[0], weights, values(before.number, 0));
       end_products();
       arrive_threads(others, 2 * kGroupThreads);
       wait_for_products<1>();
       hold_products(products);
-      give_back(shared.keys_empty);
-      weigh(products, tile);
+      give_back(shared.keys_empty + stage.number);
+      weigh(products, tile, rescale);
       wait_for_products<0>();
       hold_products(sums);
-      if (lane == 0) arrive(shared.values_empty + before.number);
+      give_back(shared.values_empty + before.number);
       rescale_sums(sums, rescale);
       take_weights(weights, products);
     }
-    if (shared.last_tile >= shared.stop) {
-      wait_barrier(shared.values_full + stage.number, stage.parity);
-      begin_products();
-      multiply_values<Block, true>(sums[0], weights, values_of(stage.number));
-      end_products();
-      wait_for_products<0>();
-      hold_products(sums);
-    }
-  } else {
-    const auto step = [&](int32_t row0, int32_t row_end) {
-      FragmentA weights[kParts][kKeys / 16];
-      float rescale[2];
-      {
-        FragmentC products[kKeys / 8];
-        wait_barrier(shared.keys_full + stage.number, stage.parity);
-        begin_scores<Block>(products, own_queries, keys_of(stage.number));
-        wait_for_products<0>();
-        hold_products(products);
-        give_back(shared.keys_empty);
-        hide(products, row0, row_end);
-        rows.weigh(products, p.softcap, rescale);
-        take_weights(weights, products);
-      }
-      wait_barrier(shared.values_full + stage.number, stage.parity);
-      const char* values = values_of(stage.number);
-      if constexpr (kParts == 1) {
-        rescale_sums(sums, rescale);
-        begin_products();
-#pragma unroll
-        for (int piece = 0; piece < Block::kPieces; ++piece) {
-          multiply_values<Block, true>(sums[piece], weights, values + piece * Block::kColumns / 64 * Block::kPanelBytes);
-        }
-        end_products();
-        wait_for_products<0>();
-        hold_products(sums);
-        give_back(shared.values_empty);
-      } else {
-#pragma unroll
-        for (int piece = 0; piece < Block::kPieces; ++piece) {
-          FragmentC of_tile[Block::kColumns / 8];
-          begin_products();
-          multiply_values<Block, false>(of_tile, weights, values + piece * Block::kColumns / 64 * Block::kPanelBytes);
-          end_products();
-          wait_for_products<0>();
-          hold_products(of_tile);
-          if (piece + 1 == Block::kPieces) give_back(shared.values_empty);
-          add_sums(sums[piece], of_tile, rescale);
-        }
-      }
-    };
-#pragma unroll 1
-    for (int32_t tile = shared.last_tile; tile >= shared.stop; --tile, stage.advance()) {
-      const int32_t row0 = shared.tiles.row(tile);
-      const int32_t row_end = shared.tiles.row_end(tile);
-      if (row0 >= shared.newest[group].end ||
-          (row0 >= shared.plan.sinks_held && row_end <= shared.oldest[group].begin)) {
-        wait_barrier(shared.keys_full + stage.number, stage.parity);
-        give_back(shared.keys_empty);
-        wait_barrier(shared.values_full + stage.number, stage.parity);
-        give_back(shared.values_empty);
-      } else {
-        step(row0, row_end);
-      }
-    }
+    wait_barrier(shared.values_full + stage.number, stage.parity);
+    begin_products();
+    multiply_values<Block, true>(sums[0], weights, values(stage.number, 0));
+    end_products();
+    wait_for_products<0>();
+    hold_products(sums);
   }
 
-  rows.add_lanes();
-  const PromptTile& tile = shared.tile;
-  if (division.division.splits == 1) {
-    const uint32_t number[2] = {tile.number(row), tile.number(row + 8)};
-    const bool there[2] = {row < tile.queries, row + 8 < tile.queries};
+  // The answers, or a part of them to be merged.
+  __device__ __forceinline__ void finish() {
+    rows.add_lanes();
+    const PromptTile& tile = shared.tile;
+    const int both[2] = {row(), row() + 8};
+    if (division.division.splits == 1) {
+      const uint32_t number[2] = {tile.number(both[0]), tile.number(both[1])};
+      const bool there[2] = {both[0] < tile.queries, both[1] < tile.queries};
+#pragma unroll
+      for (int piece = 0; piece < Block::kPieces; ++piece) {
+        write_rows(p, division, tile.block, rows, number, there, piece * Block::kColumns, sums[piece]);
+      }
+      return;
+    }
+    constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
+    float* const parts = p.partials + static_cast<int64_t>(tile.block.unit) * division.division.splits * kFloats;
 #pragma unroll
     for (int piece = 0; piece < Block::kPieces; ++piece) {
-      write_rows(p, division, tile.block, rows, number, there, piece * Block::kColumns, sums[piece]);
+      leave_rows<Block::kWidth, Block::kQueries>(parts + tile.block.split * kFloats, tile.queries, rows, both,
+                                                 piece * Block::kColumns, sums[piece]);
     }
-    return;
+    merge_prompt_parts<Block::kWidth, Block::kQueries>(
+        p, division, tile.block, tile.block.unit, parts, tile.first_query, static_cast<uint32_t>(tile.queries), 0,
+        shared.last_part, static_cast<int>(threadIdx.x) - kGroupThreads, 2 * kGroupThreads,
+        [] { sync_threads(kMultiplyBarrier, 2 * kGroupThreads); });
   }
-  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
-  float* const parts = p.partials + static_cast<int64_t>(tile.block.unit) * division.division.splits * kFloats;
-  const int both[2] = {row, row + 8};
-#pragma unroll
-  for (int piece = 0; piece < Block::kPieces; ++piece) {
-    leave_rows<Block::kWidth, Block::kQueries>(parts + tile.block.split * kFloats, tile.queries, rows, both,
-                                               piece * Block::kColumns, sums[piece]);
-  }
-  merge_prompt_parts<Block::kWidth, Block::kQueries>(
-      p, division, tile.block, tile.block.unit, parts, tile.first_query, static_cast<uint32_t>(tile.queries), 0,
-      shared.last_part, static_cast<int>(threadIdx.x) - kGroupThreads, 2 * kGroupThreads,
-      [] { sync_threads(kMultiplyBarrier, 2 * kGroupThreads); });
-}
+};
 
 // What a block does, found by one thread while others load the queries.
 template <typename Block>
@@ -480,7 +503,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tiles<Block>(p, shared, panels, &key_map, &value_map);
   } else {
     take_registers<232>();
-    multiply_tiles<Block>(p, division, shared, panels);
+    Multiplier<Block> multiplier{p, division, shared, panels, static_cast<int>(threadIdx.x / kGroupThreads) - 1};
+    multiplier.begin();
+    if constexpr (Block::kTakeTurns) {
+      multiplier.take_tiles_in_turns();
+    } else {
+      multiplier.take_tiles();
+    }
+    multiplier.finish();
   }
 #endif
 }
