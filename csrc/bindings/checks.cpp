@@ -456,6 +456,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   }
   p.tickets = reinterpret_cast<uint32_t*>(workspace.data_ptr<float>());
   p.redo = p.tickets + kAttendTickets;
+  p.next_work = p.redo + 1;
   p.first_lengths = reinterpret_cast<int64_t*>(workspace.data_ptr<float>() + kWorkspaceWords);
   p.last_lengths = p.first_lengths + entries;
   p.partials = workspace.data_ptr<float>() + words;

@@ -100,9 +100,9 @@ struct GatherParams {
 };
 
 // The workspace of attention calls begins with tickets, as many as there are units that several blocks share at a time,
-// and one word more (AttendParams::redo).
-constexpr int64_t kAttendTickets = 1023;
-constexpr int64_t kWorkspaceWords = kAttendTickets + 1;
+// and two words more (AttendParams::redo, next_work).
+constexpr int64_t kAttendTickets = 1022;
+constexpr int64_t kWorkspaceWords = kAttendTickets + 2;
 
 // Whether so many queries of a sequence, and query heads to a KV head, are the affair of the kernels for many (a GPU's).
 KVC_HD bool is_for_many(int64_t rows, [[maybe_unused]] int64_t group) { return rows > 16; }
@@ -133,6 +133,7 @@ struct AttendParams {
   int64_t partial_floats;          // the size of `partials`
   // Of calls with many queries:
   uint32_t* redo;         // workspace: not 0 where an answer has a NaN, which is to be looked at again; zero between calls
+  uint32_t* next_work;     // workspace: the next tile of queries to work on; zero between calls
   int64_t* first_lengths;  // workspace [B]: how many of an entry's new positions are stored before attention, 0 or all
   int64_t* last_lengths;   // workspace [B]: how many are stored after it, as they evict what queries still see
   bool many;               // whether it is one

@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   let_next_launch_begin();
   __shared__ uint32_t any;
   __shared__ AttendPlan plan;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.next_work = 0;
   if (threadIdx.x == 0) any = *static_cast<const volatile uint32_t*>(p.redo);
   __syncthreads();
   if (any == 0) return;

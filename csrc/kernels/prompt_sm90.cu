@@ -1,9 +1,11 @@
 // prompt attention for sm_90a (H100, H200): what prompt_attention.cu does, by the products of warpgroups (wgmma) and bulk
 // copies of tiles (TMA), with twice its speed.
 //
-// A block has 128 queries and three warpgroups. The first copies tiles of keys and values into shared memory; the other
-// two multiply them with 64 queries each, that lie in shared memory as FP16 parts. Barriers in shared memory say when a
-// tile is there, and when both have done with it (the scheme of FlashAttention-3: Shah et al., 2024). A tile whose rows
+// A block has three warpgroups. The first finds the next tile of 128 queries that nobody works on, and copies tiles of
+// keys and values into shared memory; the other two multiply them with 64 of the queries each, that lie in shared memory
+// as FP16 parts. Barriers in shared memory say when a tile is there, and when both have done with it (the scheme of
+// FlashAttention-3: Shah et al., 2024). There are as many blocks as multiprocessors: while the answers of one tile of
+// queries are written, keys of the next are on their way. A tile whose rows
 // lie one after the other in the cache is one bulk copy; what remains (the end of what is held, where the ring wraps, new
 // rows in the call's own tensors) the first warpgroup copies row by row.
 //
@@ -25,12 +27,12 @@ constexpr int kGroupQueries = 64;
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kRowBytes = 128;  // of a panel
 
-// Named barriers: of the threads that load, of all when the plan and the queries are there, whose turn it is to begin
-// products (one for each warpgroup), of those that multiply.
+// Named barriers: of the threads that load, of those that multiply, of each warpgroup of these, and whose turn it is to
+// begin products.
 constexpr int kLoadBarrier = 1;
-constexpr int kPlanBarrier = 2;
-constexpr int kTurnBarrier = 3;
-constexpr int kMultiplyBarrier = 5;
+constexpr int kMultiplyBarrier = 2;
+constexpr int kGroupBarrier = 3;
+constexpr int kTurnBarrier = 5;
 
 // kDepth: 16-element steps of a row. kKeys: of a tile. kStages: tiles of keys, and of values, that there is room for.
 template <int kDepth_, int kKeys_, int kStages_, int kParts_>
@@ -48,13 +50,19 @@ struct Sm90Block {
   static constexpr int kPieces = kWidth / kColumns;
   static constexpr bool kTakeTurns = kParts == 1 && kDepth <= 8;
 
-  struct Shared {
-    AttendPlan plan;
+  // A tile of queries, or a part of the keys of one.
+  struct Work {
+    bool exists;
     PromptTile tile;
+    AttendPlan plan;
     KeyTiles<kKeys> tiles;
-    int32_t last_tile;  // of those that are this block's, the first that it takes
+    int32_t last_tile;  // of keys: the first that is taken
     int32_t stop;       // and the last
     SeenRange oldest[2], newest[2];  // what the first and the last query of a warpgroup sees
+  };
+  struct Shared {
+    Work work[2];
+    uint64_t work_full[2], work_empty[2];
     uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
     float factor[kQueries];  // from a query's products to scores
     bool last_part;
@@ -84,16 +92,16 @@ struct Stage {
 };
 
 template <typename Block>
-__device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block::Shared& shared, char* panels,
-                                           const CUtensorMap* key_map, const CUtensorMap* value_map) {
-  const AttendPlan& plan = shared.plan;
-  const BlockUnit& block = shared.tile.block;
+__device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block::Shared& shared,
+                                           const typename Block::Work& work, char* panels, const CUtensorMap* key_map,
+                                           const CUtensorMap* value_map, Stage<Block::kStages>& stage) {
+  const AttendPlan& plan = work.plan;
+  const BlockUnit& block = work.tile.block;
   const int thread = static_cast<int>(threadIdx.x);
-  Stage<Block::kStages> stage;
 #pragma unroll 1
-  for (int32_t tile = shared.last_tile; tile >= shared.stop; --tile) {
-    const int32_t row0 = shared.tiles.row(tile);
-    const int32_t end = shared.tiles.row_end(tile);
+  for (int32_t tile = work.last_tile; tile >= work.stop; --tile) {
+    const int32_t row0 = work.tiles.row(tile);
+    const int32_t end = work.tiles.row_end(tile);
     const bool whole = end - row0 == Block::kKeys && plan.lie_in_a_row(row0, end);
 #pragma unroll 1
     for (int of_values = 0; of_values < 2; ++of_values) {
@@ -130,13 +138,12 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
 // A warpgroup's queries as FP16 parts in shared memory, and the factors of their products.
 template <typename Block>
 __device__ __forceinline__ void store_queries(const AttendParams& p, const PromptDivision& division,
-                                              typename Block::Shared& shared, int group, char* at) {
+                                              const PromptTile& tile, int group, char* at, float* factors) {
   constexpr int kPairs = Block::kWidth / 64;  // of a row, that a lane has
   constexpr int kRows = 8;                    // at a time
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp_row = 16 * static_cast<int>(threadIdx.x / 32 % 4);
   const int head_dim = static_cast<int>(p.cache.head_dim);
-  const PromptTile tile(p, division, Block::kQueries);
 #pragma unroll 1
   for (int row0 = warp_row; row0 < warp_row + 16; row0 += kRows) {
     float x[kRows * kPairs][2];
@@ -174,7 +181,7 @@ __device__ __forceinline__ void store_queries(const AttendParams& p, const Promp
           *reinterpret_cast<uint32_t*>(to + Block::kQueryPartBytes) = low_pair(a, b, high);
         }
       }
-      if (lane == 0) shared.factor[kGroupQueries * group + row] = scale.factor;
+      if (lane == 0) factors[row] = scale.factor;
     }
   }
 }
@@ -268,6 +275,7 @@ struct Multiplier {
   typename Block::Shared& shared;
   char* panels;
   int group;  // 0 or 1
+  const typename Block::Work* work;
   PromptRows rows;
   FragmentC sums[Block::kPieces][Block::kColumns / 8];
   Stage<Block::kStages> stage;
@@ -287,10 +295,12 @@ struct Multiplier {
     if (threadIdx.x % 32 == 0) arrive(empty);
   }
 
-  __device__ __forceinline__ void begin() {
-    store_queries<Block>(p, division, shared, group, queries());
+  __device__ __forceinline__ void begin(const typename Block::Work& next) {
+    work = &next;
+    sync_threads(kGroupBarrier + group, kGroupThreads);  // the queries before have been multiplied
+    store_queries<Block>(p, division, work->tile, group, queries(), shared.factor + kGroupQueries * group);
     fence_for_products();
-    sync_threads(kPlanBarrier, kThreads);
+    sync_threads(kGroupBarrier + group, kGroupThreads);
     rows.clear();
     rows.factor[0] = shared.factor[row()];
     rows.factor[1] = shared.factor[row() + 8];
@@ -303,15 +313,15 @@ struct Multiplier {
 
   // A tile's products become weights; `rescale`: what the sums of tiles before are to be multiplied with.
   __device__ __forceinline__ void weigh(Products& products, int32_t tile, float (&rescale)[2]) {
-    const int32_t row0 = shared.tiles.row(tile);
-    const int32_t row_end = shared.tiles.row_end(tile);
-    const int32_t sinks = static_cast<int32_t>(shared.plan.sinks_held);
-    const bool clear = row_end - row0 == kKeys && row_end <= shared.oldest[group].end &&
-                       (row0 >= shared.newest[group].begin || row_end <= sinks);
+    const int32_t row0 = work->tiles.row(tile);
+    const int32_t row_end = work->tiles.row_end(tile);
+    const int32_t sinks = static_cast<int32_t>(work->plan.sinks_held);
+    const bool clear = row_end - row0 == kKeys && row_end <= work->oldest[group].end &&
+                       (row0 >= work->newest[group].begin || row_end <= sinks);
     if (!clear) {
       const FastDivider& group_size = division.division.group_size;
-      const SeenRange seen[2] = {shared.plan.range_of(group_size(shared.tile.number(row()))),
-                                 shared.plan.range_of(group_size(shared.tile.number(row() + 8)))};
+      const SeenRange seen[2] = {work->plan.range_of(group_size(work->tile.number(row()))),
+                                 work->plan.range_of(group_size(work->tile.number(row() + 8)))};
       hide_unseen(products, seen, row0, row_end, sinks);
     }
     rows.weigh(products, p.softcap, rescale);
@@ -320,12 +330,12 @@ struct Multiplier {
   // One tile after the other: scores, weights, sums. While one warpgroup weighs, the other may multiply.
   __device__ __forceinline__ void take_tiles() {
 #pragma unroll 1
-    for (int32_t tile = shared.last_tile; tile >= shared.stop; --tile, stage.advance()) {
+    for (int32_t tile = work->last_tile; tile >= work->stop; --tile, stage.advance()) {
       uint64_t* const keys_empty = shared.keys_empty + stage.number;
       uint64_t* const values_empty = shared.values_empty + stage.number;
       const bool unseen =
-          shared.tiles.row(tile) >= shared.newest[group].end ||
-          (shared.tiles.row(tile) >= shared.plan.sinks_held && shared.tiles.row_end(tile) <= shared.oldest[group].begin);
+          work->tiles.row(tile) >= work->newest[group].end ||
+          (work->tiles.row(tile) >= work->plan.sinks_held && work->tiles.row_end(tile) <= work->oldest[group].begin);
       wait_barrier(shared.keys_full + stage.number, stage.parity);
       if (unseen) {
         give_back(keys_empty);
@@ -377,8 +387,7 @@ struct Multiplier {
   __device__ __forceinline__ void take_tiles_in_turns() {
     const int mine = kTurnBarrier + group;
     const int others = kTurnBarrier + 1 - group;
-    if (group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
-    if (shared.last_tile < shared.stop) return;
+    if (work->last_tile < work->stop) return;
     Weights weights;
     float rescale[2];
     {
@@ -390,11 +399,11 @@ struct Multiplier {
       wait_for_products<0>();
       hold_products(products);
       give_back(shared.keys_empty + stage.number);
-      weigh(products, shared.last_tile, rescale);
+      weigh(products, work->last_tile, rescale);
       take_weights(weights, products);
     }
 #pragma unroll 1
-    for (int32_t tile = shared.last_tile - 1; tile >= shared.stop; --tile) {
+    for (int32_t tile = work->last_tile - 1; tile >= work->stop; --tile) {
       const Stage<Block::kStages> before = stage;  // of the tile whose weights we have
       stage.advance();
       Products products;
@@ -422,12 +431,14 @@ struct Multiplier {
     end_products();
     wait_for_products<0>();
     hold_products(sums);
+    give_back(shared.values_empty + stage.number);
+    stage.advance();
   }
 
   // The answers, or a part of them to be merged.
   __device__ __forceinline__ void finish() {
     rows.add_lanes();
-    const PromptTile& tile = shared.tile;
+    const PromptTile& tile = work->tile;
     const int both[2] = {row(), row() + 8};
     if (division.division.splits == 1) {
       const uint32_t number[2] = {tile.number(both[0]), tile.number(both[1])};
@@ -452,27 +463,28 @@ struct Multiplier {
   }
 };
 
-// What a block does, found by one thread while others load the queries.
+// The work of this number, found by one thread.
 template <typename Block>
-__device__ __forceinline__ void make_plan(const AttendParams& p, const PromptDivision& division,
-                                          typename Block::Shared& shared) {
+__device__ __forceinline__ void find_work(const AttendParams& p, const PromptDivision& division, uint32_t number,
+                                          typename Block::Work& work) {
+  const uint32_t splits = division.division.splits;
+  work.exists = number < division.division.units.divisor * splits;
+  if (!work.exists) return;
   const FastDivider& group_size = division.division.group_size;
-  const PromptTile tile(p, division, Block::kQueries);
+  const PromptTile tile(division.unit(p, number), p, division, Block::kQueries);
   const AttendPlan plan = prompt_plan(p, tile.block.entry, tile.block.sequence);
   const auto tiles =
       KeyTiles<Block::kKeys>::of(plan, group_size(tile.first_query), group_size(tile.number(Block::kQueries)));
-  const int32_t splits = static_cast<int32_t>(division.division.splits);
-  const int32_t split = static_cast<int32_t>(tile.block.split);
-  shared.plan = plan;
-  shared.tile = tile;
-  shared.tiles = tiles;
-  shared.last_tile = static_cast<int32_t>(int64_t{tiles.count} * (split + 1) / splits) - 1;
-  shared.stop = static_cast<int32_t>(int64_t{tiles.count} * split / splits);
+  work.tile = tile;
+  work.plan = plan;
+  work.tiles = tiles;
+  work.last_tile = static_cast<int32_t>(int64_t{tiles.count} * (tile.block.split + 1) / splits) - 1;
+  work.stop = static_cast<int32_t>(int64_t{tiles.count} * tile.block.split / splits);
 #pragma unroll 1
   for (int group = 0; group < 2; ++group) {
-    shared.oldest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group)));
-    shared.newest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
-    if (kGroupQueries * group >= tile.queries) shared.newest[group].end = 0;  // nothing to do
+    work.oldest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group)));
+    work.newest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
+    if (kGroupQueries * group >= tile.queries) work.newest[group].end = 0;  // nothing to do
   }
 }
 
@@ -485,32 +497,57 @@ __global__ void __launch_bounds__(kThreads, 1)
   char* const panels = align_for_panels(shared_bytes);
   auto& shared = *reinterpret_cast<typename Block::Shared*>(panels + Block::kSharedAt);
   if (threadIdx.x == 0) {
+    constexpr int kMultiplyingWarps = 8;  // a lane of each gives a tile back
 #pragma unroll 1
     for (int i = 0; i < Block::kStages; ++i) {
       init_barrier(shared.keys_full + i, 1);
       init_barrier(shared.values_full + i, 1);
-      init_barrier(shared.keys_empty + i, 8);  // a lane of each warp that multiplies
-      init_barrier(shared.values_empty + i, 8);
+      init_barrier(shared.keys_empty + i, kMultiplyingWarps);
+      init_barrier(shared.values_empty + i, kMultiplyingWarps);
+    }
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(shared.work_full + i, 1);
+      init_barrier(shared.work_empty + i, kMultiplyingWarps);
     }
     show_barriers();
   }
   wait_for_previous_launch();
   let_next_launch_begin();
+  __syncthreads();
+  Stage<2> turn;
   if (threadIdx.x < kGroupThreads) {
     give_registers<40>();
-    if (threadIdx.x == 0) make_plan<Block>(p, division, shared);
-    sync_threads(kPlanBarrier, kThreads);
-    load_tiles<Block>(p, shared, panels, &key_map, &value_map);
+    Stage<Block::kStages> stage;
+#pragma unroll 1
+    for (;; turn.advance()) {
+      typename Block::Work& work = shared.work[turn.number];
+      if (threadIdx.x == 0) {
+        wait_barrier(shared.work_empty + turn.number, turn.parity ^ 1);
+        find_work<Block>(p, division, atomicAdd(p.next_work, 1u), work);
+        arrive(shared.work_full + turn.number);
+      }
+      sync_threads(kLoadBarrier, kGroupThreads);
+      if (!work.exists) break;
+      load_tiles<Block>(p, shared, work, panels, &key_map, &value_map, stage);
+    }
   } else {
     take_registers<232>();
     Multiplier<Block> multiplier{p, division, shared, panels, static_cast<int>(threadIdx.x / kGroupThreads) - 1};
-    multiplier.begin();
-    if constexpr (Block::kTakeTurns) {
-      multiplier.take_tiles_in_turns();
-    } else {
-      multiplier.take_tiles();
+    if (Block::kTakeTurns && multiplier.group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
+#pragma unroll 1
+    for (;; turn.advance()) {
+      wait_barrier(shared.work_full + turn.number, turn.parity);
+      if (!shared.work[turn.number].exists) break;
+      multiplier.begin(shared.work[turn.number]);
+      if constexpr (Block::kTakeTurns) {
+        multiplier.take_tiles_in_turns();
+      } else {
+        multiplier.take_tiles();
+      }
+      multiplier.finish();
+      Multiplier<Block>::give_back(shared.work_empty + turn.number);
     }
-    multiplier.finish();
   }
 #endif
 }
@@ -529,7 +566,7 @@ cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, cudaSt
   const auto kernel = prompt_sm90_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
-  OverlappingLaunch launch(units * splits, kThreads, Block::kBytes, stream);
+  OverlappingLaunch launch(imin(units * splits, multiprocessors), kThreads, Block::kBytes, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits), key_map, value_map);
 }
 
