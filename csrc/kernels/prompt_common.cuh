@@ -131,6 +131,13 @@ struct KeyTiles {
   }
 };
 
+// The same number, of which the compiler does not know that. What is computed with it is computed anew, where else it
+// would wait in registers, or be spilled, since the compiler computed the same before.
+__device__ __forceinline__ uint32_t anew(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Two FP16 numbers in a register.
 __device__ __forceinline__ uint32_t half_pair(float x, float y) {
 #if defined(KVC_EMULATED)
@@ -319,7 +326,7 @@ template <int kBlocks>
 __device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDivision& division,
                                            const BlockUnit& block, const PromptRows& rows, const uint32_t (&number)[2],
                                            const bool (&there)[2], int column, const FragmentC (&sums)[kBlocks]) {
-  const int lane_column = column + static_cast<int>(threadIdx.x % 4) * 2;
+  const int lane_column = column + static_cast<int>(anew(threadIdx.x) % 4) * 2;
   const int head_dim = static_cast<int>(p.cache.head_dim);
   bool is_nan = false;
 #pragma unroll
