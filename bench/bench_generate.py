@@ -10,6 +10,8 @@ the same run.
 Peak memory is what the allocator held at most once weights and cache existed, in GB of 10^9 bytes, with the steps' own
 needs in it (captures and compiled code too). What does not fit is said and left out, and so are other failures.
 
+How long a prompt takes before that is bench_first_token.py's.
+
 Parts for a short session: --weights, --positions, --options, --layers. Without a GPU it is a rehearsal with a tiny
 model, under the name `tiny`.
 """
@@ -31,8 +33,6 @@ from common import (
     Target,
     choose_device,
     device_name,
-    fill_random,
-    graph_sampler,
     on_gpu,
     one_thread,
     open_results,
@@ -41,9 +41,9 @@ from common import (
     print_table,
     quantity,
 )
-from common import compare as compare_samplers
 from llama import OPTIONS, SEVEN_B, TINY, WEIGHT_WORDS, WEIGHTS, LlamaShape, Option, Unavailable
 
+DECODED = ["fp16", "fp32", "w4", "w8"]
 GPU_POSITIONS = [1_024, 4_096, 16_384, 65_536, 131_072]
 FEWER_POSITIONS = [4_096, 65_536]  # for all but FP16 weights: compiling takes most of the time
 CPU_POSITIONS = [128, 512]
@@ -66,23 +66,6 @@ H200_TARGETS = {
 class Figure:
     tokens_per_second: float
     peak: int  # bytes
-
-
-def read_rate(device: torch.device, quick: bool) -> float:
-    """Bytes a second that can be read at most."""
-    if not on_gpu(device):
-        return ceilings.measure(device, True).copy / 2  # of a copy, half is reading
-    size = 1 << (28 if quick else 32)
-    while True:  # smaller where another program has the memory
-        try:
-            source = fill_random(torch.empty(size // 4, device=device))
-            break
-        except torch.OutOfMemoryError:
-            size //= 2
-    sink = torch.zeros(1, dtype=torch.int32, device=device)
-    read = ceilings.plain_kernel("read_only", size // 16, source, sink)
-    sampler = graph_sampler(read if read is not None else lambda: source.sum())
-    return size / compare_samplers({"": sampler}, 3 if quick else ceilings.ROUNDS)[""].seconds
 
 
 def measure_option(
@@ -205,7 +188,8 @@ def positions_for(weights: str, args: argparse.Namespace, gpu: bool) -> list[int
 
 def arguments() -> argparse.Namespace:
     p = parser(__doc__)
-    p.add_argument("--weights", type=comma_list, help=f"of {','.join(WEIGHTS)} (default: all; fp16,fp32 when --quick)")
+    default = f"{','.join(DECODED)}; fp16,fp32 when --quick"
+    p.add_argument("--weights", type=comma_list, help=f"of {','.join(WEIGHTS)} (default: {default})")
     p.add_argument(
         "--positions", type=comma_list, help="such as 4096,65536 (default: 1,024 to 131,072; fewer but for fp16)"
     )
@@ -248,13 +232,13 @@ def main() -> int:
     ]
     if not gpu and not args.options:
         options.remove("graph")  # without a GPU it is the eager step
-    kinds = args.weights or (["fp16", "fp32"] if args.quick else list(WEIGHTS))
+    kinds = args.weights or (["fp16", "fp32"] if args.quick else DECODED)
     if not gpu:
         print(
             f"A rehearsal on the CPU, with a tiny model ({shape.layers} layers): its figures say nothing about a 7B one"
         )
 
-    reading = read_rate(device, args.quick)
+    reading = ceilings.read_rate(device, args.quick)
     llama.tidy(device)
     failed: list[str] = []
     for weights in kinds:

@@ -24,6 +24,7 @@ from common import (
     Work,
     compare,
     cpu_sampler,
+    eager_sampler,
     fill_random,
     free_bytes,
     graph_sampler,
@@ -165,6 +166,40 @@ class Ceilings:
 
 def measure(device: torch.device, quick: bool = False) -> Ceilings:
     return _measure_gpu(device, quick) if on_gpu(device) else _measure_cpu(device, quick)
+
+
+def read_rate(device: torch.device, quick: bool) -> float:
+    """Bytes a second that can be read at most, where that alone is wanted."""
+    if not on_gpu(device):
+        return measure(device, True).copy / 2  # of a copy, half is reading
+    size = 1 << (28 if quick else 32)
+    while True:  # smaller where another program has the memory
+        try:
+            source = fill_random(torch.empty(size // 4, device=device))
+            break
+        except torch.OutOfMemoryError:
+            size //= 2
+    sink = torch.zeros(1, dtype=torch.int32, device=device)
+    read = plain_kernel("read_only", size // 16, source, sink)
+    sampler = graph_sampler(read if read is not None else lambda: source.sum())
+    return size / compare({"": sampler}, 3 if quick else ROUNDS)[""].seconds
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, quick: bool, results: Results) -> float:
+    """FLOP a second of torch's product of two square matrices of this dtype; also written down as a measurement."""
+    rows = (512 if quick else 8_192) if on_gpu(device) else (256 if quick else 2_048)
+    a, b = (fill_random(torch.empty(rows, rows, dtype=dtype, device=device)) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def work() -> object:
+        return torch.mm(a, b, out=out)
+
+    sampler = eager_sampler(work) if on_gpu(device) else cpu_sampler(work)
+    rate = 2 * rows**3 / compare({"": sampler}, 3 if quick else ROUNDS)[""].seconds
+    name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    config = {"how": f"torch.mm of [{rows:,}, {rows:,}]"}
+    results.add(Measurement(f"ceiling/matmul/{name}", rate / 1e12, "TFLOP/s", config=config))
+    return rate
 
 
 # A CPU

@@ -360,8 +360,8 @@ class Stopwatch:
 
 def quantity(value: float, unit: str) -> str:
     """Such as "4.17 TB/s", "41.2 GB/s" (for 0.0412 TB/s), "1.19 us", "65,536 positions/s"."""
-    if unit == "TB/s" and value < 0.5:
-        value, unit = value * 1e3, "GB/s"
+    if unit in ("TB/s", "TFLOP/s") and value < 0.5:
+        value, unit = value * 1e3, f"G{unit[1:]}"
     number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{number} {unit}".strip()
 

@@ -1,6 +1,7 @@
 """GPU-015's second half: a 7B model decodes with the cache full.
 
-For each kind of weights (FP16; 4 bits, or 8 where there are no 4-bit kernels; FP32): a prompt in chunks, timed; random
+For each kind of weights (FP16; 4 bits, or 8 where there are no 4-bit kernels; FP32): a prompt in chunks, timed, into a
+DynamicCache too (bench_first_token.py measures the same rows without the rest); random
 keys and values up to 65,536 positions where the prompt was shorter; then decoding to the last position, in a CUDA graph
 and in a compiled one, the faster of which counts. The weights are random, as speed does not depend on them.
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import llama
+import llama_prompt
 import torch
 from common import (
     Measurement,
@@ -31,6 +33,7 @@ from common import (
 )
 from common import compare as compare_samplers
 from llama import SEVEN_B, TINY, WEIGHT_WORDS, LlamaShape, Unavailable
+from llama_prompt import Prompt
 from torch import Tensor
 
 from kvcache_ext import StreamingKVCacheFp16
@@ -71,9 +74,8 @@ class Decoding:
     activations: int = 0
     peak: int = 0
     driver: int = 0
-    prompt: int = 0  # tokens
-    prompt_seconds: float = 0.0
-    prompt_peak: int = 0
+    prompt: Prompt | None = None
+    dynamic: Prompt | None = None  # the same, read into a DynamicCache
     held: int = 0
 
     @property
@@ -87,23 +89,6 @@ def fits(device: torch.device) -> bool:
         return True
     total: int = torch.cuda.get_device_properties(device).total_memory
     return total > POSITIONS * SEVEN_B.position_bytes(2) + 6 * GB
-
-
-def read_prompt(model: Any, cache: Any, tokens: int, device: torch.device) -> float:
-    """Runs a random prompt through the model in chunks; seconds."""
-    ids = torch.randint(1, model.config.vocab_size, (1, tokens), device=device)
-
-    def run(start: int, end: int) -> None:
-        model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    run(0, min(PROMPT_CHUNK, tokens))  # libraries set themselves up
-    cache.reset()
-    synchronize(device)
-    begin = time.perf_counter()
-    for start in range(0, tokens, PROMPT_CHUNK):
-        run(start, min(start + PROMPT_CHUNK, tokens))
-    synchronize(device)
-    return time.perf_counter() - begin
 
 
 def time_products(model: Any, weights: str, device: torch.device) -> float:
@@ -141,16 +126,15 @@ def decode(shape: LlamaShape, weights: str, positions: int, device: torch.device
     """Everything about one kind of weights. Raises Unavailable, or an error for want of memory."""
     found = Decoding()
     model = llama.try_model(shape, weights, positions, device)
+    held = positions - llama.RESERVE
+    prompt = min(PROMPTS.get(weights, 0), held)
+    if prompt:  # before our cache is there, as both may not fit
+        found.dynamic = llama_prompt.read_prompt_dynamic(model, prompt, PROMPT_CHUNK, 1, device)
+        llama.tidy(device)
     cache = llama.our_cache(model, positions)
     found.weights, found.cache = llama.weight_bytes(model), cache.memory_bytes()
-    held = positions - llama.RESERVE
-
-    found.prompt = min(PROMPTS.get(weights, 0), held)
-    if found.prompt:
-        if on_gpu(device):
-            torch.cuda.reset_peak_memory_stats(device)
-        found.prompt_seconds = read_prompt(model, cache, found.prompt, device)
-        found.prompt_peak = llama.peak_bytes(device)
+    if prompt:
+        found.prompt = llama_prompt.read_prompt_ours(model, cache, prompt, PROMPT_CHUNK, 1, device)
     llama.fill_ours(cache, shape, held)
 
     ways = [False, True] if compiled and on_gpu(device) else [False]
@@ -207,9 +191,26 @@ def record(
         results.add(Measurement(f"{name}/peak_gb", found.peak / GB, "GB", config=config))
         results.add(Measurement(f"{name}/driver_gb", found.driver / GB, "GB", config=config))
     if found.prompt:
-        speed = found.prompt / found.prompt_seconds
-        prompt = {"tokens": found.prompt, "chunk": PROMPT_CHUNK, "peak_gb": found.prompt_peak / GB}
-        results.add(Measurement(f"{name}/prefill", speed, "tok/s", config=config | prompt))
+        record_prefill(found.prompt, found.dynamic, shape, weights, config, results)
+
+
+def record_prefill(
+    prompt: Prompt,
+    dynamic: Prompt | None,
+    shape: LlamaShape,
+    weights: str,
+    config: dict[str, Any],
+    results: Results,
+    bound: float | None = None,
+) -> None:
+    """`config`: the model's, and what its cache has room for. `bound`: tokens a second at most."""
+    config = config | {"tokens": prompt.tokens, "chunk": prompt.chunk, "peak_gb": prompt.peak / GB}
+    peers = {} if dynamic is None else {"DynamicCache": prompt.tokens / dynamic.seconds}
+    speedups = {} if dynamic is None else {"DynamicCache": dynamic.seconds / prompt.seconds}
+    if dynamic is not None:
+        config["dynamic_peak_gb"] = dynamic.peak / GB
+    name = f"gpu015/{shape.name}/{weights}/prefill"
+    results.add(Measurement(name, prompt.tokens / prompt.seconds, "tok/s", bound, peers, speedups, config))
 
 
 def show(found: dict[str, Decoding], shape: LlamaShape, positions: int, gpu: bool) -> None:
@@ -238,17 +239,12 @@ def show(found: dict[str, Decoding], shape: LlamaShape, positions: int, gpu: boo
             ["  total, the allocator's peak", *(gigabytes(found[kind].peak) for kind in kinds)],
             ["  in use, says the driver", *(gigabytes(found[kind].driver) for kind in kinds)],
         ]
-    rows.append(
-        [
-            f"prompt, in chunks of {PROMPT_CHUNK:,}",
-            *(
-                f"{found[kind].prompt / found[kind].prompt_seconds:,.0f} tok/s ({found[kind].prompt:,} tokens)"
-                if found[kind].prompt
-                else ""
-                for kind in kinds
-            ),
-        ]
-    )
+
+    def speed(prompt: Prompt | None) -> str:
+        return "" if prompt is None else f"{prompt.tokens / prompt.seconds:,.0f} tok/s ({prompt.tokens:,} tokens)"
+
+    rows.append([f"prompt, in chunks of {PROMPT_CHUNK:,}", *(speed(found[kind].prompt) for kind in kinds)])
+    rows.append(["  the same into a DynamicCache", *(speed(found[kind].dynamic) for kind in kinds)])
     title = f"GPU-015: a {shape.name} model ({shape.layers} layers) decoding at {positions:,} positions"
     print_table(title, ["", *kinds], rows)
 

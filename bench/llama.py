@@ -62,13 +62,21 @@ class LlamaShape:
 
 
 SEVEN_B = LlamaShape("7b", 32, 4096, 32, 32, 128, 11008, 32000)
+EIGHT_B = LlamaShape("8b", 32, 4096, 32, 8, 128, 14336, 128256)  # Llama 3's
 TINY = LlamaShape("tiny", 4, 256, 4, 4, 64, 512, 1024)  # a rehearsal on a CPU
 
 # What the weights are stored as, and the dtype that the model computes in.
-WEIGHTS = {"fp16": torch.float16, "fp32": torch.float32, "w4": torch.bfloat16, "w8": torch.float16}
+WEIGHTS = {
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "w4": torch.bfloat16,
+    "w8": torch.float16,
+}
 WEIGHT_WORDS = {
     "fp16": "FP16 weights",
     "fp32": "FP32 model",
+    "bf16": "BF16 weights",
     "w4": f"4-bit weights in groups of {GROUP} (torch's _weight_int4pack_mm), BF16 activations",
     "w8": "8-bit weights, a scale a row, converted as they are read where the step is compiled, FP16 activations",
 }

@@ -149,6 +149,15 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
     assert len(differing) == 0, f"{len(differing)} elements differ, the first at {differing[0].tolist()}"
 
 
+def assert_same_kinds(got: torch.Tensor, want: torch.Tensor) -> None:
+    """NaN, either infinity and finite numbers in the same places; those about the same."""
+    got, want = got.cpu().double(), want.double()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(got), kind(want))
+    finite = want.isfinite()
+    torch.testing.assert_close(got[finite], want[finite], rtol=1e-4, atol=1e-4)
+
+
 def poison(cache: StreamingKVCacheFp16) -> None:
     """Fills the whole storage with NaN, so that whatever reads a slot that was not written shows."""
     cache.k_cache.fill_(float("nan"))

@@ -178,6 +178,20 @@ class Model:
         own = np.arange(s.next - len(query), s.next)
         return attention([s], query, own, self.sinks, options)
 
+    def append_attend(
+        self, layer: int, sequence: int, query: Array, keys: Array, values: Array, options: AttentionOptions
+    ) -> Attention:
+        """The answers of each new position appended and attended to in turn; the model stays as it is.
+
+        `keys`, `values`: FP16 bits `[n, H, D]`, of the last `n` of the queries `[T, Hq, D]`. The others see nothing.
+        """
+        s = self.at[layer][sequence].copy()
+        own = np.arange(s.next - len(query) + len(keys), s.next + len(keys))
+        own[: len(query) - len(keys)] = -1
+        for key, value in zip(keys, values, strict=True):
+            s.append(key, value, len(s.positions) + 1, self.sinks)
+        return attention([s], query, own, self.sinks, options, ring=self.slots - self.sinks)
+
 
 @dataclass(frozen=True)
 class AttentionOptions:
@@ -209,8 +223,18 @@ class Attention:
         )  # fmt: skip
 
 
-def attention(sequences: list[Sequence], query: Array, own: Array, sinks: int, options: AttentionOptions) -> Attention:
-    """`query` `[T, Hq, D]` at positions `own` `[T]`, over what all `sequences` together hold, in FP64."""
+def attention(
+    sequences: list[Sequence],
+    query: Array,
+    own: Array,
+    sinks: int,
+    options: AttentionOptions,
+    ring: int | None = None,
+) -> Attention:
+    """`query` `[T, Hq, D]` at positions `own` `[T]`, over what all `sequences` together hold, in FP64.
+
+    `ring`: each query sees the last so many positions up to its own, and the sinks.
+    """
     rows, query_heads, head_dim = query.shape
     result = Attention.of_nothing(rows, query_heads, head_dim)
     positions = np.array([p for s in sequences for p in s.positions])
@@ -220,8 +244,9 @@ def attention(sequences: list[Sequence], query: Array, own: Array, sinks: int, o
     values = np.stack([v for s in sequences for v in s.values]).view(np.float16)
     group = query_heads // keys.shape[1]
     sees: Array = np.asarray(positions[None] <= own[:, None])
-    if options.window is not None:
-        sees &= (positions < sinks)[None] | (positions[None] > own[:, None] - options.window)
+    for most in (options.window, ring):
+        if most is not None:
+            sees &= (positions < sinks)[None] | (positions[None] > own[:, None] - most)
     sees = sees[:, None].repeat(query_heads, 1)  # [T, Hq, n]
 
     def by_head(x: Array) -> Array:

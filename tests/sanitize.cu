@@ -14,6 +14,7 @@ namespace {
 
 struct Shape {
   int64_t layers, batch, positions, sinks, heads, head_dim, group;
+  int64_t longest = 16;  // rows of an attention call; more than 16: attention of prompts, and nothing else
 };
 
 // How the rows of a call's tensors lie.
@@ -93,7 +94,7 @@ class Case {
         more_numbers(most_elements() * kvc::dtype_size(dtype)),
         key_out(most_elements() * kvc::dtype_size(dtype)),
         value_out(most_elements() * kvc::dtype_size(dtype)),
-        lse(s.batch * 16 * s.heads * s.group * 4),
+        lse(s.batch * s.longest * s.heads * s.group * 4),
         lengths(s.batch),
         short_lengths(s.batch),
         sources(s.batch),
@@ -115,6 +116,11 @@ class Case {
   }
 
   void run() {
+    if (s.longest > 16) {
+      prompts();
+      finish();
+      return;
+    }
     appends_and_gathers();
     if (s.head_dim % 8 == 0) {
       attention();
@@ -142,6 +148,7 @@ class Case {
     bool settled = false;
     bool finite = true;
     Form form = Form::plain;
+    bool rounds = false;
   };
 
   int64_t other_entries() const { return s.layers * (s.batch + 1); }
@@ -161,7 +168,7 @@ class Case {
       return Layout::of(Form::spaced, layers, s.batch, rows, heads, s.head_dim).extent;
     };
     return std::max(
-        {extent(s.layers, 3, s.heads), extent(1, s.positions + 5, s.heads), extent(1, 16, s.heads * s.group)});
+        {extent(s.layers, 3, s.heads), extent(1, s.positions + 5, s.heads), extent(1, s.longest, s.heads * s.group)});
   }
 
   // Numbers from -1 to 1, or of that size; with `outliers` some are beyond FP16, infinite or none.
@@ -221,7 +228,11 @@ class Case {
     p.sequences = chosen;
     if (ragged) {
       std::vector<int64_t> of_each(static_cast<size_t>(batch()));
-      for (size_t i = 0; i < of_each.size(); ++i) of_each[i] = static_cast<int64_t>(i % (count + 3)) - 1;
+      for (size_t i = 0; i < of_each.size(); ++i) {
+        const int64_t step = count > 16 ? count / 2 + 1 : 1;  // of a prompt some sequence has most
+        const int64_t start = count > 16 ? count - 1 : 0;
+        of_each[i] = (start + static_cast<int64_t>(i) * step) % (count + 3) - 1;
+      }
       p.new_lengths_are_32_bit = random_below(2) == 0;
       if (p.new_lengths_are_32_bit) {
         p.new_lengths = short_lengths.set({of_each.begin(), of_each.end()});
@@ -253,6 +264,7 @@ class Case {
     p.scale = 0.1f;
     p.softcap = a.softcap;
     p.window = a.window;
+    p.rounds = a.rounds;
     p.settled = a.settled;
     p.appends = a.appends;
     if (a.appends) p.append = append_params(a.layer, 1, a.count, a.form, a.ragged);
@@ -328,6 +340,42 @@ class Case {
     }
     attend({.count = most_rows, .appends = true, .ragged = true, .window = 9});
     attend({.count = 3, .window = 5, .softcap = 1, .form = Form::htd});
+  }
+
+  // Calls with as many rows as a prompt has: onto nothing, onto more than they have, around a ring, and longer than it.
+  void prompts() {
+    for (const bool rounds : {false, true}) {
+      reset_all();
+      for (const int64_t count : {17, 70, 130}) {
+        if (count > s.longest) continue;
+        attend({.count = count, .rounds = rounds});  // of the first call nothing is held
+        attend({.count = count, .appends = true, .window = count == 17 ? 0 : 9, .rounds = rounds});
+        attend({.count = count, .appends = true, .ragged = true, .form = Form::htd, .rounds = rounds});
+      }
+      append(0, 1, s.positions / 2 + 3);
+      attend({.count = s.longest, .window = 40, .softcap = 2, .lse = false, .form = Form::spaced, .rounds = rounds});
+      attend({.count = 70, .appends = true, .softcap = 2, .lse = false, .form = Form::spaced, .rounds = rounds});
+      append(0, 1, s.positions + 1);
+      attend({.count = 17, .appends = true, .ragged = true, .window = 5, .form = Form::one_row, .rounds = rounds});
+      truncate(false, s.positions / 3, {}, {});  // held in the middle of a ring
+      attend({.count = 70, .rounds = rounds});
+      attend({.count = 17, .appends = true, .rounds = rounds});
+      attend({.count = 1, .appends = true});  // a step after it
+      const std::vector<int64_t> some{s.batch - 1, -1};
+      const int64_t entries_of = s.batch > 1 ? 2 : 1;
+      chosen = {{sources.set({some.begin(), some.begin() + entries_of}), false}, entries_of};
+      attend({.count = 70, .rounds = rounds});
+      attend({.count = 70, .appends = true, .ragged = rounds, .rounds = rounds});
+      chosen = {};
+    }
+    for (const bool keys_too : {false, true}) {
+      fill(keys_too ? numbers.buffer() : more_numbers.buffer(), true);
+      for (const bool policy : {false, true}) {
+        saturate = policy;
+        attend({.count = 70, .appends = true, .finite = false});
+        attend({.count = 17, .window = 30, .finite = false});
+      }
+    }
   }
 
   // About the last sequence alone, and one that is none.
@@ -499,6 +547,16 @@ int main(int argc, char** argv) {
       {1, 2, 9, 0, 1, 1, 1},     // a row of one element
       {1, 1, 300, 1, 1, 16, 2},  // several blocks share a head's positions
   };
+  // Prompts: calls of up to 70 and 130 rows.
+  const Shape prompt_shapes[] = {
+      {1, 1, 90, 2, 1, 64, 1, 70},  {2, 2, 80, 0, 1, 128, 1, 70}, {1, 1, 60, 3, 1, 256, 1, 70},
+      {1, 1, 40, 0, 1, 512, 1, 70}, {1, 1, 48, 5, 1, 72, 3, 70},
+  };
+  const Shape long_prompt_shapes[] = {
+      {1, 2, 300, 2, 2, 64, 4, 130},  {2, 1, 200, 0, 2, 128, 4, 130}, {1, 1, 150, 4, 1, 256, 4, 130},
+      {1, 3, 100, 0, 1, 512, 4, 130}, {1, 1, 260, 3, 1, 136, 8, 130}, {1, 1, 400, 0, 3, 64, 1, 130},
+  };
+  shapes.insert(shapes.end(), std::begin(prompt_shapes), std::end(prompt_shapes));
   const Shape long_shapes[] = {
       {2, 1, 700, 2, 4, 128, 1}, {1, 2, 300, 0, 1, 96, 16}, {1, 1, 200, 0, 1, 512, 3},
       {1, 150, 40, 0, 1, 16, 1}, {1, 1, 2300, 1, 1, 8, 1},  // sums over more than a piece of rows
@@ -529,7 +587,10 @@ int main(int argc, char** argv) {
     fail(argv[i], "no such argument");
 #endif
   }
-  if (!kEmulated) shapes.insert(shapes.end(), std::begin(long_shapes), std::end(long_shapes));
+  if (!kEmulated) {
+    shapes.insert(shapes.end(), std::begin(long_shapes), std::end(long_shapes));
+    shapes.insert(shapes.end(), std::begin(long_prompt_shapes), std::end(long_prompt_shapes));
+  }
   if (!kOnHost) shapes.insert(shapes.end(), std::begin(wide_shapes), std::end(wide_shapes));
   if (!kOnHost && !fp32) shapes.push_back(slow_shape);
   int count = 0;

@@ -1,4 +1,7 @@
-"""attend, append_attend and merge_states against attention in FP64 over the stored values, on every backend."""
+"""attend, append_attend and merge_states against attention in FP64 over the stored values, on every backend.
+
+Mostly of few queries; test_prompt.py is about many.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import math
 
 import pytest
 import torch
-from conftest import Backend, Twin, assert_same_bits, make_cache
+from conftest import Backend, Twin, assert_same_bits, assert_same_kinds, make_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcache_ext import StreamingKVCacheFp16, attention, merge_states, reference
+from kvcache_ext import StreamingKVCacheFp16, merge_states, reference
 
 # Relative error of an answer, by the query's dtype: the design's for FP32; rounding the answer itself for the others.
+# Of many queries (over 16) a single one may be off by more in FP32, though not all of them: test_prompt.py.
+ONE_OF_MANY = 2.5e-6
 BOUND = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 LSE_BOUND = 4e-6  # absolute, for scores of a few units
 
@@ -31,6 +36,8 @@ def assert_close(
     assert (out[nothing] == 0).all()
     error = (out - want_out).norm(dim=-1) / want_out.norm(dim=-1)
     bound = BOUND[dtype] + 2**-22 * magnitude
+    if dtype == torch.float32 and out.dim() == 4 and out.shape[1] > 16:
+        bound += ONE_OF_MANY - BOUND[dtype]
     assert (error[~nothing] <= bound).all(), f"relative error {error[~nothing].max():.2e}"
     assert ((lse - want_lse)[~nothing].abs() <= LSE_BOUND).all()
 
@@ -314,7 +321,7 @@ def test_large_scores(backend: Backend, size: float, rows: int, group: int) -> N
     products = query.cpu().double() @ twin.k_cache[0, 0, :100, 0].double().T * 64**-0.5  # [1, T, Hq, 100]
     magnitudes = 64**-0.5 * (query.cpu().double().abs() @ twin.k_cache[0, 0, :100, 0].double().abs().T).amax(-1)
     error = (out.cpu().double() - want).norm(dim=-1) / want.norm(dim=-1)
-    assert (error <= 1e-6 + 2**-22 * magnitudes).all()
+    assert (error <= (ONE_OF_MANY if rows > 16 else 1e-6) + 2**-22 * magnitudes).all()
     assert size < 1e4 or products.abs().max() > 1e4
 
 
@@ -546,7 +553,9 @@ def test_error_over_many_rows(device: torch.device, batch: int, rows: int, posit
     future = torch.arange(positions, device=device) > positions - rows + torch.arange(rows, device=device)[:, None]
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)
     want = (weights @ values)[:, :, None]
-    assert ((got[0] - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-6
+    error = (got[0] - want).norm(dim=-1) / want.norm(dim=-1)
+    assert error.max() <= (ONE_OF_MANY if rows > 16 else 1e-6)
+    assert (got[0] - want).norm() <= 1.1e-6 * want.norm()
 
 
 def test_error_over_65536_positions(device: torch.device) -> None:
@@ -563,170 +572,10 @@ def test_error_over_65536_positions(device: torch.device) -> None:
     assert ((out - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-6
 
 
-@pytest.mark.parametrize("lengths", [None, [40, 3], [0, 29]])
-def test_prefill_in_many_blocks(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None
-) -> None:
-    """Blocks of queries and keys so small that the mask hides some whole."""
-    monkeypatch.setattr(attention, "_KEYS_PER_BLOCK", 8)
-    monkeypatch.setattr(attention, "_SCORES_PER_BLOCK", 8 * 2 * 4 * 7)  # seven queries
-    twin = attention_twin(Backend(device.type, device), 61, batch_size=2, max_positions=90, sink_positions=3)
-    for window in (None, 5):
-        check_both(twin, Backend(device.type, device), rows=40, new_lengths=lengths, window=window)
-
-
-@pytest.mark.parametrize("rows", [17, 40, 90])
-@pytest.mark.parametrize("sinks", [2, 11, 30])
-def test_prefill_of_evicted_positions(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, sinks: int, rows: int
-) -> None:
-    """Queries at positions that the ring has lost, also more of them than it holds, see its sinks, in whatever part."""
-    monkeypatch.setattr(attention, "_KEYS_PER_BLOCK", 8)
-    monkeypatch.setattr(attention, "_SCORES_PER_BLOCK", 8 * 2 * 4 * 7)  # seven queries
-    twin = attention_twin(
-        Backend(device.type, device), 3, batch_size=2, max_positions=33, sink_positions=sinks, num_heads=2
-    )
-    rows_of = [torch.randn(2, 2, 90, twin.cache.head_dim, device=device).transpose(1, 2) for _ in range(2)]
-    twin.append(0, *rows_of, new_lengths=torch.tensor([90, 50], device=device))
-    query = torch.randn(2, rows, 4, twin.cache.head_dim, device=device)
-    for window in (None, 5):
-        out, lse = twin.cache.attend(0, query, window=window, return_lse=True)
-        want, want_lse = reference.attend(
-            twin.cache.k_cache, twin.cache.v_cache, twin.cache._state, 0, query, sink_positions=sinks, window=window
-        )
-        torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
-        torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("batch", "heads", "head_dim"), [(1, 32, 128), (8, 32, 128), (300, 32, 128), (5000, 64, 256)])
-def test_memory_of_a_block_of_keys(
-    batch: int, heads: int, head_dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = attention.keys_per_block(batch, heads, head_dim)
-    assert 16 <= keys <= 1024 and (keys == 16 or keys * batch * heads * head_dim <= 2**24)
-    if batch == 8:  # the blocks are that small, and the answer is the same
-        one = make_cache(device, batch_size=batch, max_positions=64, num_heads=2, head_dim=16)
-        new = [torch.randn(batch, 50, 2, 16, device=device) for _ in range(3)]
-        want = one.append_attend(0, *new)
-        sizes = []
-        block = attention._KeyBlock.__init__
-        monkeypatch.setattr(attention, "_ELEMENTS_PER_BLOCK", 2**13)
-        monkeypatch.setattr(
-            attention._KeyBlock, "__init__", lambda self, p, k, *o: (sizes.append(k.shape[1]), block(self, p, k, *o))[1]
-        )
-        torch.testing.assert_close(one.attend(0, new[0]), want, rtol=0, atol=1e-5)
-        assert sizes == [32, 18]
-
-
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("group", [1, 4])
-def test_fp16_prefill(device: torch.device, dtype: torch.dtype, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many queries by torch's FP16 attention, aligned to the lower right; appended first or with the call."""
-    one, two = (make_cache(device, batch_size=2, max_positions=150, num_heads=2, head_dim=64) for _ in range(2))
-    monkeypatch.setattr(attention, "_HALF_QUERIES_PER_BLOCK", 32)
-    for rows in (70, 17, 40):
-        key, value = (torch.randn(2, 2, rows, 64, device=device).transpose(1, 2) for _ in range(2))
-        query = torch.randn(2, rows, 2 * group, 64, device=device).to(dtype)
-        got = one.append_attend(0, query, key, value, precision="fp16")
-        two.append(0, key, value)
-        want, _ = reference.attend(two.k_cache, two.v_cache, two._state, 0, query)
-        assert got.dtype == dtype and torch.equal(one._state, two._state)
-        error = (got.double() - want).norm(dim=-1) / want.norm(dim=-1)
-        assert error.max() < (2**-7 if dtype == torch.bfloat16 else 2e-3)
-        out = torch.empty_like(query)
-        assert two.attend(0, query, precision="fp16", out=out) is out
-        assert_same_bits(out, got)
-        assert dtype != torch.float32 or not torch.equal(got, two.attend(0, query))  # it is another way to the answer
-
-
-@pytest.mark.parametrize(("sinks", "appended"), [(19, 41), (19, 21), (3, 20 + 17), (3, 20 + 34), (0, 40), (0, 53)])
-def test_fp16_prefill_of_a_ring_that_begins_anew(device: torch.device, sinks: int, appended: int) -> None:
-    """Its slots follow each other again, but behind sinks its positions do not."""
-    one, two = (make_cache(device, num_layers=1, max_positions=20, head_dim=64, sink_positions=sinks) for _ in range(2))
-    rows = torch.randn(2, 1, appended, 2, 64, device=device)
-    for cache in (one, two):
-        cache.append(0, *rows)
-    query = torch.randn(1, 18, 2, 64, device=device)
-    got, want = one.attend(0, query, precision="fp16"), two.attend(0, query)
-    if sinks:  # FP32's answer
-        assert_same_bits(got, want)
-    else:
-        assert (got - want).norm() <= 2e-3 * want.norm()
-
-
-def test_fp16_prefill_where_it_cannot_be(device: torch.device) -> None:
-    """Wrapped rings, calls that evict, windows, soft caps, LSE, ragged lengths: the FP32 answer."""
-    one, two = (make_cache(device, max_positions=64, num_heads=2, head_dim=64) for _ in range(2))
-    new = [torch.randn(1, 30, 2, 64, device=device) for _ in range(2)]
-    query = torch.randn(1, 30, 4, 64, device=device)
-    for call in (
-        lambda c, p: c.append_attend(0, query, *new, precision=p, window=7),
-        lambda c, p: c.append_attend(0, query, *new, precision=p, softcap=2.0),
-        lambda c, p: c.append_attend(0, query, *new, precision=p),  # evicts
-        lambda c, p: c.attend(0, query, precision=p),  # wrapped
-        lambda c, p: c.attend(0, query, precision=p, return_lse=True)[0],
-        lambda c, p: c.append_attend(0, query, *new, precision=p, new_lengths=torch.tensor([9], device=device)),
-    ):
-        assert_same_bits(call(one, "fp16"), call(two, "fp32"))
-    one.clear()
-    assert not one.attend(0, query, precision="fp16").any()  # nothing is held
-    with pytest.raises(ValueError, match="precision must be 'fp32' or 'fp16', got 'fp8'"):
-        one.attend(0, query, precision="fp8")
-
-
-def test_fp16_prefill_without_memory_for_the_answer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was appended for it is taken back, and all goes on as if the call had not been."""
-    one, two = (make_cache(device, max_positions=64, head_dim=64) for _ in range(2))
-    new = [torch.randn(1, 20, 2, 64, device=device) for _ in range(3)]
-    new[1][0, 3, 1, 5] = 1e6  # counted
-    for cache in (one, two):
-        cache.append(0, new[2], new[2])
-
-    def no_memory(*_: object, **__: object) -> object:
-        raise torch.OutOfMemoryError("none left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "scaled_dot_product_attention", no_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            one.append_attend(0, *new, precision="fp16")
-    assert torch.equal(one._state, two._state) and one.position == 20
-    assert one.overflow_counts().tolist() == two.overflow_counts().tolist() == [0, 0]
-    assert_same_bits(one.append_attend(0, *new, precision="fp16"), two.append_attend(0, *new, precision="fp16"))
-    assert one.overflow_counts().tolist() == [1, 0] and one.position == 40
-
-
-def test_fp16_prefill_of_ragged_sequences_is_not_begun(device: torch.device) -> None:
-    """It is FP32's; the host goes on knowing how long they are, as nothing is appended to be taken back."""
-    cache = make_cache(device, batch_size=2, max_positions=64, head_dim=64)
-    key = torch.randn(2, 20, 2, 64, device=device)
-    for sequence, length in enumerate((20, 9)):
-        cache.append(0, key[:1, :length], key[:1, :length], sequences=[sequence])
-    version = cache._state._version
-    cache.append_attend(0, key, key, key, precision="fp16")
-    assert cache._state._version == version
-    assert cache.cache_seqlens[0].tolist() == [40, 29]
-
-
-@pytest.mark.parametrize("scale", [0.0, -0.5])
-def test_fp16_prefill_of_scales_that_torch_cannot(device: torch.device, scale: float) -> None:
-    """torch's kernels give NaN for them (0) or overflow; such a call gets the FP32 answer."""
-    one, two = (make_cache(device, max_positions=64, head_dim=64) for _ in range(2))
-    query, key, value = (torch.randn(1, 20, 2, 64, device=device) for _ in range(3))
-    for cache in (one, two):
-        cache.append(0, key, value)
-    got = one.attend(0, query, scale=scale, precision="fp16")
-    assert got.isfinite().all()
-    assert_same_bits(got, two.attend(0, query, scale=scale))
-    assert_same_bits(
-        one.append_attend(0, query, key, value, scale=scale, precision="fp16"),
-        two.append_attend(0, query, key, value, scale=scale),
-    )
-
-
 @pytest.mark.parametrize("scale", [2.0**86, -(2.0**86)])
 @pytest.mark.parametrize("softcap", [None, 2.0, 3e38])
 @pytest.mark.parametrize(
-    ("rows", "group", "head_dim"), [(1, 1, 128), (1, 1, 512), (1, 5, 64), (3, 4, 512), (20, 2, 512)]
+    ("rows", "group", "head_dim"), [(1, 1, 128), (1, 1, 512), (1, 5, 64), (3, 4, 512), (20, 2, 512), (70, 1, 64)]
 )
 def test_the_largest_scale(
     backend: Backend, scale: float, softcap: float | None, rows: int, group: int, head_dim: int
@@ -745,18 +594,9 @@ def test_the_largest_scale(
     assert not got[0].isnan().any() and not got[1].isnan().any()
     torch.testing.assert_close(got[0].cpu().double(), want[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1].cpu().double(), want[1], rtol=1e-5, atol=1e-5)
-    if softcap is None and rows > 16:  # queries of the FP16 path, too
+    if softcap is None:
         half = twin.cache.attend(0, query, scale=scale, precision="fp16")
         torch.testing.assert_close(half.cpu().double(), want[0], rtol=1e-2, atol=1e-2)
-
-
-def same_kinds(got: torch.Tensor, want: torch.Tensor) -> None:
-    """NaN, either infinity and finite numbers in the same places; those about the same."""
-    got, want = got.cpu().double(), want.double()
-    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(kind(got), kind(want))
-    finite = want.isfinite()
-    torch.testing.assert_close(got[finite], want[finite], rtol=1e-4, atol=1e-4)
 
 
 def of_large_scores(rows: int, heads: int, head_dim: int, size: float) -> torch.Tensor:
@@ -799,14 +639,14 @@ def test_infinite_values_of_little_weight(
         want, _ = reference.attend(
             twin.k_cache, twin.v_cache, twin.state, 0, query.cpu(), scale=1.0, sink_positions=2, **options
         )
-        same_kinds(got, want)
+        assert_same_kinds(got, want)
         assert want.isinf().any() and want.isfinite().any()
     got = twin.cache.append_attend(0, query, *new, scale=1.0)
     want, _ = reference.append_attend(
         twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, query.cpu(), *(x.cpu() for x in new),
         scale=1.0, sink_positions=2, saturate=False,
     )  # fmt: skip
-    same_kinds(got, want)
+    assert_same_kinds(got, want)
     assert want[..., 12].isinf().any()
 
 
@@ -824,11 +664,11 @@ def test_infinite_values_of_scores_that_are_not_finite(backend: Backend, rows: i
     query = torch.rand(1, rows, 2 * group, 64) + 0.1
     got = twin.cache.attend(0, query.to(backend.device))
     want, _ = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query)
-    same_kinds(got, want)
+    assert_same_kinds(got, want)
     assert want[..., :group, 5].isnan().all() and want[..., :group, 6].isinf().all()
     capped = twin.cache.attend(0, query.to(backend.device), softcap=5.0)
     want, _ = reference.attend(twin.k_cache, twin.v_cache, twin.state, 0, query, softcap=5.0)
-    same_kinds(capped, want)
+    assert_same_kinds(capped, want)
     assert want[..., :group, 5].isinf().all()
 
 
@@ -846,7 +686,7 @@ def test_new_rows_with_scores_of_minus_infinity(backend: Backend, rows: int, sof
     want, _ = reference.append_attend(
         twin.k_cache, twin.v_cache, twin.state, twin.overflow_counts, 0, query, key, value, saturate=False, **options
     )
-    same_kinds(got, want)
+    assert_same_kinds(got, want)
     assert (want[0, 1:, :2, 5].isnan() if softcap is None else want[0, 1:, :2, 5].isposinf()).all()
 
 

@@ -21,7 +21,7 @@ from kvcache_ext import StreamingKVCacheFp16, merge_states, ops
 
 Cache = StreamingKVCacheFp16
 ROWS = (1, 2, 2, 8)  # [B, T, H, D] of the cache that is used here
-MANY = (1, 20, 2, 8)  # of queries that go through prefill
+MANY = (1, 20, 2, 8)  # of queries: as a prompt has them
 
 
 class Raises:

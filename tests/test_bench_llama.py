@@ -14,10 +14,12 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("kvcache_ext.integrations.transformers", exc_type=ImportError)
 sys.path.insert(0, str(ROOT / "bench"))
 
+import bench_first_token
 import bench_generate
 import charts
 import gpu015_model
 import llama
+import llama_prompt
 from common import Results
 
 POSITIONS = 128
@@ -106,6 +108,40 @@ def test_gpu015_with_a_full_cache(device: torch.device, monkeypatch: pytest.Monk
     assert lines[0].name.startswith("tokens a second, fp32")
     names = {name.removeprefix("gpu015/small/fp32/") for name in results.measurements}
     assert {"decode", "step/weights", "step/append_attend", "step/rest", "prefill"} <= names
+    assert list(results.measurements["gpu015/small/fp32/prefill"].peers) == ["DynamicCache"]
+
+
+def test_first_tokens(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [bench_first_token.Case(SHAPE, kind, 40, chunk, 1) for kind in ("fp32", "bf16") for chunk in (None, 16)]
+    monkeypatch.setattr(bench_first_token, "cases", lambda *_: chosen)
+    words = ["bench_first_token.py", "--quick", "--device", str(device), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "fp32,first_token"])
+    assert bench_first_token.main() == 0
+    (path,) = tmp_path.glob("*.json")
+    entries = {entry["name"]: entry for entry in json.loads(path.read_text())["measurements"]}
+    names = ["first_token/small/bf16/40", "first_token/small/fp32/40", "gpu015/small/fp32/prefill"]
+    assert sorted(name for name in entries if not name.startswith("ceiling/")) == names
+    for name in names:
+        assert entries[name]["value"] > 0 and entries[name]["ceiling"] > 0
+        assert list(entries[name]["peers"]) == ["DynamicCache"]
+
+
+def test_a_prompt_is_read_whole_and_in_chunks(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*_: object) -> object:
+        raise torch.OutOfMemoryError("none left")
+
+    model = llama.make_model(SHAPE, "fp32", POSITIONS, device)
+    cache = llama.our_cache(model, 40)
+    for chunk in (40, 16):
+        assert llama_prompt.read_prompt_ours(model, cache, 40, chunk, 2, device).seconds > 0
+        assert int(cache.get_seq_length()) == 40
+    assert llama_prompt.read_prompt_dynamic(model, 40, 16, 1, device) is not None
+    monkeypatch.setattr(llama_prompt, "read_prompt", no_memory)
+    assert llama_prompt.read_prompt_dynamic(model, 40, 16, 1, device) is None
+    assert "DynamicCache, a prompt of 40 tokens: left out: does not fit into memory" in capsys.readouterr().out
+    assert model.config._attn_implementation == "kvcache_ext"  # as our cache left it
 
 
 def test_tuned_figures_are_kept_apart(device: torch.device) -> None:

@@ -162,6 +162,99 @@ def test_attention_launches_that_follow_each_other_at_once(group: int) -> None:
     assert torch.equal(captured._state, eager._state)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("slots", "sinks"), [(1000, 0), (300, 4), (50, 2)])
+def test_a_prompt_in_chunks_in_a_graph(slots: int, sinks: int, precision: str) -> None:
+    """A replay appends and attends to 64 tokens of each layer; many of them, through several wraps, against eager.
+
+    Into a ring that holds several chunks, and one that is shorter than a chunk.
+    """
+    captured, eager = (
+        make_cache(
+            GPU, num_layers=2, max_positions=slots, batch_size=2, num_heads=2, head_dim=128, sink_positions=sinks
+        )
+        for _ in range(2)
+    )
+    x = torch.empty(2, 64, 8, 128, device=GPU)
+    outs = {name: torch.zeros(2, 2, 64, 8, 128, device=GPU) for name in ("captured", "eager")}
+    lses: dict[str, torch.Tensor] = {}
+
+    def step(cache: StreamingKVCacheFp16, name: str) -> None:
+        query = x
+        for layer in range(2):
+            _, lses[name] = cache.append_attend(
+                layer, query, query[:, :, :2], query[:, :, 2:4], out=outs[name][layer], precision=precision,
+                return_lse=True,
+            )  # fmt: skip
+            query = x + cache.attend(layer, outs[name][layer], window=100, precision=precision)
+
+    graph = capture(lambda: step(captured, "captured"))
+    assert captured.position == 0
+    for i in range(80):
+        x.normal_()
+        graph.replay()
+        step(eager, "eager")
+        assert_same_bits(outs["captured"], outs["eager"])
+        assert_same_bits(lses["captured"], lses["eager"])
+        assert captured.position == eager.position == (i + 1) * 64
+    assert_same_bits(captured.k_cache, eager.k_cache)
+    assert_same_bits(captured.v_cache, eager.v_cache)
+    assert torch.equal(captured._state, eager._state)
+    assert not captured._workspace[:1024].any()
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_ragged_prompt_in_a_graph(chosen: bool) -> None:
+    """Lengths and sequences are read at each replay: who evicts is another one every time."""
+    captured, eager = (
+        make_cache(GPU, num_layers=1, max_positions=200, batch_size=4, head_dim=64, sink_positions=2) for _ in range(2)
+    )
+    x = torch.empty(3 if chosen else 4, 64, 2, 64, device=GPU)
+    lengths = torch.zeros(len(x), dtype=torch.int64, device=GPU)
+    numbers = torch.arange(len(x), device=GPU)
+    out = torch.empty_like(x)
+    options = {"new_lengths": lengths} | ({"sequences": numbers} if chosen else {})
+    graph = capture(lambda: captured.append_attend(0, x, x * 2, x * 3, out=out, **options))
+    generator = random.Random(0)
+    for _ in range(60):
+        x.normal_()
+        lengths.copy_(torch.tensor([generator.choice((0, 1, 20, 63, 64)) for _ in range(len(x))]))
+        if chosen:
+            numbers.copy_(torch.tensor(generator.sample(range(-1, 5), 3)))  # some out of range
+        graph.replay()
+        assert_same_bits(out, eager.append_attend(0, x, x * 2, x * 3, **options))
+    assert torch.equal(captured._state, eager._state)
+    assert_same_bits(captured.k_cache, eager.k_cache)
+    assert_same_bits(captured.v_cache, eager.v_cache)
+
+
+def test_prompts_do_not_wait_for_the_gpu() -> None:
+    """No call of many queries waits, whether it evicts or not; and it allocates nothing but what it returns."""
+    cache = make_cache(GPU, num_layers=1, max_positions=300, batch_size=2, head_dim=64)
+    x = torch.randn(2, 100, 4, 64, device=GPU)
+    key, out, lengths = x[:, :, :2], torch.empty_like(x), torch.tensor([100, 30], device=GPU)
+    calls = (
+        lambda: cache.append_attend(0, x, key, key, out=out),
+        lambda: cache.append_attend(0, x, key, key, out=out, precision="fp16"),
+        lambda: cache.append_attend(0, x, key, key, out=out, new_lengths=lengths),
+        lambda: cache.append_attend(0, x, key, key, out=out, sequences=lengths - 30, window=40),
+        lambda: cache.attend(0, x, out=out),
+    )
+    for call in calls:  # loading a kernel may wait and allocate
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            for call in calls[:3] + calls[4:]:
+                before = torch.cuda.memory_stats()["allocation.all.allocated"]
+                call()
+                assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+            calls[3]()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_ragged_attention_in_a_graph() -> None:
     """new_lengths is read at each replay; padding queries answer zeros."""
     captured, eager = (

@@ -84,6 +84,54 @@ def test_attention_over_a_whole_layer(backend: Backend, group: int) -> None:
     torch.testing.assert_close(lse.double(), scores.logsumexp(0), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_prompt_at_the_far_end_of_a_layer(backend: Backend, precision: str) -> None:
+    """Of 2,048 queries on a GPU, some that see a window on both sides of 2^31 elements, and of the ring's end."""
+    rows = 2048 if backend.name == "cuda" else 40
+    heads, head_dim, window = 16, 128, 30
+    far = 2**31 // (heads * head_dim)  # the position of element 2^31: a quarter of the new rows lie before it,
+    positions = far + rows // 4  # and a half before the ring's end
+    cache = large_cache(backend.device, 1, positions, heads, head_dim)
+    move_to(cache, far - rows // 4 - window)
+    held, key = (torch.randn(n, heads, head_dim, device=backend.device) for n in (window, rows))
+    cache.append(0, held, -held)
+    query = torch.randn(rows, heads, head_dim, device=backend.device)
+    answer = cache.append_attend(0, query, key, -key, window=window, precision=precision)
+    again = cache.attend(0, query, window=window, precision=precision)
+    assert cache.position == far - rows // 4 + rows > positions
+    keys = torch.cat([held, key]).half().double()
+    bound = 2.5e-6 if precision == "fp32" else 2e-3
+    for t in (0, rows // 4 - 1, rows // 4, rows // 4 + 9, rows // 2 - 1, rows // 2, rows // 2 + 9, rows - 1):
+        seen = keys[t + 1 : t + 1 + window]
+        weights = (torch.einsum("hd,nhd->hn", query[t].double(), seen) * head_dim**-0.5).softmax(-1)
+        want = torch.einsum("hn,nhd->hd", weights, -seen)
+        for got in (answer[t], again[t]):
+            assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).max() < bound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_prompt_over_a_whole_layer(backend: Backend, precision: str) -> None:
+    """2,048 queries over 2^31 elements and more, on a GPU: of few heads the answers, every position seen."""
+    if backend.name != "cuda":
+        pytest.skip("hours on a CPU")
+    heads, head_dim, rows = 32, 512, 2048
+    positions = 2**31 // (heads * head_dim) + 4096
+    cache = large_cache(backend.device, 1, positions, heads, head_dim)
+    for begin in range(0, positions - rows, 4096):
+        count = min(4096, positions - rows - begin)
+        cache.append(0, *torch.randn(2, count, heads, head_dim, device=backend.device))
+    query, key, value = torch.randn(3, rows, heads, head_dim, device=backend.device)
+    answer = cache.append_attend(0, query, key, value, precision=precision)
+    assert len(cache) == positions
+    bound = 2 * 2.5e-6 if precision == "fp32" else 2e-3  # of head_dim 512
+    for t in (0, 63, 64, 1000, rows - 1):
+        seen = positions - rows + t + 1
+        for head in (0, 17, heads - 1):
+            keys, values = (x[0, 0, :seen, head].double() for x in (cache.k_cache, cache.v_cache))
+            want = (keys @ query[t, head].double() * head_dim**-0.5).softmax(-1) @ values
+            assert (answer[t, head] - want).norm() < bound * want.norm()
+
+
 def test_the_last_sequence_of_a_wide_batch(backend: Backend) -> None:
     batch, heads, head_dim, positions = 3, 16, 128, 2**30 // 2048
     cache = large_cache(backend.device, 1, positions, heads, head_dim, batch_size=batch)

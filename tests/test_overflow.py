@@ -88,7 +88,7 @@ def append_attend_both(
 )
 @pytest.mark.parametrize("overflow", ["saturate", "inf"])
 def test_append_attend(backend: Backend, rows: int, dtype: torch.dtype, overflow: str) -> None:
-    """Storage and counters are those of appends, through each of attention's kernels and through torch's matmul.
+    """Storage and counters are those of appends, through each of attention's kernels.
 
     The answer is that over what is stored, also in what is NaN or infinite.
     """
@@ -114,7 +114,10 @@ def test_append_attend(backend: Backend, rows: int, dtype: torch.dtype, overflow
             kinds[kind.__name__] = kinds.get(kind.__name__, 0) + int(kind(want).sum())
         finite = want.to(dtype).isfinite()
         rounding = {torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-        torch.testing.assert_close(got[finite].double(), want[finite], rtol=rounding, atol=rounding * 100)
+        atol = rounding * 100
+        if "precision" in options:  # weights are rounded, and large values may cancel each other out
+            atol = max(atol, 2e-3 * float(want[finite].abs().max()))
+        torch.testing.assert_close(got[finite].double(), want[finite], rtol=rounding, atol=atol)
     assert kinds["isfinite"] > 100 and kinds["isnan"] > 0
     assert kinds["isposinf"] + kinds["isneginf"] > 0
     assert twin.overflow_counts[0] == 0

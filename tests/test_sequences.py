@@ -452,20 +452,18 @@ def test_none_of_them(backend: Backend) -> None:
         twin.check()
 
 
-def test_fp16_prefill_of_some(device: torch.device) -> None:
-    """Slots that follow each other have views, and so torch's FP16 attention; others get the FP32 answer."""
-    cache, want = (make_cache(device, batch_size=4, max_positions=100, head_dim=64) for _ in range(2))
-    key, query = torch.randn(4, 60, 2, 64, device=device), torch.randn(4, 60, 4, 64, device=device)
+@pytest.mark.parametrize("rows_of_each", [1, 60])
+def test_rounded_attention_of_some(backend: Backend, rows_of_each: int) -> None:
+    """precision="fp16" of slots that follow each other and of others, as a list and on the device."""
+    cache, want = (make_cache(backend, batch_size=4, max_positions=100, head_dim=64) for _ in range(2))
+    key, query = rows(backend, 4, rows_of_each, 2, 64), rows(backend, 4, rows_of_each, 4, 64)
     want.append(0, key, key)
     answer = want.attend(0, query)
+    assert isinstance(answer, torch.Tensor)
     cache.append(0, key, key, sequences=[0, 1, 2, 3])
     cache.reset([1, 2])
-    cache.append(0, key[1:, :30], key[1:, :30], sequences=[1, 2, 0])
-    cache.reset([1, 2])
     got = cache.append_attend(0, query[1:3], key[1:3], key[1:3], precision="fp16", sequences=[1, 2])
-    error = (got - answer[1:3]).norm(dim=-1) / answer[1:3].norm(dim=-1)
-    assert 1e-5 < error.max() < 2e-3
-    for chosen in ([2, 1], torch.tensor([2, 1], device=device)):
+    assert ((got - answer[1:3]).norm(dim=-1) / answer[1:3].norm(dim=-1)).max() < 2e-3
+    for chosen in ([2, 1], torch.tensor([2, 1], device=backend.device)):
         got = cache.attend(0, query[[2, 1]], precision="fp16", sequences=chosen)
-        error = (got - answer[[2, 1]]).norm(dim=-1) / answer[[2, 1]].norm(dim=-1)
-        assert error.max() < 1e-6
+        assert ((got - answer[[2, 1]]).norm(dim=-1) / answer[[2, 1]].norm(dim=-1)).max() < 2e-3

@@ -61,9 +61,11 @@ BENCHMARKS = (
     "bench/bench_append.py",
     "bench/bench_gather.py",
     "bench/bench_attention.py",
+    "bench/bench_prompt.py",
     "bench/bench_reorder.py",
     "bench/bench_storage.py",
     "bench/bench_generate.py",
+    "bench/bench_first_token.py",
     "bench/accuracy.py",
 )
 REPORT = ("python", "bench/report.py")

@@ -25,7 +25,9 @@ from backends import EMULATOR_VARIABLE, KERNELS, build_emulator
 
 # A statement that is nothing but a barrier. (`sync_ring` is that of the warps which share a ring.)
 BARRIER = re.compile(r"^ *(?:__syncthreads|sync_ring)\(\);")
-TESTS = {"append.cu": "test_append.py", "copy_sequences.cu": "test_sequences.py"}  # of attention: all other files
+# Of attention, all other files: the kernels for few queries, and those for many.
+TESTS = {"append.cu": ["test_append.py"], "copy_sequences.cu": ["test_sequences.py"]}
+OF_ATTENTION = ["test_attention.py", "test_prompt.py"]
 LONGEST = 3600  # seconds of the tests
 STARTED = time.monotonic()
 
@@ -53,13 +55,13 @@ def missed(left_out: Barrier | None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder) / "kernels"
         shutil.copytree(KERNELS, kernels)
-        tests = sorted({"test_attention.py", *TESTS.values()})
+        tests = sorted({*OF_ATTENTION, *(test for of_file in TESTS.values() for test in of_file)})
         if left_out is not None:
             copy = kernels / left_out.file.name
             lines = copy.read_text().splitlines(keepends=True)
             lines[left_out.line] = BARRIER.sub(";", lines[left_out.line])
             copy.write_text("".join(lines))
-            tests = [TESTS.get(copy.name, "test_attention.py")]
+            tests = TESTS.get(copy.name, OF_ATTENTION)
         environment = os.environ | {
             EMULATOR_VARIABLE: str(build_emulator(Path(folder), kernels)),
             "OMP_NUM_THREADS": "1",

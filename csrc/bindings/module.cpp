@@ -10,6 +10,9 @@
 #include <cmath>
 
 #include "../kernels/cpu/cpu.h"
+#if defined(KVC_WITH_CUDA)
+#include "../kernels/launch.h"
+#endif
 #include "devices.h"
 #include "ops.h"
 
@@ -507,6 +510,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });
 #if defined(KVC_WITH_CUDA)
   m.attr("with_cuda") = true;
+  m.def("prefer_portable_prompts", [](bool portable) { kvc::prefer_portable_prompts(portable); });
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -19,6 +19,11 @@
 
 namespace kvc {
 
+// The first place from `shared` on where a panel can begin.
+__device__ __forceinline__ char* align_for_panels(char* shared) {
+  return shared + (1024 - shared_address(shared) % 1024) % 1024;
+}
+
 // Barriers: 8 bytes of shared memory each. A phase ends when so many arrivals, and all bytes that were announced, are
 // there.
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
@@ -67,6 +72,11 @@ __device__ __forceinline__ void sync_threads(int number, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Counts as so many threads' coming to that barrier, without waiting: `threads` are all that come or wait.
+__device__ __forceinline__ void arrive_threads(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Registers of a warpgroup's threads: a kernel begins with what its launch bounds give it.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
@@ -105,13 +115,34 @@ __device__ __forceinline__ uint64_t operand_after(uint64_t operand, int bytes) {
   return operand + static_cast<uint64_t>(bytes >> 4);
 }
 
-// c (64 x 8 kBlocks; `adds` or is replaced) += a b. Depth 16. In the first a's and b's rows are the product's rows and
-// columns (queries, keys); in the second a is in registers, and b's rows are the depth (keys of values).
-__device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[8], uint64_t a, uint64_t b, bool adds) {
+// c (64 x 8 kBlocks; `adds`, else it is replaced) += a b. Depth 16. In the first a's and b's rows are the product's rows
+// and columns (queries, keys); in the second a is in registers, and b's rows are the depth (keys of values). What
+// replaces has instructions of its own: else c would be alive, and take registers, before it begins to be.
+__device__ __forceinline__ void multiply_rows(FragmentC (&c)[8], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred adds;\n"
-      "setp.ne.b32 adds, %34, 0;\n"
+      "setp.ne.b32 adds, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, %32, %33, adds, 1, 1, 0, 0;\n"
+      "}\n"
+      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]),
+        "=f"(c[1].x[0]), "=f"(c[1].x[1]), "=f"(c[1].x[2]), "=f"(c[1].x[3]),
+        "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
+        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]),
+        "=f"(c[4].x[0]), "=f"(c[4].x[1]), "=f"(c[4].x[2]), "=f"(c[4].x[3]),
+        "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
+        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]),
+        "=f"(c[7].x[0]), "=f"(c[7].x[1]), "=f"(c[7].x[2]), "=f"(c[7].x[3])
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[8], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.ne.b32 adds, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -125,13 +156,33 @@ __device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[8], uint64_t a,
         "+f"(c[5].x[0]), "+f"(c[5].x[1]), "+f"(c[5].x[2]), "+f"(c[5].x[3]),
         "+f"(c[6].x[0]), "+f"(c[6].x[1]), "+f"(c[6].x[2]), "+f"(c[6].x[3]),
         "+f"(c[7].x[0]), "+f"(c[7].x[1]), "+f"(c[7].x[2]), "+f"(c[7].x[3])
-      : "l"(a), "l"(b), "r"(static_cast<int>(adds)));
+      : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[8], const FragmentA& a, uint64_t b, bool adds) {
+__device__ __forceinline__ void multiply_columns(FragmentC (&c)[8], const FragmentA& a, uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred adds;\n"
-      "setp.ne.b32 adds, %37, 0;\n"
+      "setp.ne.b32 adds, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 1;\n"
+      "}\n"
+      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]),
+        "=f"(c[1].x[0]), "=f"(c[1].x[1]), "=f"(c[1].x[2]), "=f"(c[1].x[3]),
+        "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
+        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]),
+        "=f"(c[4].x[0]), "=f"(c[4].x[1]), "=f"(c[4].x[2]), "=f"(c[4].x[3]),
+        "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
+        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]),
+        "=f"(c[7].x[0]), "=f"(c[7].x[1]), "=f"(c[7].x[2]), "=f"(c[7].x[3])
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+}
+__device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[8], const FragmentA& a, uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.ne.b32 adds, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -145,13 +196,43 @@ __device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[8], const Fr
         "+f"(c[5].x[0]), "+f"(c[5].x[1]), "+f"(c[5].x[2]), "+f"(c[5].x[3]),
         "+f"(c[6].x[0]), "+f"(c[6].x[1]), "+f"(c[6].x[2]), "+f"(c[6].x[3]),
         "+f"(c[7].x[0]), "+f"(c[7].x[1]), "+f"(c[7].x[2]), "+f"(c[7].x[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(static_cast<int>(adds)));
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
 }
-__device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[16], uint64_t a, uint64_t b, bool adds) {
+__device__ __forceinline__ void multiply_rows(FragmentC (&c)[16], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred adds;\n"
-      "setp.ne.b32 adds, %66, 0;\n"
+      "setp.ne.b32 adds, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+      "%59, %60, %61, %62, %63"
+      "}, %64, %65, adds, 1, 1, 0, 0;\n"
+      "}\n"
+      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]),
+        "=f"(c[1].x[0]), "=f"(c[1].x[1]), "=f"(c[1].x[2]), "=f"(c[1].x[3]),
+        "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
+        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]),
+        "=f"(c[4].x[0]), "=f"(c[4].x[1]), "=f"(c[4].x[2]), "=f"(c[4].x[3]),
+        "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
+        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]),
+        "=f"(c[7].x[0]), "=f"(c[7].x[1]), "=f"(c[7].x[2]), "=f"(c[7].x[3]),
+        "=f"(c[8].x[0]), "=f"(c[8].x[1]), "=f"(c[8].x[2]), "=f"(c[8].x[3]),
+        "=f"(c[9].x[0]), "=f"(c[9].x[1]), "=f"(c[9].x[2]), "=f"(c[9].x[3]),
+        "=f"(c[10].x[0]), "=f"(c[10].x[1]), "=f"(c[10].x[2]), "=f"(c[10].x[3]),
+        "=f"(c[11].x[0]), "=f"(c[11].x[1]), "=f"(c[11].x[2]), "=f"(c[11].x[3]),
+        "=f"(c[12].x[0]), "=f"(c[12].x[1]), "=f"(c[12].x[2]), "=f"(c[12].x[3]),
+        "=f"(c[13].x[0]), "=f"(c[13].x[1]), "=f"(c[13].x[2]), "=f"(c[13].x[3]),
+        "=f"(c[14].x[0]), "=f"(c[14].x[1]), "=f"(c[14].x[2]), "=f"(c[14].x[3]),
+        "=f"(c[15].x[0]), "=f"(c[15].x[1]), "=f"(c[15].x[2]), "=f"(c[15].x[3])
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[16], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.ne.b32 adds, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
@@ -175,13 +256,43 @@ __device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[16], uint64_t a
         "+f"(c[13].x[0]), "+f"(c[13].x[1]), "+f"(c[13].x[2]), "+f"(c[13].x[3]),
         "+f"(c[14].x[0]), "+f"(c[14].x[1]), "+f"(c[14].x[2]), "+f"(c[14].x[3]),
         "+f"(c[15].x[0]), "+f"(c[15].x[1]), "+f"(c[15].x[2]), "+f"(c[15].x[3])
-      : "l"(a), "l"(b), "r"(static_cast<int>(adds)));
+      : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[16], const FragmentA& a, uint64_t b, bool adds) {
+__device__ __forceinline__ void multiply_columns(FragmentC (&c)[16], const FragmentA& a, uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred adds;\n"
-      "setp.ne.b32 adds, %69, 0;\n"
+      "setp.ne.b32 adds, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+      "%59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, adds, 1, 1, 1;\n"
+      "}\n"
+      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]),
+        "=f"(c[1].x[0]), "=f"(c[1].x[1]), "=f"(c[1].x[2]), "=f"(c[1].x[3]),
+        "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
+        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]),
+        "=f"(c[4].x[0]), "=f"(c[4].x[1]), "=f"(c[4].x[2]), "=f"(c[4].x[3]),
+        "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
+        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]),
+        "=f"(c[7].x[0]), "=f"(c[7].x[1]), "=f"(c[7].x[2]), "=f"(c[7].x[3]),
+        "=f"(c[8].x[0]), "=f"(c[8].x[1]), "=f"(c[8].x[2]), "=f"(c[8].x[3]),
+        "=f"(c[9].x[0]), "=f"(c[9].x[1]), "=f"(c[9].x[2]), "=f"(c[9].x[3]),
+        "=f"(c[10].x[0]), "=f"(c[10].x[1]), "=f"(c[10].x[2]), "=f"(c[10].x[3]),
+        "=f"(c[11].x[0]), "=f"(c[11].x[1]), "=f"(c[11].x[2]), "=f"(c[11].x[3]),
+        "=f"(c[12].x[0]), "=f"(c[12].x[1]), "=f"(c[12].x[2]), "=f"(c[12].x[3]),
+        "=f"(c[13].x[0]), "=f"(c[13].x[1]), "=f"(c[13].x[2]), "=f"(c[13].x[3]),
+        "=f"(c[14].x[0]), "=f"(c[14].x[1]), "=f"(c[14].x[2]), "=f"(c[14].x[3]),
+        "=f"(c[15].x[0]), "=f"(c[15].x[1]), "=f"(c[15].x[2]), "=f"(c[15].x[3])
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+}
+__device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[16], const FragmentA& a, uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.ne.b32 adds, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
@@ -205,7 +316,16 @@ __device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[16], const F
         "+f"(c[13].x[0]), "+f"(c[13].x[1]), "+f"(c[13].x[2]), "+f"(c[13].x[3]),
         "+f"(c[14].x[0]), "+f"(c[14].x[1]), "+f"(c[14].x[2]), "+f"(c[14].x[3]),
         "+f"(c[15].x[0]), "+f"(c[15].x[1]), "+f"(c[15].x[2]), "+f"(c[15].x[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(static_cast<int>(adds)));
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+}
+template <int kBlocks>
+__device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[kBlocks], uint64_t a, uint64_t b, bool adds) {
+  adds ? multiply_add_rows(c, a, b) : multiply_rows(c, a, b);
+}
+template <int kBlocks>
+__device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[kBlocks], const FragmentA& a, uint64_t b,
+                                                     bool adds) {
+  adds ? multiply_add_columns(c, a, b) : multiply_columns(c, a, b);
 }
 
 }  // namespace kvc

@@ -16,6 +16,9 @@ cudaError_t launch_attend_single(const AttendParams& params, cudaStream_t stream
 // these: the answers, and those anew in which values that are not finite play a part.
 cudaError_t launch_attend_many(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_prompt(const AttendParams& params, cudaStream_t stream);
+void prefer_portable_prompts(bool portable);  // for tests and benchmarks: the kernel for every GPU, wherever it runs
+bool serves_sm90(const AttendParams& params);  // then launch_prompt calls this
+cudaError_t launch_prompt_sm90(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_prompt_exact(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_copy_sequences(const CopySequencesParams& params, cudaStream_t stream);
 cudaError_t launch_copy_from(const CopyFromParams& params, cudaStream_t stream);

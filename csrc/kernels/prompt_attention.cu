@@ -9,6 +9,8 @@
 //
 // A call's new positions lie in the cache by now, unless storing them would evict what its queries still see: then they
 // are read from the call's tensors, rounded to FP16 on the way, and stored afterwards (prompt_order.cu).
+#include <atomic>
+
 #include "launch.h"
 #include "prompt_common.cuh"
 
@@ -57,40 +59,6 @@ struct PromptBlock {
   }
 };
 
-// Copies the rows [row0, end) of a head's keys or values to a tile, and zeros to what is left of it. `cached`: the
-// first column wanted of the head's first row; `chunks_held`: from there to the end of head_dim.
-template <int kRows, int kChunks, int kThreads, typename Place>
-__device__ __forceinline__ void copy_tile(const AttendPlan& plan, const uint16_t* cached, int64_t row_elements,
-                                          int chunks_held, int32_t row0, int32_t end, const NewRows& rows,
-                                          int new_column, char* at, const Place& place) {
-  constexpr int kRowsAtATime = kThreads / kChunks;
-  static_assert(kRowsAtATime >= 1 && kRows % kRowsAtATime == 0);
-  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-  const int first = static_cast<int>(threadIdx.x) / kChunks;
-  const bool held = chunk < chunks_held;
-  if (plan.lie_in_a_row(row0, end)) {
-    const uint16_t* from = cached + (plan.slot(row0) + first) * row_elements + (held ? chunk * 8 : 0);
-#pragma unroll
-    for (int i = 0; i < kRows; i += kRowsAtATime, from += kRowsAtATime * row_elements) {
-      const bool real = held && row0 + i + first < end;
-      copy_async(at + place(i + first, chunk), real ? from : cached, real);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = first; i < kRows; i += kRowsAtATime) {
-    const int32_t row = row0 + i;
-    if (row >= plan.cached && row < end) {  // a new one
-      Vec<uint16_t, 8> elements = {};
-      if (held) elements = new_chunk(rows, plan.input_row(row), new_column + chunk * 8);
-      store<uint16_t, 8>(reinterpret_cast<uint16_t*>(at + place(i, chunk)), elements);
-    } else {
-      const bool real = held && row < end;
-      copy_async(at + place(i, chunk), real ? cached + plan.slot(row) * row_elements + chunk * 8 : cached, real);
-    }
-  }
-}
-
 // Writes a block's answers, or leaves its part of them for the last block of the unit, which merges them.
 template <typename Block, int kBlocks>
 __device__ __forceinline__ void finish(const AttendParams& p, const PromptDivision& division, const PromptRows& rows,
@@ -115,9 +83,10 @@ __device__ __forceinline__ void finish(const AttendParams& p, const PromptDivisi
   const uint32_t unit = block.unit * Block::kPieces + piece;
   constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
   float* const parts = p.partials + unit * splits * kFloats;
-  leave_rows<Block::kWidth, Block::kQueries>(parts + block.split * kFloats, queries, rows, row, sums);
-  merge_prompt_parts<Block::kWidth, Block::kQueries>(p, division, block, unit, parts, first_query,
-                                                     static_cast<uint32_t>(queries), column, shared.last);
+  leave_rows<Block::kWidth, Block::kQueries>(parts + block.split * kFloats, queries, rows, row, 0, sums);
+  merge_prompt_parts<Block::kWidth, Block::kQueries>(
+      p, division, block, unit, parts, first_query, static_cast<uint32_t>(queries), column, shared.last,
+      static_cast<int>(thread), Block::kThreads, [] { __syncthreads(); });
 }
 
 template <typename Block>
@@ -134,6 +103,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   const BlockUnit block = division.unit(p, blockIdx.x / Block::kPieces);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
+  const int thread = static_cast<int>(threadIdx.x);
   const int head_dim = static_cast<int>(p.cache.head_dim);
   if (Block::kPieces > 1 && piece * Block::kWidth >= head_dim) return;
   const FastDivider& group_size = division.division.group_size;
@@ -147,7 +117,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   if (threadIdx.x == 0) {
     shared.plan = prompt_plan(p, block.entry, block.sequence);
     shared.unit = block;
-    shared.tiles = {shared.plan, group_size(first_query), group_size(first_query + queries - 1)};
+    shared.tiles =
+        KeyTiles<Block::kKeys>::of(shared.plan, group_size(first_query), group_size(first_query + queries - 1));
     shared.keys = p.cache.k_cache + block.cache_offset(p);
     shared.values = p.cache.v_cache + block.cache_offset(p) + piece * Block::kWidth;
   }
@@ -169,11 +140,11 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
       const int chunks = head_dim / 8;
       copy_tile<Block::kKeys, Block::kKeyChunks, Block::kThreads>(plan, shared.keys, row_elements, chunks, row0, end,
                                                                   NewRows(p.append, p.append.key, shared.unit), 0, at,
-                                                                  Block::key_place);
+                                                                  Block::key_place, thread);
       const int column = piece * Block::kWidth;
       copy_tile<Block::kKeys, Block::kValueChunks, Block::kThreads>(
           plan, shared.values, row_elements, chunks - column / 8, row0, end,
-          NewRows(p.append, p.append.value, shared.unit), column, at + Block::kKeyBytes, Block::value_place);
+          NewRows(p.append, p.append.value, shared.unit), column, at + Block::kKeyBytes, Block::value_place, thread);
     }
     end_copy_group();
   };
@@ -320,9 +291,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
       const bool clear =
           row_end - row0 == Block::kKeys && row_end <= oldest.end && (row0 >= newest.begin || row_end <= sinks_held);
       if (!clear) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) rows.seen[h] = shared.seen[warp_first + lane / 4 + 8 * h];
-        rows.hide_unseen(products, row0, row_end, sinks_held);
+        const SeenRange seen[2] = {shared.seen[warp_first + lane / 4], shared.seen[warp_first + lane / 4 + 8]};
+        hide_unseen(products, seen, row0, row_end, sinks_held);
       }
       float rescale[2];
       rows.weigh(products, p.softcap, rescale);
@@ -396,6 +366,8 @@ cudaError_t launch_blocks(const AttendParams& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits));
 }
 
+std::atomic<bool> portable_preferred{false};
+
 template <int kParts>
 cudaError_t launch_parts(const AttendParams& p, cudaStream_t stream) {
   if (p.cache.head_dim <= 64) return launch_blocks<PromptBlock<4, 4, 64, 2, kParts, true>>(p, stream);
@@ -407,7 +379,10 @@ cudaError_t launch_parts(const AttendParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+void prefer_portable_prompts(bool portable) { portable_preferred = portable; }
+
 cudaError_t launch_prompt(const AttendParams& p, cudaStream_t stream) {
+  if (!portable_preferred && serves_sm90(p)) return launch_prompt_sm90(p, stream);
   return p.rounds ? launch_parts<1>(p, stream) : launch_parts<2>(p, stream);
 }
 

@@ -88,6 +88,26 @@ inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int6
   return d;
 }
 
+// The queries of a block: `queries` of those of its KV head, from number `first_query` on.
+struct PromptTile {
+  BlockUnit block;
+  uint32_t first_query;
+  int queries;
+
+  __device__ __forceinline__ PromptTile(const AttendParams& p, const PromptDivision& division, uint32_t most)
+      : PromptTile(division.unit(p, blockIdx.x), p, division, most) {}
+  __device__ __forceinline__ PromptTile(const BlockUnit& unit, const AttendParams& p, const PromptDivision& division,
+                                        uint32_t most)
+      : block(unit), first_query(unit.tile * most) {
+    const uint32_t rest = division.division.group_size.divisor * static_cast<uint32_t>(p.rows) - first_query;
+    queries = static_cast<int>(rest < most ? rest : most);
+  }
+  // The number of its query `row`; of the last one behind that.
+  __device__ __forceinline__ uint32_t number(int row) const {
+    return first_query + static_cast<uint32_t>(row < queries ? row : queries - 1);
+  }
+};
+
 __device__ __forceinline__ AttendPlan prompt_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
   SequenceState state = empty_state(p.cache.sinks);
   if (sequence >= 0) {
@@ -108,18 +128,20 @@ struct KeyTiles {
   int32_t count = 0;
 
   // For queries of the positions from first_t to last_t of the call.
-  __device__ __forceinline__ KeyTiles(const AttendPlan& plan, int64_t first_t, int64_t last_t) {
-    if (last_t < plan.padding) return;
-    begin = plan.range_of(imax(first_t, plan.padding)).begin;
-    end = plan.range_of(last_t).end;
+  static __device__ __forceinline__ KeyTiles of(const AttendPlan& plan, int64_t first_t, int64_t last_t) {
+    KeyTiles tiles;
+    if (last_t < plan.padding) return tiles;
+    tiles.begin = plan.range_of(imax(first_t, plan.padding)).begin;
+    tiles.end = plan.range_of(last_t).end;
     const int32_t held = static_cast<int32_t>(plan.sinks_held);
-    if (begin <= held || end <= held) {
-      begin = 0;
+    if (tiles.begin <= held || tiles.end <= held) {
+      tiles.begin = 0;
     } else {
-      sinks = held;
-      sink_tiles = (held + kKeys - 1) / kKeys;
+      tiles.sinks = held;
+      tiles.sink_tiles = (held + kKeys - 1) / kKeys;
     }
-    count = sink_tiles + (end - begin + kKeys - 1) / kKeys;
+    tiles.count = tiles.sink_tiles + (tiles.end - tiles.begin + kKeys - 1) / kKeys;
+    return tiles;
   }
   __device__ __forceinline__ int32_t row(int32_t tile) const {
     return tile < sink_tiles ? tile * kKeys : begin + (tile - sink_tiles) * kKeys;
@@ -136,6 +158,40 @@ struct KeyTiles {
 __device__ __forceinline__ uint32_t anew(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+
+// Copies the rows [row0, end) of a head's keys or values to a tile, and zeros to what is left of it. `cached`: the
+// first column wanted of the head's first row; `chunks_held`: from there to the end of head_dim. `thread`: of kThreads.
+template <int kRows, int kChunks, int kThreads, typename Place>
+__device__ __forceinline__ void copy_tile(const AttendPlan& plan, const uint16_t* cached, int64_t row_elements,
+                                          int chunks_held, int32_t row0, int32_t end, const NewRows& rows,
+                                          int new_column, char* at, const Place& place, int thread) {
+  constexpr int kRowsAtATime = kThreads / kChunks;
+  static_assert(kRowsAtATime >= 1 && kRows % kRowsAtATime == 0);
+  const int chunk = thread % kChunks;
+  const int first = thread / kChunks;
+  const bool held = chunk < chunks_held;
+  if (plan.lie_in_a_row(row0, end)) {
+    const uint16_t* from = cached + (plan.slot(row0) + first) * row_elements + (held ? chunk * 8 : 0);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kRowsAtATime, from += kRowsAtATime * row_elements) {
+      const bool real = held && row0 + i + first < end;
+      copy_async(at + place(i + first, chunk), real ? from : cached, real);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = first; i < kRows; i += kRowsAtATime) {
+    const int32_t row = row0 + i;
+    if (row >= plan.cached && row < end) {  // a new one
+      Vec<uint16_t, 8> elements = {};
+      if (held) elements = new_chunk(rows, plan.input_row(row), new_column + chunk * 8);
+      store<uint16_t, 8>(reinterpret_cast<uint16_t*>(at + place(i, chunk)), elements);
+    } else {
+      const bool real = held && row < end;
+      copy_async(at + place(i, chunk), real ? cached + plan.slot(row) * row_elements + chunk * 8 : cached, real);
+    }
+  }
 }
 
 // Two FP16 numbers in a register.
@@ -197,6 +253,42 @@ __device__ __forceinline__ void load_pair(const void* data, int64_t i, DType typ
   x[1] = type == DType::f16 ? half_to_float(pair.x[1]) : bf16_to_float(pair.x[1]);
 }
 
+// Pairs of elements as FP32, all on their way before the first is looked at. at(i): where pair i begins; negative:
+// zeros.
+template <int kCount, typename At>
+__device__ __forceinline__ void load_pairs(const void* data, DType type, bool in_pairs, const At& at,
+                                           float (&x)[kCount][2]) {
+  if (type == DType::f32) {
+    const float* from = static_cast<const float*>(data);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t offset = at(i);
+      Vec<float, 2> pair = {};
+      if (offset >= 0 && in_pairs) pair = load<float, 2>(from + offset);
+      if (offset >= 0 && !in_pairs) pair = {{from[offset], from[offset + 1]}};
+      x[i][0] = pair.x[0];
+      x[i][1] = pair.x[1];
+    }
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(data);
+  Vec<uint16_t, 2> pairs[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t offset = at(i);
+    pairs[i] = {};
+    if (offset >= 0 && in_pairs) pairs[i] = load<uint16_t, 2>(from + offset);
+    if (offset >= 0 && !in_pairs) pairs[i] = {{from[offset], from[offset + 1]}};
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      x[i][j] = type == DType::f16 ? half_to_float(pairs[i].x[j]) : bf16_to_float(pairs[i].x[j]);
+    }
+  }
+}
+
 __device__ __forceinline__ void store_pair(void* data, int64_t i, DType type, bool in_pairs, float x, float y) {
   if (!in_pairs) {
     store_float(data, i, type, x);
@@ -210,38 +302,37 @@ __device__ __forceinline__ void store_pair(void* data, int64_t i, DType type, bo
   }
 }
 
+// Products of a lane's two queries with keys that they do not see become minus infinity. The tile has the rows [row0,
+// row_end), and zeros behind them; `sinks` are held.
+template <int kBlocks>
+__device__ __forceinline__ void hide_unseen(FragmentC (&products)[kBlocks], const SeenRange (&seen)[2], int32_t row0,
+                                            int32_t row_end, int32_t sinks) {
+  const int32_t column = row0 + static_cast<int32_t>(threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int32_t end = seen[h].end < row_end ? seen[h].end : row_end;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int32_t row = column + 8 * i + e;
+        if (row >= end || (row < seen[h].begin && row >= sinks)) products[i].x[2 * h + e] = minus_infinity();
+      }
+    }
+  }
+}
+
 // The softmax of a lane's two queries.
 struct PromptRows {
   float factor[2];  // from products to scores
   float max[2];     // of scores, in powers of two
   float sum[2];     // of this lane's weights, each times 2^14
-  SeenRange seen[2];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       max[h] = kLeastScore;
       sum[h] = 0.0f;
-    }
-  }
-
-  // Products with keys that a query does not see become minus infinity. The tile has the rows [row0, row_end), and
-  // zeros behind them; `sinks` are held.
-  template <int kBlocks>
-  __device__ __forceinline__ void hide_unseen(FragmentC (&products)[kBlocks], int32_t row0, int32_t row_end,
-                                              int32_t sinks) const {
-    const int32_t column = row0 + static_cast<int32_t>(threadIdx.x % 4) * 2;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int32_t end = seen[h].end < row_end ? seen[h].end : row_end;
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int32_t row = column + 8 * i + e;
-          if (row >= end || (row < seen[h].begin && row >= sinks)) products[i].x[2 * h + e] = minus_infinity();
-        }
-      }
     }
   }
 
@@ -357,37 +448,38 @@ __device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDi
 // A block's part of a unit whose keys are split: the weighted sums and states of its queries, left in the workspace.
 template <int kWidth, int kQueries, int kBlocks>
 __device__ __forceinline__ void leave_rows(float* part, int queries, const PromptRows& rows, const int (&row)[2],
-                                           const FragmentC (&sums)[kBlocks]) {
+                                           int column, const FragmentC (&sums)[kBlocks]) {
   const int lane = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (row[h] >= queries) continue;
-    if (lane == 0) {
+    if (lane == 0 && column == 0) {
       const Running state = rows.running(h);
       store<float, 2>(part + kQueries * kWidth + 2 * row[h], {{state.max, state.sum}});
     }
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      store<float, 2>(part + row[h] * kWidth + 8 * i + 2 * lane, {{sums[i].x[2 * h], sums[i].x[2 * h + 1]}});
+      store<float, 2>(part + row[h] * kWidth + column + 8 * i + 2 * lane, {{sums[i].x[2 * h], sums[i].x[2 * h + 1]}});
     }
   }
 }
 
-// Merges the parts of a unit, in their order, if this block is the last to have left one. All of its threads have left
-// theirs. `unit`, `column`: the ticket, and the first column of head_dim that the parts are about.
-template <int kWidth, int kQueries>
+// Merges the parts of a unit, in their order, if this block is the last to have left one. `thread`: of those that have
+// left theirs, and that `sync` is a barrier of. `unit`, `column`: the ticket, and the first column of head_dim that the
+// parts are about.
+template <int kWidth, int kQueries, typename Sync>
 __device__ __forceinline__ void merge_prompt_parts(const AttendParams& p, const PromptDivision& division,
                                                    const BlockUnit& block, uint32_t unit, const float* parts,
                                                    uint32_t first_query, uint32_t queries, int column,
-                                                   bool& shared_last) {
+                                                   bool& shared_last, int thread, int threads, const Sync& sync) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
   const uint32_t splits = division.division.splits;
-  __syncthreads();
-  if (threadIdx.x == 0) {
+  sync();
+  if (thread == 0) {
     shared_last = sign_in(p.tickets + unit) + 1 == splits;
     if (shared_last) see_what_others_wrote();
   }
-  __syncthreads();
+  sync();
   if (!shared_last) return;
   const int64_t columns = imin(p.cache.head_dim - column, kWidth);
   merge_parts<kWidth, false>(
@@ -396,8 +488,9 @@ __device__ __forceinline__ void merge_prompt_parts(const AttendParams& p, const 
         const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3];
         if (all != all || state.sum != state.sum) *p.redo = 1;
         write_answer(p, division.division, block, first_query + row, static_cast<uint32_t>(column) + d, state, sums);
-      });
-  if (threadIdx.x == 0) p.tickets[unit] = 0;
+      },
+      static_cast<uint32_t>(thread), static_cast<uint32_t>(threads));
+  if (thread == 0) p.tickets[unit] = 0;
 }
 
 }  // namespace kvc

@@ -1,0 +1,572 @@
+// prompt attention for sm_90a (H100, H200): what prompt_attention.cu does, by the products of warpgroups (wgmma) and bulk
+// copies of tiles (TMA), with twice its speed.
+//
+// A block has 128 queries and three warpgroups. The first copies tiles of keys and values into shared memory; the other
+// two multiply them with 64 queries each, that lie in shared memory as FP16 parts. Barriers in shared memory say when a
+// tile is there, and when both have done with it (the scheme of FlashAttention-3: Shah et al., 2024). A tile whose rows
+// lie one after the other in the cache is one bulk copy; what remains (the end of what is held, where the ring wraps, new
+// rows in the call's own tensors) the first warpgroup copies row by row.
+//
+// With one FP16 part (kParts 1) the products of a tile's scores run beside those of the tile's before with its values,
+// and the two warpgroups take turns, so that one multiplies while the other weighs. With two parts there is no room in
+// registers for that, and nothing to gain.
+#include "hopper.cuh"
+#include "launch.h"
+#include "prompt_common.cuh"
+#include "tensor_map.h"
+
+namespace kvc {
+
+#if defined(KVC_WITH_SM90A) || defined(KVC_EMULATED)
+namespace {
+
+constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kGroupQueries = 64;
+constexpr int kThreads = 3 * kGroupThreads;
+constexpr int kRowBytes = 128;  // of a panel
+
+// Named barriers: of the threads that load, of all when the plan and the queries are there, whose turn it is to begin
+// products (one for each warpgroup), of those that multiply.
+constexpr int kLoadBarrier = 1;
+constexpr int kPlanBarrier = 2;
+constexpr int kTurnBarrier = 3;
+constexpr int kMultiplyBarrier = 5;
+
+// kDepth: 16-element steps of a row. kKeys: of a tile. kStages: tiles of keys, and of values, that there is room for.
+template <int kDepth_, int kKeys_, int kStages_, int kParts_>
+struct Sm90Block {
+  static constexpr int kDepth = kDepth_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
+  static constexpr int kQueries = 2 * kGroupQueries;
+  static constexpr int kWidth = 16 * kDepth;
+  static constexpr int kPanels = kWidth / 64;
+  static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
+  static constexpr int kPanelBytes = kKeys * kRowBytes;        // of keys or values
+  static constexpr int kTileBytes = kPanels * kPanelBytes;
+  static constexpr int kQueryPanelBytes = kGroupQueries * kRowBytes;
+  static constexpr int kQueryPartBytes = kPanels * kQueryPanelBytes;
+  static constexpr int kColumns = kWidth > 128 ? 64 : kWidth;  // of the answer, that are multiplied at a time
+  static constexpr int kPieces = kWidth / kColumns;
+  static constexpr bool kTakeTurns = kParts == 1 && kDepth <= 8;
+
+  struct Shared {
+    AttendPlan plan;
+    PromptTile tile;
+    KeyTiles<kKeys> tiles;
+    int32_t last_tile;  // of those that are this block's, the first that it takes
+    int32_t stop;       // and the last
+    SeenRange oldest[2], newest[2];  // what the first and the last query of a warpgroup sees
+    uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
+    float factor[kQueries];  // from a query's products to scores
+    bool last_part;
+  };
+  static constexpr int kKeysAt = 2 * kParts * kQueryPartBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
+  static constexpr int kSharedAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kBytes = kSharedAt + sizeof(Shared) + 1024;  // 1024: panels begin at a multiple of that
+  static_assert(kBytes <= 232448);
+
+  static __device__ __forceinline__ int place(int row, int chunk) {
+    return chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk % 8) ^ (row & 7)) * 16;
+  }
+};
+
+// A tile's number in the rings of stages, and the parity of its barriers' phase.
+template <int kStages>
+struct Stage {
+  int number = 0;
+  int parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++number == kStages) {
+      number = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <typename Block>
+__device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block::Shared& shared, char* panels,
+                                           const CUtensorMap* key_map, const CUtensorMap* value_map) {
+  const AttendPlan& plan = shared.plan;
+  const BlockUnit& block = shared.tile.block;
+  const int thread = static_cast<int>(threadIdx.x);
+  Stage<Block::kStages> stage;
+#pragma unroll 1
+  for (int32_t tile = shared.last_tile; tile >= shared.stop; --tile) {
+    const int32_t row0 = shared.tiles.row(tile);
+    const int32_t end = shared.tiles.row_end(tile);
+    const bool whole = end - row0 == Block::kKeys && plan.lie_in_a_row(row0, end);
+#pragma unroll 1
+    for (int of_values = 0; of_values < 2; ++of_values) {
+      uint64_t* full = (of_values ? shared.values_full : shared.keys_full) + stage.number;
+      uint64_t* empty = (of_values ? shared.values_empty : shared.keys_empty) + stage.number;
+      char* at = panels + (of_values ? Block::kValuesAt : Block::kKeysAt) + stage.number * Block::kTileBytes;
+      wait_barrier(empty, stage.parity ^ 1);
+      if (whole) {
+        if (thread != 0) continue;
+        arrive_and_expect(full, Block::kTileBytes);
+        const int slot = static_cast<int>(plan.slot(row0));
+#pragma unroll
+        for (int panel = 0; panel < Block::kPanels; ++panel) {
+          copy_box(at + panel * Block::kPanelBytes, of_values ? value_map : key_map, full, 64 * panel,
+                   static_cast<int>(block.head), slot, static_cast<int>(block.sequence));
+        }
+        continue;
+      }
+      const uint16_t* cached = (of_values ? p.cache.v_cache : p.cache.k_cache) + block.cache_offset(p);
+      const NewRows rows(p.append, of_values ? p.append.value : p.append.key, block);
+      copy_tile<Block::kKeys, Block::kChunks, kGroupThreads>(
+          plan, cached, p.cache.heads * p.cache.head_dim, static_cast<int>(p.cache.head_dim) / 8, row0, end, rows, 0,
+          at, Block::place, thread);
+      end_copy_group();
+      wait_for_copies<0>();
+      fence_for_products();
+      sync_threads(kLoadBarrier, kGroupThreads);
+      if (thread == 0) arrive(full);
+    }
+    stage.advance();
+  }
+}
+
+// A warpgroup's queries as FP16 parts in shared memory, and the factors of their products.
+template <typename Block>
+__device__ __forceinline__ void store_queries(const AttendParams& p, const PromptDivision& division,
+                                              typename Block::Shared& shared, int group, char* at) {
+  constexpr int kPairs = Block::kWidth / 64;  // of a row, that a lane has
+  constexpr int kRows = 8;                    // at a time
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp_row = 16 * static_cast<int>(threadIdx.x / 32 % 4);
+  const int head_dim = static_cast<int>(p.cache.head_dim);
+  const PromptTile tile(p, division, Block::kQueries);
+#pragma unroll 1
+  for (int row0 = warp_row; row0 < warp_row + 16; row0 += kRows) {
+    float x[kRows * kPairs][2];
+    load_pairs(
+        p.query.data, p.dtype, division.query_in_pairs,
+        [&](int i) {
+          const QueryPlace place(division.division, tile.block, tile.number(kGroupQueries * group + row0 + i / kPairs));
+          const int d = 64 * (i % kPairs) + 2 * lane;
+          const int64_t offset = tile.block.entry * p.query.batch_stride + place.t * p.query.row_stride +
+                                 place.head * p.query.head_stride + d;
+          return d < head_dim ? offset : -1;
+        },
+        x);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = row0 + i;
+      float largest = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        largest = fmaxf(largest, fmaxf(fabsf(x[i * kPairs + j][0]), fabsf(x[i * kPairs + j][1])));
+      }
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+      }
+      const QueryScale scale = QueryScale::of(p, largest);
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const float a = x[i * kPairs + j][0] * scale.up;
+        const float b = x[i * kPairs + j][1] * scale.up;
+        char* to = at + j * Block::kQueryPanelBytes + row * kRowBytes + ((lane / 4) ^ (row & 7)) * 16 + lane % 4 * 4;
+        const uint32_t high = half_pair(a, b);
+        *reinterpret_cast<uint32_t*>(to) = high;
+        if constexpr (Block::kParts == 2) {
+          *reinterpret_cast<uint32_t*>(to + Block::kQueryPartBytes) = low_pair(a, b, high);
+        }
+      }
+      if (lane == 0) shared.factor[kGroupQueries * group + row] = scale.factor;
+    }
+  }
+}
+
+// No sum of FP32 accuracy stays in a tensor core for longer than a tile of keys; one of FP16 may (kParts 1).
+
+// Begins the products of a warpgroup's queries with a tile's first 8 kBlocks keys.
+template <typename Block, int kBlocks>
+__device__ __forceinline__ void begin_scores(FragmentC (&products)[kBlocks], const char* queries, const char* keys) {
+  const uint64_t left = operand_at(queries, 0);
+  const uint64_t right = operand_at(keys, 0);
+  begin_products();
+#pragma unroll
+  for (int part = Block::kParts - 1; part >= 0; --part) {
+#pragma unroll
+    for (int k = 0; k < Block::kDepth; ++k) {
+      multiply_add_rows(
+          products,
+          operand_after(left, part * Block::kQueryPartBytes + k / 4 * Block::kQueryPanelBytes + k % 4 * 32),
+          operand_after(right, k / 4 * Block::kPanelBytes + k % 4 * 32), part != Block::kParts - 1 || k > 0);
+    }
+  }
+  end_products();
+}
+
+// The products of weights with a tile's values, columns of one or two panels from `values` on: added to `sums` or in
+// their place.
+template <typename Block, bool kAdds, int kSteps, int kBlocks>
+__device__ __forceinline__ void multiply_values(FragmentC (&sums)[kBlocks],
+                                                const FragmentA (&weights)[Block::kParts][kSteps],
+                                                const char* values) {
+  const uint64_t right = operand_at(values, Block::kPanelBytes);
+#pragma unroll
+  for (int part = Block::kParts - 1; part >= 0; --part) {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) {
+      multiply_add_columns(sums, weights[part][n], operand_after(right, n * 16 * kRowBytes),
+                           kAdds || part != Block::kParts - 1 || n > 0);
+    }
+  }
+}
+
+template <int kParts, int kBlocks>
+__device__ __forceinline__ void take_weights(FragmentA (&weights)[kParts][kBlocks / 2],
+                                             const FragmentC (&products)[kBlocks]) {
+#pragma unroll
+  for (int n = 0; n < kBlocks / 2; ++n) {
+    weights[0][n] = high_weights(products[2 * n], products[2 * n + 1]);
+    if constexpr (kParts == 2) weights[1][n] = low_weights(products[2 * n], products[2 * n + 1], weights[0][n]);
+  }
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void add_sums(FragmentC (&sums)[kBlocks], const FragmentC (&of_tile)[kBlocks],
+                                         const float (&rescale)[2]) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[i].x[e] = fmaf(sums[i].x[e], rescale[e / 2], of_tile[i].x[e]);
+  }
+}
+
+template <int kPieces, int kBlocks>
+__device__ __forceinline__ void rescale_sums(FragmentC (&sums)[kPieces][kBlocks], const float (&rescale)[2]) {
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[piece][i].x[e] *= rescale[e / 2];
+    }
+  }
+}
+
+template <int kPieces, int kBlocks>
+__device__ __forceinline__ void hold_products(FragmentC (&sums)[kPieces][kBlocks]) {
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) hold_products(sums[piece]);
+}
+
+// A warpgroup that multiplies: its queries, what has come of them so far, and where it is in the rings of tiles.
+template <typename Block>
+struct Multiplier {
+  static constexpr int kKeys = Block::kKeys;
+  static constexpr int kParts = Block::kParts;
+  using Products = FragmentC[kKeys / 8];
+  using Weights = FragmentA[kParts][kKeys / 16];
+
+  const AttendParams& p;
+  const PromptDivision& division;
+  typename Block::Shared& shared;
+  char* panels;
+  int group;  // 0 or 1
+  PromptRows rows;
+  FragmentC sums[Block::kPieces][Block::kColumns / 8];
+  Stage<Block::kStages> stage;
+
+  // The first of this lane's two queries, counted from the block's first; the other is eight on.
+  __device__ __forceinline__ int row() const {
+    return kGroupQueries * group + static_cast<int>(threadIdx.x / 32 % 4) * 16 + static_cast<int>(threadIdx.x % 32) / 4;
+  }
+  __device__ __forceinline__ char* queries() const { return panels + group * kParts * Block::kQueryPartBytes; }
+  __device__ __forceinline__ const char* keys(int number) const {
+    return panels + Block::kKeysAt + number * Block::kTileBytes;
+  }
+  __device__ __forceinline__ const char* values(int number, int piece) const {
+    return panels + Block::kValuesAt + number * Block::kTileBytes + piece * (Block::kColumns / 64) * Block::kPanelBytes;
+  }
+  static __device__ __forceinline__ void give_back(uint64_t* empty) {
+    if (threadIdx.x % 32 == 0) arrive(empty);
+  }
+
+  __device__ __forceinline__ void begin() {
+    store_queries<Block>(p, division, shared, group, queries());
+    fence_for_products();
+    sync_threads(kPlanBarrier, kThreads);
+    rows.clear();
+    rows.factor[0] = shared.factor[row()];
+    rows.factor[1] = shared.factor[row() + 8];
+#pragma unroll
+    for (int piece = 0; piece < Block::kPieces; ++piece) {
+#pragma unroll
+      for (int i = 0; i < Block::kColumns / 8; ++i) sums[piece][i] = {};
+    }
+  }
+
+  // A tile's products become weights; `rescale`: what the sums of tiles before are to be multiplied with.
+  __device__ __forceinline__ void weigh(Products& products, int32_t tile, float (&rescale)[2]) {
+    const int32_t row0 = shared.tiles.row(tile);
+    const int32_t row_end = shared.tiles.row_end(tile);
+    const int32_t sinks = static_cast<int32_t>(shared.plan.sinks_held);
+    const bool clear = row_end - row0 == kKeys && row_end <= shared.oldest[group].end &&
+                       (row0 >= shared.newest[group].begin || row_end <= sinks);
+    if (!clear) {
+      const FastDivider& group_size = division.division.group_size;
+      const SeenRange seen[2] = {shared.plan.range_of(group_size(shared.tile.number(row()))),
+                                 shared.plan.range_of(group_size(shared.tile.number(row() + 8)))};
+      hide_unseen(products, seen, row0, row_end, sinks);
+    }
+    rows.weigh(products, p.softcap, rescale);
+  }
+
+  // One tile after the other: scores, weights, sums. While one warpgroup weighs, the other may multiply.
+  __device__ __forceinline__ void take_tiles() {
+#pragma unroll 1
+    for (int32_t tile = shared.last_tile; tile >= shared.stop; --tile, stage.advance()) {
+      uint64_t* const keys_empty = shared.keys_empty + stage.number;
+      uint64_t* const values_empty = shared.values_empty + stage.number;
+      const bool unseen =
+          shared.tiles.row(tile) >= shared.newest[group].end ||
+          (shared.tiles.row(tile) >= shared.plan.sinks_held && shared.tiles.row_end(tile) <= shared.oldest[group].begin);
+      wait_barrier(shared.keys_full + stage.number, stage.parity);
+      if (unseen) {
+        give_back(keys_empty);
+        wait_barrier(shared.values_full + stage.number, stage.parity);
+        give_back(values_empty);
+        continue;
+      }
+      Weights weights;
+      float rescale[2];
+      {
+        Products products;
+        begin_scores<Block>(products, queries(), keys(stage.number));
+        wait_for_products<0>();
+        hold_products(products);
+        give_back(keys_empty);
+        weigh(products, tile, rescale);
+        take_weights(weights, products);
+      }
+      wait_barrier(shared.values_full + stage.number, stage.parity);
+      if constexpr (kParts == 1) {
+        rescale_sums(sums, rescale);
+        begin_products();
+#pragma unroll
+        for (int piece = 0; piece < Block::kPieces; ++piece) {
+          multiply_values<Block, true>(sums[piece], weights, values(stage.number, piece));
+        }
+        end_products();
+        wait_for_products<0>();
+        hold_products(sums);
+        give_back(values_empty);
+      } else {
+#pragma unroll
+        for (int piece = 0; piece < Block::kPieces; ++piece) {
+          FragmentC of_tile[Block::kColumns / 8];
+          begin_products();
+          multiply_values<Block, false>(of_tile, weights, values(stage.number, piece));
+          end_products();
+          wait_for_products<0>();
+          hold_products(of_tile);
+          if (piece + 1 == Block::kPieces) give_back(values_empty);
+          add_sums(sums[piece], of_tile, rescale);
+        }
+      }
+    }
+  }
+
+  // The two warpgroups begin products in turns; those of a tile's scores run beside those of the tile's before with its
+  // values, and beside the other warpgroup's weighing.
+  __device__ __forceinline__ void take_tiles_in_turns() {
+    const int mine = kTurnBarrier + group;
+    const int others = kTurnBarrier + 1 - group;
+    if (group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
+    if (shared.last_tile < shared.stop) return;
+    Weights weights;
+    float rescale[2];
+    {
+      Products products;
+      wait_barrier(shared.keys_full + stage.number, stage.parity);
+      sync_threads(mine, 2 * kGroupThreads);
+      begin_scores<Block>(products, queries(), keys(stage.number));
+      arrive_threads(others, 2 * kGroupThreads);
+      wait_for_products<0>();
+      hold_products(products);
+      give_back(shared.keys_empty + stage.number);
+      weigh(products, shared.last_tile, rescale);
+      take_weights(weights, products);
+    }
+#pragma unroll 1
+    for (int32_t tile = shared.last_tile - 1; tile >= shared.stop; --tile) {
+      const Stage<Block::kStages> before = stage;  // of the tile whose weights we have
+      stage.advance();
+      Products products;
+      wait_barrier(shared.keys_full + stage.number, stage.parity);
+      sync_threads(mine, 2 * kGroupThreads);
+      begin_scores<Block>(products, queries(), keys(stage.number));
+      wait_barrier(shared.values_full + before.number, before.parity);
+      begin_products();
+      multiply_values<Block, true>(sums[0], weights, values(before.number, 0));
+      end_products();
+      arrive_threads(others, 2 * kGroupThreads);
+      wait_for_products<1>();
+      hold_products(products);
+      give_back(shared.keys_empty + stage.number);
+      weigh(products, tile, rescale);
+      wait_for_products<0>();
+      hold_products(sums);
+      give_back(shared.values_empty + before.number);
+      rescale_sums(sums, rescale);
+      take_weights(weights, products);
+    }
+    wait_barrier(shared.values_full + stage.number, stage.parity);
+    begin_products();
+    multiply_values<Block, true>(sums[0], weights, values(stage.number, 0));
+    end_products();
+    wait_for_products<0>();
+    hold_products(sums);
+  }
+
+  // The answers, or a part of them to be merged.
+  __device__ __forceinline__ void finish() {
+    rows.add_lanes();
+    const PromptTile& tile = shared.tile;
+    const int both[2] = {row(), row() + 8};
+    if (division.division.splits == 1) {
+      const uint32_t number[2] = {tile.number(both[0]), tile.number(both[1])};
+      const bool there[2] = {both[0] < tile.queries, both[1] < tile.queries};
+#pragma unroll
+      for (int piece = 0; piece < Block::kPieces; ++piece) {
+        write_rows(p, division, tile.block, rows, number, there, piece * Block::kColumns, sums[piece]);
+      }
+      return;
+    }
+    constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
+    float* const parts = p.partials + static_cast<int64_t>(tile.block.unit) * division.division.splits * kFloats;
+#pragma unroll
+    for (int piece = 0; piece < Block::kPieces; ++piece) {
+      leave_rows<Block::kWidth, Block::kQueries>(parts + tile.block.split * kFloats, tile.queries, rows, both,
+                                                 piece * Block::kColumns, sums[piece]);
+    }
+    merge_prompt_parts<Block::kWidth, Block::kQueries>(
+        p, division, tile.block, tile.block.unit, parts, tile.first_query, static_cast<uint32_t>(tile.queries), 0,
+        shared.last_part, static_cast<int>(threadIdx.x) - kGroupThreads, 2 * kGroupThreads,
+        [] { sync_threads(kMultiplyBarrier, 2 * kGroupThreads); });
+  }
+};
+
+// What a block does, found by one thread while others load the queries.
+template <typename Block>
+__device__ __forceinline__ void make_plan(const AttendParams& p, const PromptDivision& division,
+                                          typename Block::Shared& shared) {
+  const FastDivider& group_size = division.division.group_size;
+  const PromptTile tile(p, division, Block::kQueries);
+  const AttendPlan plan = prompt_plan(p, tile.block.entry, tile.block.sequence);
+  const auto tiles =
+      KeyTiles<Block::kKeys>::of(plan, group_size(tile.first_query), group_size(tile.number(Block::kQueries)));
+  const int32_t splits = static_cast<int32_t>(division.division.splits);
+  const int32_t split = static_cast<int32_t>(tile.block.split);
+  shared.plan = plan;
+  shared.tile = tile;
+  shared.tiles = tiles;
+  shared.last_tile = static_cast<int32_t>(int64_t{tiles.count} * (split + 1) / splits) - 1;
+  shared.stop = static_cast<int32_t>(int64_t{tiles.count} * split / splits);
+#pragma unroll 1
+  for (int group = 0; group < 2; ++group) {
+    shared.oldest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group)));
+    shared.newest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
+    if (kGroupQueries * group >= tile.queries) shared.newest[group].end = 0;  // nothing to do
+  }
+}
+
+template <typename Block>
+__global__ void __launch_bounds__(kThreads, 1)
+    prompt_sm90_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division,
+                       const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
+#if defined(KVC_EMULATED) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  KVC_DYNAMIC_SHARED(shared_bytes);
+  char* const panels = align_for_panels(shared_bytes);
+  auto& shared = *reinterpret_cast<typename Block::Shared*>(panels + Block::kSharedAt);
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < Block::kStages; ++i) {
+      init_barrier(shared.keys_full + i, 1);
+      init_barrier(shared.values_full + i, 1);
+      init_barrier(shared.keys_empty + i, 8);  // a lane of each warp that multiplies
+      init_barrier(shared.values_empty + i, 8);
+    }
+    show_barriers();
+  }
+  wait_for_previous_launch();
+  let_next_launch_begin();
+  if (threadIdx.x < kGroupThreads) {
+    give_registers<40>();
+    if (threadIdx.x == 0) make_plan<Block>(p, division, shared);
+    sync_threads(kPlanBarrier, kThreads);
+    load_tiles<Block>(p, shared, panels, &key_map, &value_map);
+  } else {
+    take_registers<232>();
+    Multiplier<Block> multiplier{p, division, shared, panels, static_cast<int>(threadIdx.x / kGroupThreads) - 1};
+    multiplier.begin();
+    if constexpr (Block::kTakeTurns) {
+      multiplier.take_tiles_in_turns();
+    } else {
+      multiplier.take_tiles();
+    }
+    multiplier.finish();
+  }
+#endif
+}
+
+template <typename Block>
+cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, cudaStream_t stream) {
+  CUtensorMap key_map;
+  CUtensorMap value_map;
+  cudaError_t error = make_tensor_map(&key_map, p.cache, p.cache.k_cache, p.layer, Block::kKeys);
+  if (error == cudaSuccess) error = make_tensor_map(&value_map, p.cache, p.cache.v_cache, p.layer, Block::kKeys);
+  if (error != cudaSuccess) return error;
+  const int64_t units = prompt_units(p, Block::kQueries);
+  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
+  const int64_t splits = prompt_splits(p, units, multiprocessors, Block::kKeys, kFloats);
+  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
+  const auto kernel = prompt_sm90_kernel<Block>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
+  if (error != cudaSuccess) return error;
+  OverlappingLaunch launch(units * splits, kThreads, Block::kBytes, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits), key_map, value_map);
+}
+
+template <int kParts>
+cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_blocks<Sm90Block<4, 128, 2, kParts>>(p, multiprocessors, stream);
+  if (p.cache.head_dim <= 128) return launch_blocks<Sm90Block<8, 128, 2, kParts>>(p, multiprocessors, stream);
+  return launch_blocks<Sm90Block<16, 64, 3 - kParts, kParts>>(p, multiprocessors, stream);
+}
+
+}  // namespace
+
+bool serves_sm90(const AttendParams& p) {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  if (p.cache.head_dim > 256 || !tensor_maps_serve(p.cache)) return false;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+}
+
+cudaError_t launch_prompt_sm90(const AttendParams& p, cudaStream_t stream) {
+  int device = 0;
+  int multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  return p.rounds ? launch_parts<1>(p, multiprocessors, stream) : launch_parts<2>(p, multiprocessors, stream);
+}
+
+#else  // a build without code for sm_90a
+
+bool serves_sm90(const AttendParams&) { return false; }
+cudaError_t launch_prompt_sm90(const AttendParams&, cudaStream_t) { return cudaErrorInvalidValue; }
+
+#endif
+
+}  // namespace kvc
