@@ -1,11 +1,11 @@
 // prompt attention: softmax(scale * Q K^T) V for many queries of each sequence, over FP16 keys and values as they lie
 // in the cache, by the tensor core instructions of sm_80 and newer. (prompt_sm90.cu has the kernel for sm_90a.)
 //
-// Grid: for each sequence, KV head and tile of its queries (prompt_common.cuh) a block, or several (`splits`) that share
-// the tiles of keys; where head_dim is over 256, one for each 256 columns of the answer. A block copies tiles of keys
-// and values into shared memory, one ahead of the one that it works on. Each warp multiplies it with 16 queries of its
-// own: scores, weights, weighted sums, with a running maximum and sum (online softmax: Milakov and Gimelshein, 2018;
-// tiles and their order: FlashAttention-2, Dao, 2023).
+// Grid: for each sequence, KV head and tile of its queries (prompt_common.cuh) a block, or several (`splits`) that
+// share the tiles of keys; where head_dim is over 256, one for each 128 columns of the answer. A block copies tiles of
+// keys and values into shared memory, one ahead of the one that it works on. Each warp multiplies it with 16 queries of
+// its own: scores, weights, weighted sums, with a running maximum and sum (online softmax: Milakov and Gimelshein,
+// 2018; tiles and their order: FlashAttention-2, Dao, 2023).
 //
 // A call's new positions lie in the cache by now, unless storing them would evict what its queries still see: then they
 // are read from the call's tensors, rounded to FP16 on the way, and stored afterwards (prompt_order.cu).
@@ -25,17 +25,23 @@ struct PromptBlock {
   static constexpr bool kHighInRegisters = kHighInRegisters_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kQueries = 16 * kWarps;
-  static constexpr int kPieces = kDepth > 16 ? kDepth / 16 : 1;  // that the answer's columns are cut into
-  static constexpr int kWidth = 16 * kDepth / kPieces;           // columns of a piece
-  static constexpr int kKeyChunks = 2 * kDepth;                  // 16-byte chunks of a row
+  static constexpr int kPieces = kDepth > 16 ? kDepth / 8 : 1;  // that the answer's columns are cut into
+  static constexpr int kWidth = 16 * kDepth / kPieces;          // columns of a piece
+  static constexpr int kKeyChunks = 2 * kDepth;                 // 16-byte chunks of a row
   static constexpr int kValueChunks = kWidth / 8;
   static constexpr int kKeyBytes = kKeys * kKeyChunks * 16;
   static constexpr int kStageBytes = kKeyBytes + kKeys * kValueChunks * 16;
   static constexpr int kSharedParts = kHighInRegisters ? kParts - 1 : kParts;  // of queries, in shared memory
   static constexpr int kBlocks = kDepth <= 8 ? 2 : 1;                          // a multiprocessor
 
+  // What a block knows of itself: registers are rare.
   struct Shared {
     AttendPlan plan;
+    BlockUnit unit;
+    KeyTiles<kKeys> tiles;
+    const uint16_t* keys;      // of its head
+    const uint16_t* values;    // likewise, from its first column on
+    SeenRange seen[kQueries];  // by the block's queries; by those of a warp that has none, nothing
     bool last;
   };
   static constexpr int kQueriesAt = (sizeof(Shared) + 127) / 128 * 128;
@@ -44,6 +50,7 @@ struct PromptBlock {
   static_assert(kBytes <= 101376, "what a block has on sm_86, sm_89 and sm_120");
 
   // Where a chunk of a row lies in a tile: rows are spread over the banks, so that eight of them are read at a time.
+  // From a chunk to the eighth after it, and from a row to the eighth after it, it is always as far.
   static __device__ __forceinline__ int key_place(int row, int chunk) {
     return (row * kKeyChunks + (chunk ^ (row & 7))) * 16;
   }
@@ -51,6 +58,36 @@ struct PromptBlock {
     return (row * kValueChunks + (chunk ^ (row & 7))) * 16;
   }
 };
+
+// Writes a block's answers, or leaves its part of them for the last block of the unit, which merges them.
+template <typename Block, int kBlocks>
+__device__ __forceinline__ void finish(const AttendParams& p, const PromptDivision& division, const PromptRows& rows,
+                                       const FragmentC (&sums)[kBlocks], typename Block::Shared& shared) {
+  const uint32_t thread = anew(threadIdx.x);
+  const BlockUnit block = shared.unit;
+  const uint32_t piece = anew(blockIdx.x) % Block::kPieces;
+  const int column = static_cast<int>(piece) * Block::kWidth;
+  const uint32_t first_query = block.tile * Block::kQueries;
+  const uint32_t left = division.division.group_size.divisor * static_cast<uint32_t>(p.rows) - first_query;
+  const int queries = static_cast<int>(left < Block::kQueries ? left : Block::kQueries);
+  const int lane_row = static_cast<int>(thread / 32 * 16 + thread % 32 / 4);
+  const int row[2] = {lane_row, lane_row + 8};
+  const uint32_t splits = division.division.splits;
+  if (splits == 1) {
+    const uint32_t number[2] = {first_query + static_cast<uint32_t>(row[0]),
+                                first_query + static_cast<uint32_t>(row[1])};
+    const bool there[2] = {row[0] < queries, row[1] < queries};
+    write_rows(p, division, block, rows, number, there, column, sums);
+    return;
+  }
+  const uint32_t unit = block.unit * Block::kPieces + piece;
+  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
+  float* const parts = p.partials + unit * splits * kFloats;
+  leave_rows<Block::kWidth, Block::kQueries>(parts + block.split * kFloats, queries, rows, row, 0, sums);
+  merge_prompt_parts<Block::kWidth, Block::kQueries>(
+      p, division, block, unit, parts, first_query, static_cast<uint32_t>(queries), column, shared.last,
+      static_cast<int>(thread), Block::kThreads, [] { __syncthreads(); });
+}
 
 template <typename Block>
 __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
@@ -68,60 +105,65 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int thread = static_cast<int>(threadIdx.x);
   const int head_dim = static_cast<int>(p.cache.head_dim);
+  if (Block::kPieces > 1 && piece * Block::kWidth >= head_dim) return;
   const FastDivider& group_size = division.division.group_size;
   const uint32_t first_query = block.tile * Block::kQueries;
   const uint32_t all_queries = group_size.divisor * static_cast<uint32_t>(p.rows);
-  const int queries = static_cast<int>(
-      all_queries - first_query < Block::kQueries ? all_queries - first_query : Block::kQueries);  // of this block
+  const int queries = static_cast<int>(all_queries - first_query < Block::kQueries ? all_queries - first_query
+                                                                                   : Block::kQueries);  // of this block
 
   wait_for_previous_launch();
   let_next_launch_begin();
-  if (threadIdx.x == 0) shared.plan = prompt_plan(p, block.entry, block.sequence);
+  if (threadIdx.x == 0) {
+    shared.plan = prompt_plan(p, block.entry, block.sequence);
+    shared.unit = block;
+    shared.tiles =
+        KeyTiles<Block::kKeys>::of(shared.plan, group_size(first_query), group_size(first_query + queries - 1));
+    shared.keys = p.cache.k_cache + block.cache_offset(p);
+    shared.values = p.cache.v_cache + block.cache_offset(p) + piece * Block::kWidth;
+  }
   __syncthreads();
   const AttendPlan& plan = shared.plan;
-  const int32_t sinks_held = static_cast<int32_t>(plan.sinks_held);
+  const KeyTiles<Block::kKeys>& tiles = shared.tiles;
 
-  // Tiles [next, stop) of keys are this block's, the last first.
-  const auto tiles = KeyTiles<Block::kKeys>::of(plan, group_size(first_query), group_size(first_query + queries - 1));
+  // Tiles [stop, next] of keys are this block's, the last first.
   const int32_t splits = static_cast<int32_t>(division.division.splits);
   const int32_t split = static_cast<int32_t>(block.split);
   const int32_t stop = static_cast<int32_t>(int64_t{tiles.count} * split / splits);
   int32_t next = static_cast<int32_t>(int64_t{tiles.count} * (split + 1) / splits) - 1;
-  int32_t asked = next;  // the tile that is asked for next
-  const int64_t row_elements = p.cache.heads * head_dim;
-  const int64_t head_offset = block.cache_offset(p);
-  const auto ask_for = [&](int stage) {
-    if (asked >= stop) {
-      const int32_t row0 = tiles.row(asked);
-      const int32_t end = tiles.row_end(asked);
+  const auto ask_for = [&](int32_t tile, int stage) {
+    if (tile >= stop) {
+      const int32_t row0 = tiles.row(tile);
+      const int32_t end = tiles.row_end(tile);
       char* at = shared_bytes + Block::kStagesAt + stage * Block::kStageBytes;
+      const int64_t row_elements = p.cache.heads * head_dim;
       const int chunks = head_dim / 8;
-      copy_tile<Block::kKeys, Block::kKeyChunks, Block::kThreads>(
-          plan, p.cache.k_cache + head_offset, row_elements, chunks, row0, end, NewRows(p.append, p.append.key, block),
-          0, at, Block::key_place, thread);
+      copy_tile<Block::kKeys, Block::kKeyChunks, Block::kThreads>(plan, shared.keys, row_elements, chunks, row0, end,
+                                                                  NewRows(p.append, p.append.key, shared.unit), 0, at,
+                                                                  Block::key_place, thread);
       const int column = piece * Block::kWidth;
       copy_tile<Block::kKeys, Block::kValueChunks, Block::kThreads>(
-          plan, p.cache.v_cache + head_offset + column, row_elements, chunks - column / 8, row0, end,
-          NewRows(p.append, p.append.value, block), column, at + Block::kKeyBytes, Block::value_place, thread);
+          plan, shared.values, row_elements, chunks - column / 8, row0, end,
+          NewRows(p.append, p.append.value, shared.unit), column, at + Block::kKeyBytes, Block::value_place, thread);
     }
-    --asked;
     end_copy_group();
   };
 #pragma unroll
-  for (int stage = 0; stage < Block::kStages - 1; ++stage) ask_for(stage);
+  for (int stage = 0; stage < Block::kStages - 1; ++stage) ask_for(next - stage, stage);
 
-  // The warp's queries: this lane's two, and what they and all of the warp's see.
+  // The warp's queries, and this lane's two of them. What they see waits in shared memory, as registers are rare.
   const int warp_first = warp * 16;
-  const auto number_of = [&](int row) { return first_query + static_cast<uint32_t>(row < queries ? row : queries - 1); };
-  const int row_of_lane[2] = {warp_first + lane / 4, warp_first + lane / 4 + 8};
-  const uint32_t number[2] = {number_of(row_of_lane[0]), number_of(row_of_lane[1])};
-  const bool there[2] = {row_of_lane[0] < queries, row_of_lane[1] < queries};
+  const auto number_of = [&](int row) {
+    return first_query + static_cast<uint32_t>(row < queries ? row : queries - 1);
+  };
+  const uint32_t number[2] = {number_of(warp_first + lane / 4), number_of(warp_first + lane / 4 + 8)};
   PromptRows rows;
   rows.clear();
-  const SeenRange seen[2] = {plan.range_of(group_size(number[0])), plan.range_of(group_size(number[1]))};
-  const SeenRange oldest = plan.range_of(group_size(number_of(warp_first)));
-  SeenRange newest = plan.range_of(group_size(number_of(warp_first + 15)));
-  if (warp_first >= queries) newest.end = 0;  // nothing to do
+  if (lane < 16) {
+    SeenRange range = plan.range_of(group_size(number_of(warp_first + lane)));
+    if (warp_first >= queries) range.end = 0;
+    shared.seen[warp_first + lane] = range;
+  }
 
   // Queries become FP16 parts, in the order in which a lane holds the left operand of a product.
   FragmentA high[Block::kHighInRegisters ? kDepth : 1];
@@ -137,10 +179,10 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
         const int d = 16 * k + j / 2 * 8 + lane % 4 * 2;
         float pair[2] = {0.0f, 0.0f};
         if (d < head_dim) {
-          load_pair(p.query.data,
-                    block.entry * p.query.batch_stride + place.t * p.query.row_stride +
-                        place.head * p.query.head_stride + d,
-                    p.dtype, division.query_in_pairs, pair);
+          load_pair(
+              p.query.data,
+              block.entry * p.query.batch_stride + place.t * p.query.row_stride + place.head * p.query.head_stride + d,
+              p.dtype, division.query_in_pairs, pair);
         }
         x[2 * j] = pair[0];
         x[2 * j + 1] = pair[1];
@@ -157,7 +199,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     for (int k = 0; k < kDepth; ++k) {
       float x[8];
       if constexpr (!kHold) load_step(k, x);
-      const float(&elements)[8] = kHold ? held[kHold ? k : 0] : x;
+      const float (&elements)[8] = kHold ? held[kHold ? k : 0] : x;
 #pragma unroll
       for (int i = 0; i < 8; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(elements[i]));
     }
@@ -174,7 +216,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     for (int k = 0; k < kDepth; ++k) {
       float x[8];
       if constexpr (!kHold) load_step(k, x);
-      const float(&elements)[8] = kHold ? held[kHold ? k : 0] : x;
+      const float (&elements)[8] = kHold ? held[kHold ? k : 0] : x;
       Vec<uint32_t, 4> high_part, low_part;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -197,20 +239,30 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   int stage = 0;
 #pragma unroll 1
   for (; next >= stop; --next) {
-    if constexpr (Block::kStages == 1) ask_for(0);
+    if constexpr (Block::kStages == 1) ask_for(next, 0);
     wait_for_copies<Block::kStages == 1 ? 0 : Block::kStages - 2>();
     __syncthreads();
-    if constexpr (Block::kStages > 1) ask_for(stage == 0 ? Block::kStages - 1 : stage - 1);
+    if constexpr (Block::kStages > 1) {
+      ask_for(next - (Block::kStages - 1), stage == 0 ? Block::kStages - 1 : stage - 1);
+    }
     const char* keys = shared_bytes + Block::kStagesAt + stage * Block::kStageBytes;
     const char* values = keys + Block::kKeyBytes;
     stage = stage + 1 == Block::kStages ? 0 : stage + 1;
     const int32_t row0 = tiles.row(next);
     const int32_t row_end = tiles.row_end(next);
+    const SeenRange oldest = shared.seen[warp_first];
+    const SeenRange newest = shared.seen[warp_first + 15];
+    const int32_t sinks_held = static_cast<int32_t>(plan.sinks_held);
     const bool unseen = row0 >= newest.end || (row0 >= sinks_held && row_end <= oldest.begin);
     if (!unseen) {
+      const int lane = static_cast<int>(anew(threadIdx.x) % 32);
       // Products of queries (rows) and keys (columns).
       FragmentC products[kKeyBlocks] = {};
-      const int key_row = lane / 16 * 8 + lane % 8;
+      const char* keys_of_lane[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        keys_of_lane[k] = keys + Block::key_place(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2);
+      }
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) {
         FragmentA parts[2];
@@ -226,7 +278,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
         }
 #pragma unroll
         for (int n = 0; n < kKeyBlocks / 2; ++n) {
-          const FragmentA both = load_matrices(keys + Block::key_place(16 * n + key_row, 2 * k + lane / 8 % 2));
+          const FragmentA both = load_matrices(keys_of_lane[k % 4] + Block::key_place(16 * n, k / 4 * 8));
           const FragmentB first = {{both.x[0], both.x[1]}};
           const FragmentB second = {{both.x[2], both.x[3]}};
 #pragma unroll
@@ -236,9 +288,12 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
           }
         }
       }
-      const bool clear = row_end - row0 == Block::kKeys && row_end <= oldest.end &&
-                         (row0 >= newest.begin || row_end <= sinks_held);
-      if (!clear) hide_unseen(products, seen, row0, row_end, sinks_held);
+      const bool clear =
+          row_end - row0 == Block::kKeys && row_end <= oldest.end && (row0 >= newest.begin || row_end <= sinks_held);
+      if (!clear) {
+        const SeenRange seen[2] = {shared.seen[warp_first + lane / 4], shared.seen[warp_first + lane / 4 + 8]};
+        hide_unseen(products, seen, row0, row_end, sinks_held);
+      }
       float rescale[2];
       rows.weigh(products, p.softcap, rescale);
       FragmentA weights[kParts][Block::kKeys / 16];
@@ -250,7 +305,11 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
         }
       }
       // Products of weights (rows) and values (columns), four blocks of eight columns at a time.
-      const int value_row = lane / 8 % 2 * 8 + lane % 8;
+      const char* values_of_lane[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values_of_lane[j] = values + Block::value_place(lane / 8 % 2 * 8 + lane % 8, 2 * j + lane / 16);
+      }
 #pragma unroll
       for (int c = 0; c < kColumnBlocks; c += 4) {
         FragmentC tile_sums[4] = {};
@@ -259,8 +318,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
           FragmentA both[2];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            both[j] =
-                load_matrices_transposed(values + Block::value_place(16 * n + value_row, c + 2 * j + lane / 16));
+            both[j] = load_matrices_transposed(values_of_lane[c / 2 % 4 + j] + Block::value_place(16 * n, c / 8 * 8));
           }
 #pragma unroll
           for (int part = kParts - 1; part >= 0; --part) {
@@ -285,18 +343,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   }
 
   rows.add_lanes();
-  const int column = piece * Block::kWidth;
-  if (splits == 1) {
-    write_rows(p, division, block, rows, number, there, column, sums);
-    return;
-  }
-  const uint32_t unit = block.unit * Block::kPieces + static_cast<uint32_t>(piece);
-  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
-  float* const parts = p.partials + unit * splits * kFloats;
-  leave_rows<Block::kWidth, Block::kQueries>(parts + split * kFloats, queries, rows, row_of_lane, 0, sums);
-  merge_prompt_parts<Block::kWidth, Block::kQueries>(p, division, block, unit, parts, first_query,
-                                                     static_cast<uint32_t>(queries), column, shared.last, thread,
-                                                     Block::kThreads, [] { __syncthreads(); });
+  finish<Block>(p, division, rows, sums, shared);
 }
 
 template <typename Block>
@@ -310,8 +357,7 @@ cudaError_t launch_blocks(const AttendParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int64_t units = prompt_units(p, Block::kQueries) * Block::kPieces;
   constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
-  const int64_t splits =
-      prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, kFloats);
+  const int64_t splits = prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, kFloats);
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   const auto kernel = prompt_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);

@@ -153,6 +153,13 @@ struct KeyTiles {
   }
 };
 
+// The same number, of which the compiler does not know that. What is computed with it is computed anew, where else it
+// would wait in registers, or be spilled, since the compiler computed the same before.
+__device__ __forceinline__ uint32_t anew(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Copies the rows [row0, end) of a head's keys or values to a tile, and zeros to what is left of it. `cached`: the
 // first column wanted of the head's first row; `chunks_held`: from there to the end of head_dim. `thread`: of kThreads.
 template <int kRows, int kChunks, int kThreads, typename Place>
@@ -246,7 +253,8 @@ __device__ __forceinline__ void load_pair(const void* data, int64_t i, DType typ
   x[1] = type == DType::f16 ? half_to_float(pair.x[1]) : bf16_to_float(pair.x[1]);
 }
 
-// Pairs of elements as FP32, all on their way before the first is looked at. at(i): where pair i begins; negative: zeros.
+// Pairs of elements as FP32, all on their way before the first is looked at. at(i): where pair i begins; negative:
+// zeros.
 template <int kCount, typename At>
 __device__ __forceinline__ void load_pairs(const void* data, DType type, bool in_pairs, const At& at,
                                            float (&x)[kCount][2]) {
@@ -409,7 +417,7 @@ template <int kBlocks>
 __device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDivision& division,
                                            const BlockUnit& block, const PromptRows& rows, const uint32_t (&number)[2],
                                            const bool (&there)[2], int column, const FragmentC (&sums)[kBlocks]) {
-  const int lane_column = column + static_cast<int>(threadIdx.x % 4) * 2;
+  const int lane_column = column + static_cast<int>(anew(threadIdx.x) % 4) * 2;
   const int head_dim = static_cast<int>(p.cache.head_dim);
   bool is_nan = false;
 #pragma unroll
@@ -457,7 +465,8 @@ __device__ __forceinline__ void leave_rows(float* part, int queries, const Promp
 }
 
 // Merges the parts of a unit, in their order, if this block is the last to have left one. `thread`: of those that have
-// left theirs, and that `sync` is a barrier of. `unit`, `column`: the ticket, and the first column of head_dim that the parts are about.
+// left theirs, and that `sync` is a barrier of. `unit`, `column`: the ticket, and the first column of head_dim that the
+// parts are about.
 template <int kWidth, int kQueries, typename Sync>
 __device__ __forceinline__ void merge_prompt_parts(const AttendParams& p, const PromptDivision& division,
                                                    const BlockUnit& block, uint32_t unit, const float* parts,
