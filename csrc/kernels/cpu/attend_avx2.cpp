@@ -8,11 +8,13 @@
 #include "../attend.h"
 #include "../convert.h"
 #include "cpu.h"
+#include "prompt.h"
 
 // From here on, and after every header of others: this file's own code alone is compiled for these instructions.
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #include "attend_impl.h"
+#include "prompt_impl.h"
 
 namespace kvc {
 namespace cpu {
@@ -58,6 +60,10 @@ struct Avx2 {
 void attend_avx2(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                  const float* queries, float* state, float* scores, uint16_t* converted) {
   attend_rows<Avx2>(p, plan, sequence, begin, end, queries, state, scores, converted);
+}
+
+void prompt_avx2(const AttendParams& p, const QueryTile& tile, const Conversions& conversions, float* scratch) {
+  attend_query_tile<Avx2>(p, tile, conversions, scratch);
 }
 
 }  // namespace cpu

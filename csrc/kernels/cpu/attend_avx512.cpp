@@ -8,12 +8,14 @@
 #include "../attend.h"
 #include "../convert.h"
 #include "cpu.h"
+#include "prompt.h"
 
 // From here on, and after every header of others: this file's own code alone is compiled for these instructions.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own AVX-512 header
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx2,fma,f16c")
 #include "attend_impl.h"
+#include "prompt_impl.h"
 
 namespace kvc {
 namespace cpu {
@@ -56,6 +58,10 @@ struct Avx512 {
 void attend_avx512(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                    const float* queries, float* state, float* scores, uint16_t* converted) {
   attend_rows<Avx512>(p, plan, sequence, begin, end, queries, state, scores, converted);
+}
+
+void prompt_avx512(const AttendParams& p, const QueryTile& tile, const Conversions& conversions, float* scratch) {
+  attend_query_tile<Avx512>(p, tile, conversions, scratch);
 }
 
 }  // namespace cpu
