@@ -164,6 +164,9 @@ struct PromptAttention {
     });
   }
 
+  // Where element d of row r lies in the panel: kWidth elements of each row, then the next of each.
+  float* panel_at(int64_t r, int64_t d) const { return panel + (d / kWidth * kKeyTile + r) * kWidth + d % kWidth; }
+
   // A row of this head as FP16.
   const uint16_t* stored_row(const uint16_t* cache, const Rows<const void*>& fresh, int64_t place) {
     const int64_t row = seen.row(place);
@@ -186,16 +189,16 @@ struct PromptAttention {
     for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(from + d, 0, 2);
   }
 
-  // Converts the rows of a key tile into the panel. Element d of row r lies at r * row_stride + d / kWidth * part_stride
-  // + d % kWidth. Rows of zeros follow, up to a multiple of kRowRounding. Returns whether all are finite.
+  // Converts the rows of a key tile into the panel. Rows of zeros follow, up to a multiple of kRowRounding. Returns
+  // whether all numbers are finite. Meanwhile it asks for the rows that come next.
   bool fill_panel(const uint16_t* cache, const Rows<const void*>& fresh, int64_t place, int64_t rows,
-                  int64_t row_stride, int64_t part_stride, const uint16_t* next_cache, int64_t next_place) {
+                  const uint16_t* next_cache, int64_t next_place) {
     const Floats zero = S::set(0.0f);
     Floats check = zero;  // becomes NaN with the first number that is not finite
     for (int64_t r = 0; r < rows; ++r) {
       const uint16_t* from = stored_row(cache, fresh, place + r);
-      float* to = panel + r * row_stride;
-      for (int64_t d = 0; d < head_dim; d += kWidth, to += part_stride) {
+      float* to = panel + r * kWidth;
+      for (int64_t d = 0; d < head_dim; d += kWidth, to += kKeyTile * kWidth) {
         const Floats x = S::load_halves(from + d);
         S::store(to, x);
         check = S::fma(x, zero, check);
@@ -203,8 +206,7 @@ struct PromptAttention {
       prefetch(next_cache, next_place + r);
     }
     for (int64_t r = rows; r % kRowRounding != 0; ++r) {
-      float* to = panel + r * row_stride;
-      for (int64_t d = 0; d < head_dim; d += kWidth, to += part_stride) S::store(to, zero);
+      for (int64_t d = 0; d < head_dim; d += kWidth) S::store(panel_at(r, d), zero);
     }
     return S::sum(check) == 0.0f;
   }
@@ -215,20 +217,21 @@ struct PromptAttention {
     constexpr int64_t kLanes = kVectors * kWidth;
     for (int64_t r = range.begin; r < range.end; r += kRows) {
       float* to = weights + lane * kKeyTile + r * kLanes;
+      const float* q = queries + lane * head_dim;
+      const float* k = panel + r * kWidth;
       for (int64_t depth = 0; depth < head_dim; depth += kDepth) {
-        const int64_t count = imin(kDepth, head_dim - depth);
-        const float* q = queries + (lane * head_dim + depth * kLanes);
-        const float* k = panel + r * head_dim + depth;
         Floats part[kRows][kVectors];
         for (int i = 0; i < kRows; ++i) {
           for (int v = 0; v < kVectors; ++v) part[i][v] = S::set(0.0f);
         }
-        for (int64_t d = 0; d < count; ++d, q += kLanes, ++k) {
-          Floats query[kVectors];
-          for (int v = 0; v < kVectors; ++v) query[v] = S::load(q + v * kWidth);
-          for (int i = 0; i < kRows; ++i) {
-            const Floats key = S::set(k[i * head_dim]);
-            for (int v = 0; v < kVectors; ++v) part[i][v] = S::fma(query[v], key, part[i][v]);
+        for (int64_t d = depth; d < imin(depth + kDepth, head_dim); d += kWidth, k += kKeyTile * kWidth) {
+          for (int j = 0; j < kWidth; ++j, q += kLanes) {
+            Floats query[kVectors];
+            for (int v = 0; v < kVectors; ++v) query[v] = S::load(q + v * kWidth);
+            for (int i = 0; i < kRows; ++i) {
+              const Floats key = S::set(k[i * kWidth + j]);
+              for (int v = 0; v < kVectors; ++v) part[i][v] = S::fma(query[v], key, part[i][v]);
+            }
           }
         }
         for (int i = 0; i < kRows; ++i) {
@@ -288,7 +291,7 @@ struct PromptAttention {
     constexpr int64_t kLanes = kVectors * kWidth;
     for (int64_t d = 0; d < head_dim; d += kParts) {
       const float* w = weights + lane * kKeyTile + range.begin * kLanes;
-      const float* value = panel + (d / kWidth * kKeyTile + range.begin) * kWidth + d % kWidth;
+      const float* value = panel_at(range.begin, d);
       Floats part[kParts][kVectors];
       for (int i = 0; i < kParts; ++i) {
         for (int v = 0; v < kVectors; ++v) part[i][v] = S::set(0.0f);
@@ -311,10 +314,6 @@ struct PromptAttention {
     }
   }
 
-  float* panel_value(int64_t r, int64_t d) {
-    return panel + (d / kWidth * kKeyTile + r) * kWidth + d % kWidth;
-  }
-
   static bool is_finite(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
 
   // Values that are not finite would reach queries that do not see them: weight 0 times infinity is NaN. So they are
@@ -322,7 +321,7 @@ struct PromptAttention {
   void clear_non_finite(int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < head_dim; ++d) {
-        float* x = panel_value(r, d);
+        float* x = panel_at(r, d);
         if (!(std::fabs(*x) < INFINITY)) *x = 0.0f;
       }
     }
@@ -370,7 +369,7 @@ struct PromptAttention {
 
   void work_on(int64_t place, int64_t rows) {
     find_ranges(place, rows);
-    fill_panel(p.cache.k_cache, p.append.key, place, rows, head_dim, kWidth, p.cache.v_cache, place);
+    fill_panel(p.cache.k_cache, p.append.key, place, rows, p.cache.v_cache, place);
     each_strip([&](auto vectors, int64_t strip, int64_t lane) {
       constexpr int kVectors = decltype(vectors)::value;
       const Range& range = ranges[strip];
@@ -380,8 +379,7 @@ struct PromptAttention {
       if (range.partial) hide_unseen(lane, kVectors * kWidth, range, place);
       softmax(lane, kVectors * kWidth, range);
     });
-    const bool finite = fill_panel(p.cache.v_cache, p.append.value, place, rows, kWidth, kKeyTile * kWidth,
-                                   p.cache.k_cache, place + kKeyTile);
+    const bool finite = fill_panel(p.cache.v_cache, p.append.value, place, rows, p.cache.k_cache, place + kKeyTile);
     if (!finite) clear_non_finite(rows);
     each_strip([&](auto vectors, int64_t strip, int64_t lane) {
       constexpr int kVectors = decltype(vectors)::value;
