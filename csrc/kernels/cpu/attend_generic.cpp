@@ -38,6 +38,12 @@ struct Eight {
   static Floats multiply(const Floats& a, const Floats& b) {
     return each([&](int i) { return a.x[i] * b.x[i]; });
   }
+  static Floats divide(const Floats& a, const Floats& b) {
+    return each([&](int i) { return a.x[i] / b.x[i]; });
+  }
+  static Floats where_less(const Floats& a, const Floats& b, const Floats& then, const Floats& otherwise) {
+    return each([&](int i) { return a.x[i] < b.x[i] ? then.x[i] : otherwise.x[i]; });
+  }
   static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
   }

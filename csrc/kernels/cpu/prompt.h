@@ -16,6 +16,9 @@ namespace kvc {
 namespace cpu {
 
 constexpr int64_t kKeyTile = 64;      // rows of keys and values that are worked on at a time
+// Rows of the panel that they are converted into. The two more keep what is stored together from going to the same few
+// sets of the first-level cache.
+constexpr int64_t kPanelRows = kKeyTile + 2;
 constexpr int64_t kMostLanes = 96;    // queries of a query tile
 constexpr int64_t kRowRounding = 8;   // the kernels take this many rows of a key tile at a time, or fewer
 constexpr int64_t kPieceTiles = 16;   // key tiles whose sums are kept apart, or rounding adds up
@@ -82,7 +85,7 @@ struct QueryTile {
 
 // The floats of scratch memory that a thread needs.
 inline int64_t prompt_scratch_floats(int64_t head_dim) {
-  return most_lanes(head_dim) * (3 * head_dim + kKeyTile) + kKeyTile * head_dim + head_dim;
+  return most_lanes(head_dim) * (3 * head_dim + kKeyTile) + kPanelRows * head_dim + head_dim;
 }
 
 // A call, cut into work items. They may run in any order and on any thread; finish comes after all of them.

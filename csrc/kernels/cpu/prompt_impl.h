@@ -47,7 +47,7 @@ struct PromptAttention {
   float* sums;          // [D, lanes]: weighted sums since the last merge
   float* totals;        // [D, lanes]: those before
   float* weights;       // [kKeyTile, lanes]: scores, then weights
-  float* panel;         // [kKeyTile, D]: keys, then values of a key tile
+  float* panel;         // [kPanelRows, D]: keys, then values of a key tile
   uint16_t* converted;  // [D]: a row of the call's own keys or values as FP16
 
   Sight sights[kMostLanes];
@@ -73,7 +73,7 @@ struct PromptAttention {
     totals = sums + most * head_dim;
     weights = totals + most * head_dim;
     panel = weights + most * kKeyTile;
-    converted = reinterpret_cast<uint16_t*>(panel + kKeyTile * head_dim);
+    converted = reinterpret_cast<uint16_t*>(panel + kPanelRows * head_dim);
   }
 
   // Calls f with the number of a strip's vectors as a constant, and with the strip's number and first lane.
@@ -165,7 +165,7 @@ struct PromptAttention {
   }
 
   // Where element d of row r lies in the panel: kWidth elements of each row, then the next of each.
-  float* panel_at(int64_t r, int64_t d) const { return panel + (d / kWidth * kKeyTile + r) * kWidth + d % kWidth; }
+  float* panel_at(int64_t r, int64_t d) const { return panel + (d / kWidth * kPanelRows + r) * kWidth + d % kWidth; }
 
   // A row of this head as FP16.
   const uint16_t* stored_row(const uint16_t* cache, const Rows<const void*>& fresh, int64_t place) {
@@ -198,7 +198,7 @@ struct PromptAttention {
     for (int64_t r = 0; r < rows; ++r) {
       const uint16_t* from = stored_row(cache, fresh, place + r);
       float* to = panel + r * kWidth;
-      for (int64_t d = 0; d < head_dim; d += kWidth, to += kKeyTile * kWidth) {
+      for (int64_t d = 0; d < head_dim; d += kWidth, to += kPanelRows * kWidth) {
         const Floats x = S::load_halves(from + d);
         S::store(to, x);
         check = S::fma(x, zero, check);
@@ -224,7 +224,7 @@ struct PromptAttention {
         for (int i = 0; i < kRows; ++i) {
           for (int v = 0; v < kVectors; ++v) part[i][v] = S::set(0.0f);
         }
-        for (int64_t d = depth; d < imin(depth + kDepth, head_dim); d += kWidth, k += kKeyTile * kWidth) {
+        for (int64_t d = depth; d < imin(depth + kDepth, head_dim); d += kWidth, k += kPanelRows * kWidth) {
           for (int j = 0; j < kWidth; ++j, q += kLanes) {
             Floats query[kVectors];
             for (int v = 0; v < kVectors; ++v) query[v] = S::load(q + v * kWidth);
@@ -256,8 +256,8 @@ struct PromptAttention {
 
   void cap_scores(int64_t first_lane, int64_t count, const Range& range) {
     float* s = weights + first_lane * kKeyTile;
-    for (int64_t i = range.begin * count; i < range.end * count; ++i) {
-      s[i] = p.softcap * std::tanh(s[i] / p.softcap) * kLog2e;
+    for (int64_t i = range.begin * count; i < range.end * count; i += kWidth) {
+      S::store(s + i, capped<S>(S::load(s + i), p.softcap));
     }
   }
 
