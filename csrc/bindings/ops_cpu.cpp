@@ -68,8 +68,9 @@ namespace {
 constexpr int64_t kMostRuns = 64;
 constexpr int64_t kLeastRun = 256;
 
-// From this many queries of a KV head on, T * group, the kernel for many queries serves. It works on eight at a time, so
-// up to eight take it one time. Measured with AVX2, one thread, 8 KV heads of 128, ms a call, this kernel and the other:
+// From this many queries of a KV head on, T * group, the kernel for many queries serves. It works on eight at a time,
+// so up to eight take it one time. Measured with AVX2, one thread, 8 KV heads of 128, ms a call, this kernel and the
+// other:
 //   4,096 positions from memory   6 queries 5.1, 4.2    8: 5.0, 5.6   16: 7.6, 8.8    32: 11.5, 17.2
 //   4,096 in the cache            6 queries 4.1, 4.1    8: 4.1, 5.0   16: 5.6, 10.3   64: 16.0, 41.6
 //   256                           4 queries 0.27, 0.2   8: 0.26, 0.4  16: 0.36, 0.76  32: 0.58, 1.6
@@ -83,12 +84,12 @@ void attend_prompt(const AttendParams& p) {
   cpu::PromptCall call(p);
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
-    std::vector<float> scratch(static_cast<size_t>(cpu::prompt_scratch_floats(p.cache.head_dim)));
+    const cpu::PromptScratch scratch(p.cache.head_dim);
     for (int64_t item = next++; item < call.items(); item = next++) call.run(item, scratch.data());
   };
   const int64_t per_item = std::max<int64_t>(1, call.multiplications());
-  const int64_t threads = std::min<int64_t>(
-      {at::get_num_threads(), call.items(), call.items() * per_item / kMultiplicationsPerThread});
+  const int64_t threads =
+      std::min<int64_t>({at::get_num_threads(), call.items(), call.items() * per_item / kMultiplicationsPerThread});
   if (threads <= 1) {
     work(0, 1);
   } else {

@@ -1,10 +1,11 @@
 // Attention of many queries on a CPU: how a call is cut into work, and which rows a query sees.
 //
-// The T * group queries that share a KV head are numbered t * group + g. They are cut into query tiles. One work item is
-// one query tile against the rows that it sees, or against one of the splits of those rows.
+// The T * group queries that share a KV head are numbered t * group + g. They are cut into query tiles. One work item
+// is one query tile against the rows that it sees, or against one of the splits of those rows.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -15,14 +16,15 @@
 namespace kvc {
 namespace cpu {
 
-constexpr int64_t kKeyTile = 64;      // rows of keys and values that are worked on at a time
+constexpr int64_t kKeyTile = 64;  // rows of keys and values that are worked on at a time
 // Rows of the panel that they are converted into. The two more keep what is stored together from going to the same few
 // sets of the first-level cache.
 constexpr int64_t kPanelRows = kKeyTile + 2;
-constexpr int64_t kMostLanes = 96;    // queries of a query tile
-constexpr int64_t kRowRounding = 8;   // the kernels take this many rows of a key tile at a time, or fewer
-constexpr int64_t kPieceTiles = 16;   // key tiles whose sums are kept apart, or rounding adds up
-constexpr int64_t kLongHeadDim = 256; // above this, query tiles have half as many lanes, to stay in a second-level cache
+constexpr int64_t kMostLanes = 96;   // queries of a query tile
+constexpr int64_t kRowRounding = 8;  // the kernels take this many rows of a key tile at a time, or fewer
+constexpr int64_t kPieceTiles = 16;  // key tiles whose sums are kept apart, or rounding adds up
+constexpr int64_t kLongHeadDim =
+    256;  // above this, query tiles have half as many lanes, to stay in a second-level cache
 
 inline int64_t most_lanes(int64_t head_dim) { return head_dim > kLongHeadDim ? kMostLanes / 2 : kMostLanes; }
 
@@ -83,10 +85,25 @@ struct QueryTile {
   float* partials;  // [splits, T * Hq, D + 2] of its entry: weighted sum, maximum, sum of weights. Null for one split
 };
 
-// The floats of scratch memory that a thread needs.
-inline int64_t prompt_scratch_floats(int64_t head_dim) {
-  return most_lanes(head_dim) * (3 * head_dim + kKeyTile) + kPanelRows * head_dim + head_dim;
-}
+// What a thread works in. It begins with a cache line, so that no vector straddles two.
+class PromptScratch {
+ public:
+  explicit PromptScratch(int64_t head_dim) : memory_(new float[static_cast<size_t>(floats(head_dim)) + kLine]) {}
+
+  float* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get()) / sizeof(float);
+    return memory_.get() + (kLine - address % kLine) % kLine;
+  }
+
+ private:
+  static constexpr size_t kLine = 16;  // floats
+
+  static int64_t floats(int64_t head_dim) {
+    return most_lanes(head_dim) * (3 * head_dim + kKeyTile) + kPanelRows * head_dim + head_dim;
+  }
+
+  std::unique_ptr<float[]> memory_;
+};
 
 // A call, cut into work items. They may run in any order and on any thread; finish comes after all of them.
 class PromptCall {
@@ -94,7 +111,7 @@ class PromptCall {
   explicit PromptCall(const AttendParams& params);
 
   int64_t items() const { return entries_ * params_.cache.heads * tiles_ * splits_; }
-  int64_t multiplications() const;  // of an item at most, roughly
+  int64_t multiplications() const;  // of an item, at most
   void run(int64_t item, float* scratch);
   void finish();
 

@@ -1,10 +1,8 @@
 // Attention of a query tile on a CPU, written once over a vector type S and compiled for each instruction set.
 //
-// A vector holds one number of each of several queries: its lanes are queries. Up to three vectors side by side are a
-// strip. Queries, weights and sums lie strip by strip, transposed: element d (or row r) of all lanes of the strip, then
-// the next. So a score is a sum of (vector of queries) * (one element of a key), an answer one of (vector of weights) *
-// (one element of a value), and softmax needs no sums across a vector. Keys and values are converted to FP32 once per
-// key tile, into one panel, and serve every query of the tile.
+// Keys and values are converted to FP32 once per key tile, into one panel, and serve every query of the query tile,
+// strip by strip (prompt_strip.h). Sums are kept apart by key tile, by kPieceTiles of those and by split, and so stay
+// exact to a few units in the last place over many thousand rows.
 #pragma once
 
 #include <cmath>
@@ -12,26 +10,17 @@
 
 #include "attend_impl.h"
 #include "prompt.h"
+#include "prompt_strip.h"
 
 namespace kvc {
 namespace cpu {
 namespace {
 
-constexpr int64_t kDepth = 64;  // products of a score that are summed at a time, or rounding adds up
-
 template <typename S>
 struct PromptAttention {
   using Floats = typename S::Floats;
   static constexpr int kWidth = S::kWidth;
-  static constexpr int kStripVectors = 3;
   static constexpr int64_t kMostStrips = kMostLanes / kWidth;
-
-  // The rows of a key tile that some query of a strip sees, rounded outwards.
-  struct Range {
-    int64_t begin;
-    int64_t end;
-    bool partial;  // some query does not see all of them
-  };
 
   const AttendParams& p;
   const QueryTile& tile;
@@ -51,12 +40,12 @@ struct PromptAttention {
   uint16_t* converted;  // [D]: a row of the call's own keys or values as FP16
 
   Sight sights[kMostLanes];
-  Range ranges[kMostStrips];
-  float max[kMostLanes];
-  float sum[kMostLanes];
-  float rescale[kMostLanes];  // what `sums` is to be multiplied by for the new maximum
-  float total_max[kMostLanes];
-  float total_sum[kMostLanes];
+  RowRange ranges[kMostStrips];
+  alignas(64) float max[kMostLanes];
+  alignas(64) float sum[kMostLanes];
+  alignas(64) float rescale[kMostLanes];  // what `sums` is to be multiplied by for the new maximum
+  alignas(64) float total_max[kMostLanes];
+  alignas(64) float total_sum[kMostLanes];
 
   PromptAttention(const AttendParams& params, const QueryTile& t, const Conversions& conversions, float* scratch)
       : p(params),
@@ -164,9 +153,6 @@ struct PromptAttention {
     });
   }
 
-  // Where element d of row r lies in the panel: kWidth elements of each row, then the next of each.
-  float* panel_at(int64_t r, int64_t d) const { return panel + (d / kWidth * kPanelRows + r) * kWidth + d % kWidth; }
-
   // A row of this head as FP16.
   const uint16_t* stored_row(const uint16_t* cache, const Rows<const void*>& fresh, int64_t place) {
     const int64_t row = seen.row(place);
@@ -175,8 +161,8 @@ struct PromptAttention {
       const int64_t start = (p.layer * p.cache.batch + in_cache) * p.cache.positions;
       return cache + ((start + plan.slot(row)) * p.cache.heads + tile.head) * head_dim;
     }
-    const int64_t offset = tile.entry * fresh.batch_stride + plan.input_row(row) * fresh.row_stride +
-                           tile.head * fresh.head_stride;
+    const int64_t offset =
+        tile.entry * fresh.batch_stride + plan.input_row(row) * fresh.row_stride + tile.head * fresh.head_stride;
     use.to_half(p.append.dtype, static_cast<const char*>(fresh.data) + offset * dtype_size(p.append.dtype), converted,
                 head_dim, p.append.saturate, false);
     return converted;
@@ -206,110 +192,17 @@ struct PromptAttention {
       prefetch(next_cache, next_place + r);
     }
     for (int64_t r = rows; r % kRowRounding != 0; ++r) {
-      for (int64_t d = 0; d < head_dim; d += kWidth) S::store(panel_at(r, d), zero);
+      for (int64_t d = 0; d < head_dim; d += kWidth) S::store(panel_at<S>(panel, r, d), zero);
     }
     return S::sum(check) == 0.0f;
   }
 
-  // Scores of a strip against the panel of keys, kRows of them at a time.
-  template <int kVectors, int kRows>
-  void score(int64_t lane, const Range& range) {
-    constexpr int64_t kLanes = kVectors * kWidth;
-    for (int64_t r = range.begin; r < range.end; r += kRows) {
-      float* to = weights + lane * kKeyTile + r * kLanes;
-      const float* q = queries + lane * head_dim;
-      const float* k = panel + r * kWidth;
-      for (int64_t depth = 0; depth < head_dim; depth += kDepth) {
-        Floats part[kRows][kVectors];
-        for (int i = 0; i < kRows; ++i) {
-          for (int v = 0; v < kVectors; ++v) part[i][v] = S::set(0.0f);
-        }
-        for (int64_t d = depth; d < imin(depth + kDepth, head_dim); d += kWidth, k += kPanelRows * kWidth) {
-          for (int j = 0; j < kWidth; ++j, q += kLanes) {
-            Floats query[kVectors];
-            for (int v = 0; v < kVectors; ++v) query[v] = S::load(q + v * kWidth);
-            for (int i = 0; i < kRows; ++i) {
-              const Floats key = S::set(k[i * kWidth + j]);
-              for (int v = 0; v < kVectors; ++v) part[i][v] = S::fma(query[v], key, part[i][v]);
-            }
-          }
-        }
-        for (int i = 0; i < kRows; ++i) {
-          for (int v = 0; v < kVectors; ++v) {
-            float* at = to + i * kLanes + v * kWidth;
-            S::store(at, depth == 0 ? part[i][v] : S::add(S::load(at), part[i][v]));
-          }
-        }
-      }
-    }
-  }
-
   // Scores that a query does not see become minus infinity, which weighs nothing.
-  void hide_unseen(int64_t first_lane, int64_t count, const Range& range, int64_t place) {
+  void hide_unseen(int64_t first_lane, int64_t count, const RowRange& range, int64_t place) {
     for (int64_t lane = first_lane; lane < first_lane + count; ++lane) {
       float* s = weights + first_lane * kKeyTile + (lane - first_lane);
       for (int64_t r = range.begin; r < range.end; ++r) {
         if (!sights[lane].sees(place + r)) s[r * count] = -INFINITY;
-      }
-    }
-  }
-
-  void cap_scores(int64_t first_lane, int64_t count, const Range& range) {
-    float* s = weights + first_lane * kKeyTile;
-    for (int64_t i = range.begin * count; i < range.end * count; i += kWidth) {
-      S::store(s + i, capped<S>(S::load(s + i), p.softcap));
-    }
-  }
-
-  // Scores become weights, and the maximum and the sum of weights follow. A NaN among the scores is not taken for the
-  // maximum, but the sum of weights becomes NaN.
-  void softmax(int64_t first_lane, int64_t count, const Range& range) {
-    for (int64_t i = 0; i < count; i += kWidth) {
-      float* s = weights + first_lane * kKeyTile + i;
-      const int64_t lane = first_lane + i;
-      const Floats old = S::load(max + lane);
-      Floats largest = old;
-      for (int64_t r = range.begin; r < range.end; ++r) largest = S::max_or_nan(S::load(s + r * count), largest);
-      const Floats base = S::zero_where_minus_infinity(largest, largest);
-      const Floats change = S::zero_where_minus_infinity(weights_of_finite<S>(S::subtract(old, base)), old);
-      Floats part = S::set(0.0f);
-      for (int64_t r = range.begin; r < range.end; ++r) {
-        const Floats x = S::load(s + r * count);
-        const Floats weight = S::zero_where_minus_infinity(weights_of_finite<S>(S::subtract(x, base)), x);
-        S::store(s + r * count, weight);
-        part = S::add(part, weight);
-      }
-      S::store(max + lane, largest);
-      S::store(rescale + lane, change);
-      S::store(sum + lane, S::fma(S::load(sum + lane), change, part));
-    }
-  }
-
-  // Adds the weighted values of the panel to a strip's sums, kParts elements of them at a time.
-  template <int kVectors, int kParts>
-  void accumulate(int64_t lane, const Range& range) {
-    constexpr int64_t kLanes = kVectors * kWidth;
-    for (int64_t d = 0; d < head_dim; d += kParts) {
-      const float* w = weights + lane * kKeyTile + range.begin * kLanes;
-      const float* value = panel_at(range.begin, d);
-      Floats part[kParts][kVectors];
-      for (int i = 0; i < kParts; ++i) {
-        for (int v = 0; v < kVectors; ++v) part[i][v] = S::set(0.0f);
-      }
-      for (int64_t r = range.begin; r < range.end; ++r, w += kLanes, value += kWidth) {
-        Floats weight[kVectors];
-        for (int v = 0; v < kVectors; ++v) weight[v] = S::load(w + v * kWidth);
-        for (int i = 0; i < kParts; ++i) {
-          const Floats x = S::set(value[i]);
-          for (int v = 0; v < kVectors; ++v) part[i][v] = S::fma(weight[v], x, part[i][v]);
-        }
-      }
-      float* to = sums + lane * head_dim + d * kLanes;
-      for (int i = 0; i < kParts; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          float* at = to + i * kLanes + v * kWidth;
-          S::store(at, S::fma(S::load(at), S::load(rescale + lane + v * kWidth), part[i][v]));
-        }
       }
     }
   }
@@ -321,7 +214,7 @@ struct PromptAttention {
   void clear_non_finite(int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < head_dim; ++d) {
-        float* x = panel_at(r, d);
+        float* x = panel_at<S>(panel, r, d);
         if (!(std::fabs(*x) < INFINITY)) *x = 0.0f;
       }
     }
@@ -372,20 +265,22 @@ struct PromptAttention {
     fill_panel(p.cache.k_cache, p.append.key, place, rows, p.cache.v_cache, place);
     each_strip([&](auto vectors, int64_t strip, int64_t lane) {
       constexpr int kVectors = decltype(vectors)::value;
-      const Range& range = ranges[strip];
+      const RowRange& range = ranges[strip];
       if (range.begin >= range.end) return;
-      score<kVectors, kVectors == 1 ? 8 : 4>(lane, range);
-      if (p.softcap > 0) cap_scores(lane, kVectors * kWidth, range);
+      float* scores = weights + lane * kKeyTile;
+      score_strip<S, kVectors>(queries + lane * head_dim, panel, scores, head_dim, range);
+      if (p.softcap > 0) cap_strip<S, kVectors>(scores, p.softcap, range);
       if (range.partial) hide_unseen(lane, kVectors * kWidth, range, place);
-      softmax(lane, kVectors * kWidth, range);
+      softmax_strip<S, kVectors>(scores, max + lane, sum + lane, rescale + lane, range);
     });
     const bool finite = fill_panel(p.cache.v_cache, p.append.value, place, rows, p.cache.k_cache, place + kKeyTile);
     if (!finite) clear_non_finite(rows);
     each_strip([&](auto vectors, int64_t strip, int64_t lane) {
       constexpr int kVectors = decltype(vectors)::value;
-      if (ranges[strip].begin < ranges[strip].end) {
-        accumulate<kVectors, kVectors == 1 ? 8 : 4>(lane, ranges[strip]);
-      }
+      const RowRange& range = ranges[strip];
+      if (range.begin >= range.end) return;
+      accumulate_strip<S, kVectors>(weights + lane * kKeyTile, panel, rescale + lane, sums + lane * head_dim, head_dim,
+                                    range);
     });
     if (!finite) add_non_finite(place, rows);
   }
@@ -416,8 +311,7 @@ struct PromptAttention {
     }
     if (p.lse != nullptr) {
       p.lse[(tile.entry * p.rows + t) * p.query_heads + query_head] =
-          total == 0.0 ? -INFINITY
-                       : static_cast<float>(static_cast<double>(total_max[lane]) * kLn2 + std::log(total));
+          total == 0.0 ? -INFINITY : static_cast<float>(static_cast<double>(total_max[lane]) * kLn2 + std::log(total));
     }
   }
 
