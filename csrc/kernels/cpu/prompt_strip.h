@@ -16,7 +16,9 @@ namespace {
 // Three vectors against four elements are twelve sums in registers, of the sixteen that AVX2 has.
 constexpr int kStripVectors = 3;
 
-constexpr int64_t kDepth = 64;  // products of a score that are summed at a time, or rounding adds up
+// Products of a score that are summed at a time, or rounding adds up: of 192 queries of 64 elements, three times over
+// 512 positions of N(0, 1), the worst answer was off by 5.0e-7, 6.7e-7 and 1.2e-6 with 16, 32 and 64.
+constexpr int64_t kDepth = 32;
 
 // Rows of a key tile that some query of a strip sees, rounded outwards to multiples of kRowRounding.
 struct RowRange {
