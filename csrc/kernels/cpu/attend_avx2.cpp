@@ -8,11 +8,13 @@
 #include "../attend.h"
 #include "../convert.h"
 #include "cpu.h"
+#include "prompt.h"
 
 // From here on, and after every header of others: this file's own code alone is compiled for these instructions.
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #include "attend_impl.h"
+#include "prompt_impl.h"
 
 namespace kvc {
 namespace cpu {
@@ -30,6 +32,10 @@ struct Avx2 {
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+  static Floats where_less(Floats a, Floats b, Floats then, Floats otherwise) {
+    return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats max_or_nan(Floats a, Floats b) { return _mm256_max_ps(a, b); }  // b where either is NaN
   static Floats round(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -58,6 +64,10 @@ struct Avx2 {
 void attend_avx2(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                  const float* queries, float* state, float* scores, uint16_t* converted) {
   attend_rows<Avx2>(p, plan, sequence, begin, end, queries, state, scores, converted);
+}
+
+void prompt_avx2(const AttendParams& p, const QueryTile& tile, const Conversions& conversions, float* scratch) {
+  attend_query_tile<Avx2>(p, tile, conversions, scratch);
 }
 
 }  // namespace cpu

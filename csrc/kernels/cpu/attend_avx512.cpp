@@ -8,12 +8,14 @@
 #include "../attend.h"
 #include "../convert.h"
 #include "cpu.h"
+#include "prompt.h"
 
 // From here on, and after every header of others: this file's own code alone is compiled for these instructions.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own AVX-512 header
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx2,fma,f16c")
 #include "attend_impl.h"
+#include "prompt_impl.h"
 
 namespace kvc {
 namespace cpu {
@@ -31,6 +33,10 @@ struct Avx512 {
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats where_less(Floats a, Floats b, Floats then, Floats otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
+  }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats max_or_nan(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where either is NaN
   static Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -56,6 +62,10 @@ struct Avx512 {
 void attend_avx512(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                    const float* queries, float* state, float* scores, uint16_t* converted) {
   attend_rows<Avx512>(p, plan, sequence, begin, end, queries, state, scores, converted);
+}
+
+void prompt_avx512(const AttendParams& p, const QueryTile& tile, const Conversions& conversions, float* scratch) {
+  attend_query_tile<Avx512>(p, tile, conversions, scratch);
 }
 
 }  // namespace cpu

@@ -1,5 +1,6 @@
 // Attention in plain C++: eight floats at a time, as the compiler sees fit.
 #include "attend_impl.h"
+#include "prompt_impl.h"
 
 namespace kvc {
 namespace cpu {
@@ -37,6 +38,12 @@ struct Eight {
   static Floats multiply(const Floats& a, const Floats& b) {
     return each([&](int i) { return a.x[i] * b.x[i]; });
   }
+  static Floats divide(const Floats& a, const Floats& b) {
+    return each([&](int i) { return a.x[i] / b.x[i]; });
+  }
+  static Floats where_less(const Floats& a, const Floats& b, const Floats& then, const Floats& otherwise) {
+    return each([&](int i) { return a.x[i] < b.x[i] ? then.x[i] : otherwise.x[i]; });
+  }
   static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
   }
@@ -68,6 +75,10 @@ struct Eight {
 void attend_generic(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                     const float* queries, float* state, float* scores, uint16_t* converted) {
   attend_rows<Eight>(p, plan, sequence, begin, end, queries, state, scores, converted);
+}
+
+void prompt_generic(const AttendParams& p, const QueryTile& tile, const Conversions& conversions, float* scratch) {
+  attend_query_tile<Eight>(p, tile, conversions, scratch);
 }
 
 }  // namespace cpu

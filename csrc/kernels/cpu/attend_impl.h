@@ -35,6 +35,27 @@ inline typename S::Floats weights_of_finite(typename S::Floats x) {
   return S::times_power_of_two(y, whole);
 }
 
+// softcap * tanh(x / softcap) as a power of two's exponent, to within a few units in the last place; NaN stays NaN.
+// Below 0.625 the hyperbolic tangent is Cephes' polynomial (tanhf.c), above it comes from the exponential.
+template <typename S>
+inline typename S::Floats capped(typename S::Floats score, float softcap) {
+  const auto one = S::set(1.0f);
+  const auto x = S::divide(score, S::set(softcap));
+  const auto size = S::max_or_nan(x, S::subtract(S::set(0.0f), x));
+  const auto square = S::multiply(x, x);
+  auto y = S::set(-5.70498872745e-3f);
+  y = S::fma(y, square, S::set(2.06390887954e-2f));
+  y = S::fma(y, square, S::set(-5.37397155531e-2f));
+  y = S::fma(y, square, S::set(1.33314422036e-1f));
+  y = S::fma(y, square, S::set(-3.33332819422e-1f));
+  const auto near_zero = S::fma(S::multiply(y, square), x, x);
+  const auto power = weights_of_finite<S>(S::multiply(size, S::set(-2.0f * kLog2e)));
+  const auto far = S::divide(S::subtract(one, power), S::add(one, power));
+  const auto with_sign = S::where_less(x, S::set(0.0f), S::subtract(S::set(0.0f), far), far);
+  const auto tanh = S::where_less(size, S::set(0.625f), near_zero, with_sign);
+  return S::multiply(S::multiply(tanh, S::set(softcap)), S::set(kLog2e));
+}
+
 template <typename S>
 struct Attention {
   using Floats = typename S::Floats;
@@ -158,7 +179,7 @@ struct Attention {
     float* to = state + number * (head_dim + 2);
     float& max = to[head_dim];
     if (p.softcap > 0) {
-      for (int r = 0; r < rows; ++r) s[r] = p.softcap * std::tanh(s[r] / p.softcap) * kLog2e;
+      for (int r = 0; r < kTile; r += kWidth) S::store(s + r, capped<S>(S::load(s + r), p.softcap));
     }
     float new_max = max;
     for (int r = 0; r < kTile; ++r) {

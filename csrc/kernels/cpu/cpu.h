@@ -33,15 +33,23 @@ constexpr int kTile = 16;  // rows that attention works on at a time
 using AttendRows = void (*)(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
                             const float* queries, float* state, float* scores, uint16_t* converted);
 
+// Attention of one query tile (prompt.h).
+struct QueryTile;
+using AttendQueryTile = void (*)(const AttendParams& p, const QueryTile& tile, const Conversions& conversions,
+                                 float* scratch);
+
 extern const Conversions kGeneric;  // plain C++, any machine
 void attend_generic(const AttendParams&, const AttendPlan&, int64_t, int64_t, int64_t, const float*, float*, float*,
                     uint16_t*);
+void prompt_generic(const AttendParams&, const QueryTile&, const Conversions&, float*);
 #if defined(__x86_64__)
 extern const Conversions kAvx2;  // AVX2, F16C
 void attend_avx2(const AttendParams&, const AttendPlan&, int64_t, int64_t, int64_t, const float*, float*, float*,
                  uint16_t*);
 void attend_avx512(const AttendParams&, const AttendPlan&, int64_t, int64_t, int64_t, const float*, float*, float*,
                    uint16_t*);
+void prompt_avx2(const AttendParams&, const QueryTile&, const Conversions&, float*);
+void prompt_avx512(const AttendParams&, const QueryTile&, const Conversions&, float*);
 #endif
 
 // What a machine can do: the functions for its instructions.
@@ -50,6 +58,8 @@ struct InstructionSet {
   const Conversions* conversions;
   AttendRows attend;
   AttendRows attend_multiples_of_16;  // the same, for such a head_dim
+  AttendQueryTile prompt;
+  AttendQueryTile prompt_multiples_of_16;
 };
 
 const InstructionSet& instruction_set();        // the best that this machine has, or the one that was selected

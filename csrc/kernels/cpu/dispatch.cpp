@@ -11,10 +11,10 @@ namespace {
 
 const InstructionSet kSets[] = {
 #if defined(__x86_64__)
-    {"avx512", &kAvx2, attend_avx2, attend_avx512},
-    {"avx2", &kAvx2, attend_avx2, attend_avx2},
+    {"avx512", &kAvx2, attend_avx2, attend_avx512, prompt_avx2, prompt_avx512},
+    {"avx2", &kAvx2, attend_avx2, attend_avx2, prompt_avx2, prompt_avx2},
 #endif
-    {"generic", &kGeneric, attend_generic, attend_generic},
+    {"generic", &kGeneric, attend_generic, attend_generic, prompt_generic, prompt_generic},
 };
 
 bool machine_has([[maybe_unused]] const InstructionSet& set) {
