@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -52,14 +53,18 @@ def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
 
 
 @contextlib.contextmanager
-def using(name: str, emulator: Path | None = None) -> Iterator[Backend]:
-    """A backend by its name: "cpu" (what the CPU chooses itself), one of CPU_BACKENDS, or "cuda"."""
+def using(name: str, emulator: Path | None = None, sm90: bool = True) -> Iterator[Backend]:
+    """A backend by its name: "cpu" (what the CPU chooses itself), one of CPU_BACKENDS, or "cuda".
+
+    `sm90`: what is emulated is a GPU that runs the kernels for sm_90a.
+    """
     if name == "cuda":
         yield Backend(name, torch.device("cuda", torch.cuda.current_device()))
         return
     device = torch.device("cpu")
     if name == "emulated":
         assert emulator is not None
+        ctypes.CDLL(str(emulator)).kvc_emulate_sm90(sm90)
         extension.load_cpu_ops(str(emulator))
         yield Backend(name, device)
         extension.load_cpu_ops("")

@@ -269,9 +269,7 @@ class Case {
     p.appends = a.appends;
     if (a.appends) p.append = append_params(a.layer, 1, a.count, a.form, a.ragged);
     p.sequences = chosen;
-    p.tickets = reinterpret_cast<uint32_t*>(workspace.data);
-    p.partials = workspace.data + kvc::kWorkspaceWords;
-    p.partial_floats = static_cast<int64_t>(workspace.size) - kvc::kWorkspaceWords;
+    p.use_workspace(workspace.data, static_cast<int64_t>(workspace.size));
     run_op(p);
     if (a.finite) look(out, layout, a.count, query_heads, "attend");
   }

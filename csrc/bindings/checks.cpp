@@ -427,9 +427,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
     p.lse = lse.data_ptr<float>();
   }
   check_storage(op, "workspace", workspace, cache);
-  // Behind tickets and a word, two int64 numbers an entry.
-  const int64_t entries = sequences.entries(c.batch);
-  const int64_t words = kWorkspaceWords + 4 * entries;
+  const int64_t words = AttendParams::least_workspace(sequences.entries(c.batch));
   TORCH_CHECK_VALUE(
       workspace.scalar_type() == at::kFloat && workspace.is_contiguous() && workspace.numel() >= words, op,
       ": workspace must be contiguous torch.float32 of at least ", words, " elements");
@@ -454,14 +452,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   } else {
     p.append = AppendParams{};
   }
-  p.tickets = reinterpret_cast<uint32_t*>(workspace.data_ptr<float>());
-  p.redo = p.tickets + kAttendTickets;
-  p.next_work = p.redo + 1;
-  p.first_lengths = reinterpret_cast<int64_t*>(workspace.data_ptr<float>() + kWorkspaceWords);
-  p.last_lengths = p.first_lengths + entries;
-  p.partials = workspace.data_ptr<float>() + words;
-  p.partial_floats = workspace.numel() - words;
-  p.many = is_for_many(p.rows, p.query_heads / c.heads);
+  p.use_workspace(workspace.data_ptr<float>(), workspace.numel());
   return p;
 }
 

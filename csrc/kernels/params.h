@@ -105,7 +105,7 @@ constexpr int64_t kAttendTickets = 1022;
 constexpr int64_t kWorkspaceWords = kAttendTickets + 2;
 
 // Whether so many queries of a sequence, and query heads to a KV head, are the affair of the kernels for many (a GPU's).
-KVC_HD bool is_for_many(int64_t rows, [[maybe_unused]] int64_t group) { return rows > 16; }
+KVC_HD bool is_for_many(int64_t rows, int64_t group) { return rows > 1 && rows * group > 16; }
 
 // Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as
 // if each were appended and attended to in turn.
@@ -137,6 +137,21 @@ struct AttendParams {
   int64_t* first_lengths;  // workspace [B]: how many of an entry's new positions are stored before attention, 0 or all
   int64_t* last_lengths;   // workspace [B]: how many are stored after it, as they evict what queries still see
   bool many;               // whether it is one
+
+  // The least that `use_workspace` takes, in floats. (Two int64 numbers an entry are four.)
+  static int64_t least_workspace(int64_t entries) { return kWorkspaceWords + 4 * entries; }
+  // `data`: at a multiple of 16 bytes; tickets and words zero before the first call.
+  void use_workspace(float* data, int64_t floats) {
+    const int64_t entries = sequences.entries(cache.batch);
+    tickets = reinterpret_cast<uint32_t*>(data);
+    redo = tickets + kAttendTickets;
+    next_work = redo + 1;
+    first_lengths = reinterpret_cast<int64_t*>(data + kWorkspaceWords);
+    last_lengths = first_lengths + entries;
+    partials = data + least_workspace(entries);
+    partial_floats = floats - least_workspace(entries);
+    many = is_for_many(rows, query_heads / cache.heads);
+  }
   ChosenSequences sequences = {};  // `append` has the same
 };
 

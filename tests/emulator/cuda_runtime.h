@@ -54,7 +54,7 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace emulator {
-// The GPU that a call runs on (see choose_gpu in emulator.cpp).
+// The GPU that a call runs on (see kvc_emulate_sm90 in emulator.cpp).
 struct Gpu {
   int major;
   int minor;

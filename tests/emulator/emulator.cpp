@@ -291,18 +291,13 @@ const uint64_t* warp_exchange(uint64_t value) {
   return warp_values.data() + self / 32 * 32;
 }
 
-// The smallest shared memory that GPUs since sm_80 have, and what the kernels for sm_90a need: a call runs on either,
-// as chance has it. KVC_EMULATED_GPU, "8.6" or "9.0", leaves one of them.
+// The smallest shared memory that GPUs since sm_80 have; kvc_emulate_sm90 gives what the kernels for sm_90a need.
 Gpu gpu = {8, 6, 101376};
-void choose_gpu() {
-  static const char* const wanted = std::getenv("KVC_EMULATED_GPU");
-  const bool small = wanted != nullptr ? std::strcmp(wanted, "8.6") == 0 : random_below(2) == 0;
-  gpu = small ? Gpu{8, 6, 101376} : Gpu{9, 0, 232448};
-}
 
 }  // namespace emulator
 
 extern "C" {
+void kvc_emulate_sm90(bool sm90) { emulator::gpu = sm90 ? emulator::Gpu{9, 0, 232448} : emulator::Gpu{8, 6, 101376}; }
 int kvc_append(const kvc::AppendParams* p) {
   const emulator::Guess guess(p->cache);
   return kvc::launch_append(*p, nullptr);
@@ -312,7 +307,6 @@ int kvc_gather(const kvc::GatherParams* p) {
   return kvc::launch_gather(*p, nullptr);
 }
 int kvc_attend(const kvc::AttendParams* p) {
-  emulator::choose_gpu();
   // Where the state is settled it is not to be guessed; else every other time it is so, where a graph could know.
   kvc::AttendParams q = *p;
   if (p->many) {
