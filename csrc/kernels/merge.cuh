@@ -64,11 +64,10 @@ struct Parts {
 // emit(query, d, state, sums) takes the merged state and the merged sums of the elements d to d + 3.
 // kKeepInfinite: no part's weight is 0, so that sums that are infinite stay so. Else they may become NaN.
 template <int kWidth, bool kKeepInfinite, typename Emit>
-__device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries, uint32_t head_dim, const Emit& emit,
-                                            uint32_t thread = threadIdx.x, uint32_t threads = blockDim.x) {
+__device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries, uint32_t head_dim, const Emit& emit) {
   constexpr uint32_t kFours = kWidth / 4;
 #pragma unroll 1
-  for (uint32_t item = thread; item < queries * kFours; item += threads) {
+  for (uint32_t item = threadIdx.x; item < queries * kFours; item += blockDim.x) {
     const uint32_t query = item / kFours;
     const uint32_t d = item % kFours * 4;
     if (d >= head_dim) continue;

@@ -42,12 +42,13 @@ struct PromptBlock {
     const uint16_t* keys;      // of its head
     const uint16_t* values;    // likewise, from its first column on
     SeenRange seen[kQueries];  // by the block's queries; by those of a warp that has none, nothing
-    bool last;
   };
   static constexpr int kQueriesAt = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int kStagesAt = kQueriesAt + kSharedParts * kQueries * kDepth * 32;
   static constexpr int kBytes = kStagesAt + kStages * kStageBytes;
   static_assert(kBytes <= 101376, "what a block has on sm_86, sm_89 and sm_120");
+
+  static PromptParts KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, kPieces, kWidth}; }
 
   // Where a chunk of a row lies in a tile: rows are spread over the banks, so that eight of them are read at a time.
   // From a chunk to the eighth after it, and from a row to the eighth after it, it is always as far.
@@ -59,7 +60,7 @@ struct PromptBlock {
   }
 };
 
-// Writes a block's answers, or leaves its part of them for the last block of the unit, which merges them.
+// Writes a block's answers, or leaves its part of them in the workspace.
 template <typename Block, int kBlocks>
 __device__ __forceinline__ void finish(const AttendParams& p, const PromptDivision& division, const PromptRows& rows,
                                        const FragmentC (&sums)[kBlocks], typename Block::Shared& shared) {
@@ -80,13 +81,8 @@ __device__ __forceinline__ void finish(const AttendParams& p, const PromptDivisi
     write_rows(p, division, block, rows, number, there, column, sums);
     return;
   }
-  const uint32_t unit = block.unit * Block::kPieces + piece;
-  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
-  float* const parts = p.partials + unit * splits * kFloats;
-  leave_rows<Block::kWidth, Block::kQueries>(parts + block.split * kFloats, queries, rows, row, 0, sums);
-  merge_prompt_parts<Block::kWidth, Block::kQueries>(
-      p, division, block, unit, parts, first_query, static_cast<uint32_t>(queries), column, shared.last,
-      static_cast<int>(thread), Block::kThreads, [] { __syncthreads(); });
+  const int64_t part = (int64_t{block.unit} * Block::kPieces + piece) * splits + block.split;
+  leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::parts(1).floats(), queries, rows, row, 0, sums);
 }
 
 template <typename Block>
@@ -347,7 +343,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
 }
 
 template <typename Block>
-cudaError_t launch_blocks(const AttendParams& p, cudaStream_t stream) {
+cudaError_t launch_blocks(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -356,24 +352,25 @@ cudaError_t launch_blocks(const AttendParams& p, cudaStream_t stream) {
   }
   if (error != cudaSuccess) return error;
   const int64_t units = prompt_units(p, Block::kQueries) * Block::kPieces;
-  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
-  const int64_t splits = prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, kFloats);
+  const int64_t splits = prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys,
+                                       Block::parts(1).floats());
+  parts = Block::parts(splits);
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   const auto kernel = prompt_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
   OverlappingLaunch launch(units * splits, Block::kThreads, Block::kBytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits));
+  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits, multiprocessors));
 }
 
 std::atomic<bool> portable_preferred{false};
 
 template <int kParts>
-cudaError_t launch_parts(const AttendParams& p, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_blocks<PromptBlock<4, 4, 64, 2, kParts, true>>(p, stream);
-  if (p.cache.head_dim <= 128) return launch_blocks<PromptBlock<8, 4, 64, 2, kParts, true>>(p, stream);
-  if (p.cache.head_dim <= 256) return launch_blocks<PromptBlock<16, 4, 32, 2, kParts, true>>(p, stream);
-  if (p.cache.head_dim <= 512) return launch_blocks<PromptBlock<32, 2, 16, 1, kParts, false>>(p, stream);
+cudaError_t launch_parts(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_blocks<PromptBlock<4, 4, 64, 2, kParts, true>>(p, parts, stream);
+  if (p.cache.head_dim <= 128) return launch_blocks<PromptBlock<8, 4, 64, 2, kParts, true>>(p, parts, stream);
+  if (p.cache.head_dim <= 256) return launch_blocks<PromptBlock<16, 4, 32, 2, kParts, true>>(p, parts, stream);
+  if (p.cache.head_dim <= 512) return launch_blocks<PromptBlock<32, 2, 16, 1, kParts, false>>(p, parts, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -381,9 +378,9 @@ cudaError_t launch_parts(const AttendParams& p, cudaStream_t stream) {
 
 void prefer_portable_prompts(bool portable) { portable_preferred = portable; }
 
-cudaError_t launch_prompt(const AttendParams& p, cudaStream_t stream) {
-  if (!portable_preferred && serves_sm90(p)) return launch_prompt_sm90(p, stream);
-  return p.rounds ? launch_parts<1>(p, stream) : launch_parts<2>(p, stream);
+cudaError_t launch_prompt(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
+  if (!portable_preferred && serves_sm90(p)) return launch_prompt_sm90(p, parts, stream);
+  return p.rounds ? launch_parts<1>(p, parts, stream) : launch_parts<2>(p, parts, stream);
 }
 
 }  // namespace kvc

@@ -10,7 +10,7 @@
 // No sum stays in one for longer than a tile of keys. With kParts = 1 (precision="fp16") there is no low part.
 //
 // Values that are not finite make NaN of sums: 0 times them is NaN, and so is the difference of infinite products. An
-// answer with a NaN is noted in AttendParams::redo, and answered anew by prompt_exact.cu.
+// answer with a NaN is noted in AttendParams::redo, and answered anew by prompt_finish.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,6 +22,17 @@
 namespace kvc {
 
 constexpr float kLog2PromptScale = 14;  // of a weight
+
+// How a launch left its answers: whole (`splits` 1), or in so many parts of each unit and piece, that lie behind each
+// other in the workspace. A part: weighted sums [queries][width], then states [queries].
+struct PromptParts {
+  int splits;
+  int queries;  // of a unit
+  int pieces;   // that head_dim is cut into
+  int width;    // columns of a piece
+
+  KVC_HD int64_t floats() const { return int64_t{queries} * (width + 2); }
+};
 
 // How a launch is divided. Blocks that run at the same time take tiles of few heads, whose keys they share in L2; the
 // tiles that see most keys go first, so that the last blocks to run are short ones.
@@ -61,22 +72,22 @@ inline int64_t prompt_units(const AttendParams& p, int64_t queries) {
   return p.sequences.entries(p.cache.batch) * p.cache.heads * ((all + queries - 1) / queries);
 }
 
-// How many blocks share the keys of a unit: as many as run at once, if there is room for what they leave and there are
-// a few tiles of keys for each.
+// How many blocks share the keys of a unit: as many as run at once, if there is room for what they leave, and tiles of
+// keys for each.
 inline int64_t prompt_splits(const AttendParams& p, int64_t units, int64_t at_once, int64_t keys, int64_t floats) {
-  if (units > kAttendTickets) return 1;
   const int64_t room = p.partial_floats / (units * floats);
-  const int64_t tiles = (p.cache.positions + p.rows) / (4 * keys);
+  const int64_t tiles = (p.cache.positions + p.rows) / keys;
   return imax(imin(imin(at_once / units, room), tiles), 1);
 }
 
 // The division of a call into blocks that take `queries` queries of a KV head, and so many splits of the keys.
-inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int64_t splits) {
+inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int64_t splits, int64_t multiprocessors) {
   const int64_t sequence_heads = p.sequences.entries(p.cache.batch) * p.cache.heads;
   const int64_t group = p.query_heads / p.cache.heads;
   const int64_t tiles = (p.rows * group + queries - 1) / queries;
-  int64_t together = 8;
-  while (sequence_heads % together != 0) --together;
+  // At least four turns of all multiprocessors, so that the last tiles of queries to be taken are short ones.
+  int64_t together = imin(imax(8, (4 * multiprocessors + tiles - 1) / tiles), sequence_heads);
+  while (sequence_heads % together != 0) ++together;
   PromptDivision d;
   d.division = {FastDivider::by(static_cast<uint32_t>(sequence_heads * tiles)),
                 FastDivider::by(static_cast<uint32_t>(tiles)), FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
@@ -145,6 +156,15 @@ struct KeyTiles {
   }
   __device__ __forceinline__ int32_t row(int32_t tile) const {
     return tile < sink_tiles ? tile * kKeys : begin + (tile - sink_tiles) * kKeys;
+  }
+  // Of all tiles, how many begin before a row behind the sinks...
+  __device__ __forceinline__ int32_t reaching(int32_t row) const {
+    return sink_tiles + (row <= begin ? 0 : (row - begin + kKeys - 1) / kKeys);
+  }
+  // ...and how many there are up to the last that ends no later, and is full.
+  __device__ __forceinline__ int32_t within(int32_t row) const {
+    const int32_t most = row < end ? row : end;
+    return sink_tiles + (most <= begin ? 0 : (most - begin) / kKeys);
   }
   __device__ __forceinline__ int32_t row_end(int32_t tile) const {
     const int32_t past = row(tile) + kKeys;
@@ -462,35 +482,6 @@ __device__ __forceinline__ void leave_rows(float* part, int queries, const Promp
       store<float, 2>(part + row[h] * kWidth + column + 8 * i + 2 * lane, {{sums[i].x[2 * h], sums[i].x[2 * h + 1]}});
     }
   }
-}
-
-// Merges the parts of a unit, in their order, if this block is the last to have left one. `thread`: of those that have
-// left theirs, and that `sync` is a barrier of. `unit`, `column`: the ticket, and the first column of head_dim that the
-// parts are about.
-template <int kWidth, int kQueries, typename Sync>
-__device__ __forceinline__ void merge_prompt_parts(const AttendParams& p, const PromptDivision& division,
-                                                   const BlockUnit& block, uint32_t unit, const float* parts,
-                                                   uint32_t first_query, uint32_t queries, int column,
-                                                   bool& shared_last, int thread, int threads, const Sync& sync) {
-  constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
-  const uint32_t splits = division.division.splits;
-  sync();
-  if (thread == 0) {
-    shared_last = sign_in(p.tickets + unit) + 1 == splits;
-    if (shared_last) see_what_others_wrote();
-  }
-  sync();
-  if (!shared_last) return;
-  const int64_t columns = imin(p.cache.head_dim - column, kWidth);
-  merge_parts<kWidth, false>(
-      {parts + kQueries * kWidth, parts, kFloats, kFloats, kWidth, splits}, queries, static_cast<uint32_t>(columns),
-      [&](uint32_t row, uint32_t d, Running state, Vec<float, 4>& sums) {
-        const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3];
-        if (all != all || state.sum != state.sum) *p.redo = 1;
-        write_answer(p, division.division, block, first_query + row, static_cast<uint32_t>(column) + d, state, sums);
-      },
-      static_cast<uint32_t>(thread), static_cast<uint32_t>(threads));
-  if (thread == 0) p.tickets[unit] = 0;
 }
 
 }  // namespace kvc

@@ -7,6 +7,7 @@
 #include "launch.h"
 #include "layout.h"
 #include "overlap.cuh"
+#include "prompt_common.cuh"
 
 namespace kvc {
 namespace {
@@ -50,8 +51,9 @@ cudaError_t launch_attend_many(const AttendParams& p, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (p.appends) error = launch_order(p, stream);
   if (p.appends && error == cudaSuccess) error = launch_append_of(p, p.first_lengths, stream);
-  if (error == cudaSuccess) error = launch_prompt(p, stream);
-  if (error == cudaSuccess) error = launch_prompt_exact(p, stream);
+  PromptParts parts;
+  if (error == cudaSuccess) error = launch_prompt(p, parts, stream);
+  if (error == cudaSuccess) error = launch_prompt_finish(p, parts, stream);
   if (p.appends && error == cudaSuccess) error = launch_append_of(p, p.last_lengths, stream);
   return error;
 }

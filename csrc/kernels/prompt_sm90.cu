@@ -27,12 +27,10 @@ constexpr int kGroupQueries = 64;
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kRowBytes = 128;  // of a panel
 
-// Named barriers: of the threads that load, of those that multiply, of each warpgroup of these, and whose turn it is to
-// begin products.
+// Named barriers: of the threads that load, of each warpgroup that multiplies, and whose turn it is to begin products.
 constexpr int kLoadBarrier = 1;
-constexpr int kMultiplyBarrier = 2;
-constexpr int kGroupBarrier = 3;
-constexpr int kTurnBarrier = 5;
+constexpr int kGroupBarrier = 2;
+constexpr int kTurnBarrier = 4;
 
 // kDepth: 16-element steps of a row. kKeys: of a tile. kStages: tiles of keys, and of values, that there is room for.
 template <int kDepth_, int kKeys_, int kStages_, int kParts_>
@@ -58,20 +56,24 @@ struct Sm90Block {
     KeyTiles<kKeys> tiles;
     int32_t last_tile;  // of keys: the first that is taken
     int32_t stop;       // and the last
-    SeenRange oldest[2], newest[2];  // what the first and the last query of a warpgroup sees
+    // For each warpgroup, of the tiles of keys: the last that its queries see something of, and those that all of them
+    // see all of, if there are any.
+    int32_t last_seen[2];
+    int32_t first_clear[2], last_clear[2];
   };
   struct Shared {
     Work work[2];
     uint64_t work_full[2], work_empty[2];
     uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
     float factor[kQueries];  // from a query's products to scores
-    bool last_part;
   };
   static constexpr int kKeysAt = 2 * kParts * kQueryPartBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kSharedAt = kValuesAt + kStages * kTileBytes;
   static constexpr int kBytes = kSharedAt + sizeof(Shared) + 1024;  // 1024: panels begin at a multiple of that
   static_assert(kBytes <= 232448);
+
+  static PromptParts KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, 1, kWidth}; }
 
   static __device__ __forceinline__ int place(int row, int chunk) {
     return chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk % 8) ^ (row & 7)) * 16;
@@ -313,12 +315,10 @@ struct Multiplier {
 
   // A tile's products become weights; `rescale`: what the sums of tiles before are to be multiplied with.
   __device__ __forceinline__ void weigh(Products& products, int32_t tile, float (&rescale)[2]) {
-    const int32_t row0 = work->tiles.row(tile);
-    const int32_t row_end = work->tiles.row_end(tile);
-    const int32_t sinks = static_cast<int32_t>(work->plan.sinks_held);
-    const bool clear = row_end - row0 == kKeys && row_end <= work->oldest[group].end &&
-                       (row0 >= work->newest[group].begin || row_end <= sinks);
-    if (!clear) {
+    if (tile > work->last_clear[group] || tile < work->first_clear[group]) {
+      const int32_t row0 = work->tiles.row(tile);
+      const int32_t row_end = work->tiles.row_end(tile);
+      const int32_t sinks = static_cast<int32_t>(work->plan.sinks_held);
       const FastDivider& group_size = division.division.group_size;
       const SeenRange seen[2] = {work->plan.range_of(group_size(work->tile.number(row()))),
                                  work->plan.range_of(group_size(work->tile.number(row() + 8)))};
@@ -333,11 +333,8 @@ struct Multiplier {
     for (int32_t tile = work->last_tile; tile >= work->stop; --tile, stage.advance()) {
       uint64_t* const keys_empty = shared.keys_empty + stage.number;
       uint64_t* const values_empty = shared.values_empty + stage.number;
-      const bool unseen =
-          work->tiles.row(tile) >= work->newest[group].end ||
-          (work->tiles.row(tile) >= work->plan.sinks_held && work->tiles.row_end(tile) <= work->oldest[group].begin);
       wait_barrier(shared.keys_full + stage.number, stage.parity);
-      if (unseen) {
+      if (tile > work->last_seen[group]) {
         give_back(keys_empty);
         wait_barrier(shared.values_full + stage.number, stage.parity);
         give_back(values_empty);
@@ -449,17 +446,12 @@ struct Multiplier {
       }
       return;
     }
-    constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
-    float* const parts = p.partials + static_cast<int64_t>(tile.block.unit) * division.division.splits * kFloats;
+    const int64_t part = int64_t{tile.block.unit} * division.division.splits + tile.block.split;
 #pragma unroll
     for (int piece = 0; piece < Block::kPieces; ++piece) {
-      leave_rows<Block::kWidth, Block::kQueries>(parts + tile.block.split * kFloats, tile.queries, rows, both,
+      leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::parts(1).floats(), tile.queries, rows, both,
                                                  piece * Block::kColumns, sums[piece]);
     }
-    merge_prompt_parts<Block::kWidth, Block::kQueries>(
-        p, division, tile.block, tile.block.unit, parts, tile.first_query, static_cast<uint32_t>(tile.queries), 0,
-        shared.last_part, static_cast<int>(threadIdx.x) - kGroupThreads, 2 * kGroupThreads,
-        [] { sync_threads(kMultiplyBarrier, 2 * kGroupThreads); });
   }
 };
 
@@ -482,9 +474,13 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const PromptDiv
   work.stop = static_cast<int32_t>(int64_t{tiles.count} * tile.block.split / splits);
 #pragma unroll 1
   for (int group = 0; group < 2; ++group) {
-    work.oldest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group)));
-    work.newest[group] = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
-    if (kGroupQueries * group >= tile.queries) work.newest[group].end = 0;  // nothing to do
+    const SeenRange oldest = plan.range_of(group_size(tile.number(kGroupQueries * group)));
+    const SeenRange newest = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
+    const bool idle = kGroupQueries * group >= tile.queries || newest.end == 0;
+    work.last_seen[group] = idle ? -1 : tiles.reaching(newest.end) - 1;
+    work.last_clear[group] = tiles.within(oldest.end) - 1;
+    work.first_clear[group] =
+        newest.begin <= plan.sinks_held ? 0 : static_cast<int32_t>(imax(tiles.reaching(newest.begin), tiles.sink_tiles));
   }
 }
 
@@ -553,28 +549,29 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename Block>
-cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, cudaStream_t stream) {
+cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, PromptParts& parts, cudaStream_t stream) {
   CUtensorMap key_map;
   CUtensorMap value_map;
   cudaError_t error = make_tensor_map(&key_map, p.cache, p.cache.k_cache, p.layer, Block::kKeys);
   if (error == cudaSuccess) error = make_tensor_map(&value_map, p.cache, p.cache.v_cache, p.layer, Block::kKeys);
   if (error != cudaSuccess) return error;
   const int64_t units = prompt_units(p, Block::kQueries);
-  constexpr int64_t kFloats = kPartialFloats<Block::kWidth, Block::kQueries>;
-  const int64_t splits = prompt_splits(p, units, multiprocessors, Block::kKeys, kFloats);
+  const int64_t splits = prompt_splits(p, units, multiprocessors, Block::kKeys, Block::parts(1).floats());
+  parts = Block::parts(splits);
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   const auto kernel = prompt_sm90_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
   OverlappingLaunch launch(imin(units * splits, multiprocessors), kThreads, Block::kBytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits), key_map, value_map);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits, multiprocessors),
+                            key_map, value_map);
 }
 
 template <int kParts>
-cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_blocks<Sm90Block<4, 128, 2, kParts>>(p, multiprocessors, stream);
-  if (p.cache.head_dim <= 128) return launch_blocks<Sm90Block<8, 128, 2, kParts>>(p, multiprocessors, stream);
-  return launch_blocks<Sm90Block<16, 64, 3 - kParts, kParts>>(p, multiprocessors, stream);
+cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, PromptParts& parts, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_blocks<Sm90Block<4, 128, 2, kParts>>(p, multiprocessors, parts, stream);
+  if (p.cache.head_dim <= 128) return launch_blocks<Sm90Block<8, 128, 2, kParts>>(p, multiprocessors, parts, stream);
+  return launch_blocks<Sm90Block<16, 64, 3 - kParts, kParts>>(p, multiprocessors, parts, stream);
 }
 
 }  // namespace
@@ -590,19 +587,20 @@ bool serves_sm90(const AttendParams& p) {
   return major == 9 && minor == 0;
 }
 
-cudaError_t launch_prompt_sm90(const AttendParams& p, cudaStream_t stream) {
+cudaError_t launch_prompt_sm90(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  return p.rounds ? launch_parts<1>(p, multiprocessors, stream) : launch_parts<2>(p, multiprocessors, stream);
+  return p.rounds ? launch_parts<1>(p, multiprocessors, parts, stream)
+                  : launch_parts<2>(p, multiprocessors, parts, stream);
 }
 
 #else  // a build without code for sm_90a
 
 bool serves_sm90(const AttendParams&) { return false; }
-cudaError_t launch_prompt_sm90(const AttendParams&, cudaStream_t) { return cudaErrorInvalidValue; }
+cudaError_t launch_prompt_sm90(const AttendParams&, PromptParts&, cudaStream_t) { return cudaErrorInvalidValue; }
 
 #endif
 

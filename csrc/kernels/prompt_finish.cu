@@ -1,9 +1,12 @@
-// prompt exact: answers once more, in plain FP32, the queries of a call whose answers have a NaN.
+// prompt finish: what remains to be done behind a kernel for many queries, a warp for each query.
+//
+// Where blocks shared the keys of a tile of queries, they have left parts of answers in the workspace, which are merged
+// here in their order (flash decoding: Dao et al., 2023).
 //
 // On tensor cores values that are not finite make NaN of sums which they do not belong to, or which should be infinite
-// (prompt_common.cuh). The kernels for many queries note that there was a NaN, and this one, launched behind each of
-// them, looks through the answers where there was: a warp takes a query, and where its answer has a NaN goes through
-// the rows that it sees twice, for their maximum and for the sums. That takes long and is rare.
+// (prompt_common.cuh). An answer that has a NaN is answered anew in plain FP32: its warp goes through the rows that the
+// query sees twice, for their maximum and for the sums. That takes long and is rare; where all answers are whole and no
+// NaN was noted, nothing is looked at.
 #include "attend_common.cuh"
 #include "launch.h"
 #include "prompt_common.cuh"
@@ -102,6 +105,12 @@ struct ExactQuery {
   }
 };
 
+__device__ __noinline__ void answer_exactly(const AttendParams& p, const BlockUnit& block, const QueryPlace& place) {
+  const AttendPlan plan = prompt_plan(p, block.entry, block.sequence);
+  ExactQuery query{p, plan, block, place, {}};
+  query.answer();
+}
+
 __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& block, const QueryPlace& place) {
   const int64_t offset =
       block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride;
@@ -113,53 +122,88 @@ __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& 
   return __any_sync(kAllLanes, found);
 }
 
-// A block goes through the queries of some KV heads, each warp through every eighth of them.
+// Merges what the splits of a unit left of its query `row`, and writes the answer. Does it have a NaN?
+__device__ __forceinline__ bool merge_answer(const AttendParams& p, const PromptDivision& division,
+                                             const BlockUnit& block, uint32_t number, uint32_t row,
+                                             const PromptParts& parts) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t first = int64_t{block.unit} * parts.pieces * parts.splits;
+  const auto part_of = [&](int piece, int split) {
+    return p.partials + (first + int64_t{piece} * parts.splits + split) * parts.floats();
+  };
+  const auto state_of = [&](int piece, int split) {
+    const Vec<float, 2> state = load<float, 2>(part_of(piece, split) + parts.queries * parts.width + 2 * row);
+    return Running{state.x[0], state.x[1]};
+  };
+  bool found = false;
+#pragma unroll 1
+  for (int d = 4 * lane; d < p.cache.head_dim; d += 128) {
+    const int piece = d / parts.width;
+    Running merged = {kLeastScore, 0.0f};
+#pragma unroll 4
+    for (int i = 0; i < parts.splits; ++i) merged.max = fmaxf(merged.max, state_of(piece, i).max);
+    Vec<float, 4> sums = {};
+#pragma unroll 4
+    for (int i = 0; i < parts.splits; ++i) {
+      const Running state = state_of(piece, i);
+      const Vec<float, 4> part = load<float, 4>(part_of(piece, i) + row * parts.width + d - piece * parts.width);
+      const float weight = power_of_two(state.max - merged.max);
+      merged.sum = fmaf(state.sum, weight, merged.sum);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums.x[j] = fmaf(part.x[j], weight, sums.x[j]);
+    }
+    write_answer(p, division.division, block, number, static_cast<uint32_t>(d), merged, sums);
+    const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3] + merged.sum;
+    found = found || all != all;
+  }
+  return __any_sync(kAllLanes, found);
+}
+
 __global__ void __launch_bounds__(kThreads)
-    exact_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division) {
+    finish_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division,
+                  const PromptParts parts) {
   wait_for_previous_launch();
   let_next_launch_begin();
-  __shared__ uint32_t any;
-  __shared__ AttendPlan plan;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.next_work = 0;
-  if (threadIdx.x == 0) any = *static_cast<const volatile uint32_t*>(p.redo);
+  __shared__ uint32_t noted;
+  if (threadIdx.x == 0) {
+    noted = *static_cast<const volatile uint32_t*>(p.redo);
+    if (blockIdx.x == 0) *p.next_work = 0;
+  }
   __syncthreads();
-  if (any == 0) return;
-  const uint32_t units = division.division.units.divisor;
-  const uint32_t all_queries = division.division.group_size.divisor * static_cast<uint32_t>(p.rows);
+  if (noted == 0 && parts.splits == 1) return;
   constexpr uint32_t kWarps = kThreads / 32;
+  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t turns = static_cast<uint32_t>(parts.queries) / kWarps;  // of a block over a unit's queries
+  const uint32_t items = division.division.units.divisor * turns;
+  const uint32_t all_queries = division.division.group_size.divisor * static_cast<uint32_t>(p.rows);
 #pragma unroll 1
-  for (uint32_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const BlockUnit block = division.unit(p, unit);
-    __syncthreads();  // nobody needs the plan of the unit before
-    if (threadIdx.x == 0) plan = prompt_plan(p, block.entry, block.sequence);
-    __syncthreads();
-    const uint32_t first = block.tile * kWarps;
-#pragma unroll 1
-    for (uint32_t number = first + threadIdx.x / 32; number < first + kWarps && number < all_queries; ++number) {
-      const QueryPlace place(division.division, block, number);
-      if (has_nan(p, block, place)) {
-        ExactQuery query{p, plan, block, place, {}};
-        query.answer();
-      }
-      break;
-    }
+  for (uint32_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const BlockUnit block = division.unit(p, item / turns);
+    const uint32_t row = item % turns * kWarps + warp;
+    const uint32_t number = block.tile * static_cast<uint32_t>(parts.queries) + row;
+    if (number >= all_queries) continue;
+    const QueryPlace place(division.division, block, number);
+    const bool found =
+        parts.splits > 1 ? merge_answer(p, division, block, number, row, parts) : has_nan(p, block, place);
+    if (found) answer_exactly(p, block, place);
   }
   // The last block to have looked takes the note away: those that look later count themselves, too.
-  if (threadIdx.x == 0 && atomicAdd(p.redo, 2u) == 1 + 2 * (gridDim.x - 1)) *p.redo = 0;
+  if (noted != 0 && threadIdx.x == 0 && atomicAdd(p.redo, 2u) == 1 + 2 * (gridDim.x - 1)) *p.redo = 0;
 }
 
 }  // namespace
 
-cudaError_t launch_prompt_exact(const AttendParams& p, cudaStream_t stream) {
+cudaError_t launch_prompt_finish(const AttendParams& p, const PromptParts& parts, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const PromptDivision division = divide_prompt(p, kThreads / 32, 1);
-  const int64_t blocks = imin(int64_t{division.division.units.divisor}, 4 * multiprocessors);
+  const PromptDivision division = divide_prompt(p, parts.queries, 1, multiprocessors);
+  const int64_t items = int64_t{division.division.units.divisor} * (parts.queries / (kThreads / 32));
+  const int64_t blocks = imin(items, parts.splits > 1 ? 4 * multiprocessors : multiprocessors);
   OverlappingLaunch launch(blocks, kThreads, 0, stream);
-  return cudaLaunchKernelEx(&launch.config, exact_kernel, p, division);
+  return cudaLaunchKernelEx(&launch.config, finish_kernel, p, division, parts);
 }
 
 }  // namespace kvc
