@@ -115,7 +115,7 @@ def test_append_attend(backend: Backend, rows: int, dtype: torch.dtype, overflow
         finite = want.to(dtype).isfinite()
         rounding = {torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
         atol = rounding * 100
-        if "precision" in options:  # weights are rounded, and large values may cancel each other out
+        if "precision" in options and finite.any():  # weights are rounded, and large values may cancel each other out
             atol = max(atol, 2e-3 * float(want[finite].abs().max()))
         torch.testing.assert_close(got[finite].double(), want[finite], rtol=rounding, atol=atol)
     assert kinds["isfinite"] > 100 and kinds["isnan"] > 0
