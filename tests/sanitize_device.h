@@ -144,7 +144,7 @@ inline void run_op(const kvc::AppendParams& p) { check_launch(kvc::launch_append
 inline void run_op(const kvc::GatherParams& p) { check_launch(kvc::launch_gather(p, nullptr), "gather"); }
 inline void run_op(const kvc::AttendParams& p) {
   check_launch(kvc::launch_attend(p, nullptr), "attend");
-  if (p.appends && p.rows > 1) run_op(p.append);
+  if (p.appends && p.rows > 1 && !p.many) run_op(p.append);
 }
 inline void run_op(const kvc::CopySequencesParams& p) {
   check_launch(kvc::launch_copy_sequences(p, nullptr), "copy_sequences");

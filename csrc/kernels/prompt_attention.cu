@@ -101,7 +101,6 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int thread = static_cast<int>(threadIdx.x);
   const int head_dim = static_cast<int>(p.cache.head_dim);
-  if (Block::kPieces > 1 && piece * Block::kWidth >= head_dim) return;
   const FastDivider& group_size = division.division.group_size;
   const uint32_t first_query = block.tile * Block::kQueries;
   const uint32_t all_queries = group_size.divisor * static_cast<uint32_t>(p.rows);
@@ -110,6 +109,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
 
   wait_for_previous_launch();
   let_next_launch_begin();
+  if (Block::kPieces > 1 && piece * Block::kWidth >= head_dim) return;
   if (threadIdx.x == 0) {
     shared.plan = prompt_plan(p, block.entry, block.sequence);
     shared.unit = block;
@@ -168,36 +168,31 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     return reinterpret_cast<uint32_t*>(shared_bytes + Block::kQueriesAt) + 4 * at;
   };
   {
-    const auto load_step = [&](int k, float (&x)[8]) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const QueryPlace place(division.division, block, number[j % 2]);
-        const int d = 16 * k + j / 2 * 8 + lane % 4 * 2;
-        float pair[2] = {0.0f, 0.0f};
-        if (d < head_dim) {
-          load_pair(
-              p.query.data,
-              block.entry * p.query.batch_stride + place.t * p.query.row_stride + place.head * p.query.head_stride + d,
-              p.dtype, division.query_in_pairs, pair);
-        }
-        x[2 * j] = pair[0];
-        x[2 * j + 1] = pair[1];
-      }
+    // So many steps of 16 elements at a time; once, if all fit into registers, else for the largest and then again.
+    constexpr int kSteps = kDepth <= 8 ? kDepth : 1;
+    float x[kSteps * 4][2];  // of step k the pairs 4 k + j: of query j % 2, the first or (from 2 on) the second half
+    const QueryPlace places[2] = {QueryPlace(division.division, block, number[0]),
+                                  QueryPlace(division.division, block, number[1])};
+    const auto load_steps = [&](int step) {
+      load_pairs(
+          p.query.data, p.dtype, division.query_in_pairs,
+          [&](int i) {
+            const int d = 16 * (step + i / 4) + i % 4 / 2 * 8 + lane % 4 * 2;
+            const QueryPlace& place = places[i % 2];
+            const int64_t offset = block.entry * p.query.batch_stride + place.t * p.query.row_stride +
+                                   place.head * p.query.head_stride + d;
+            return d < head_dim ? offset : -1;
+          },
+          x);
     };
-    constexpr bool kHold = kDepth <= 8;
-    float held[kHold ? kDepth : 1][8];
     float largest[2] = {0.0f, 0.0f};
-    if constexpr (kHold) {
 #pragma unroll
-      for (int k = 0; k < kDepth; ++k) load_step(k, held[k]);
-    }
+    for (int step = 0; step < kDepth; step += kSteps) {
+      load_steps(step);
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      float x[8];
-      if constexpr (!kHold) load_step(k, x);
-      const float (&elements)[8] = kHold ? held[kHold ? k : 0] : x;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fabsf(elements[i]));
+      for (int i = 0; i < kSteps * 4; ++i) {
+        largest[i % 2] = fmaxf(largest[i % 2], fmaxf(fabsf(x[i][0]), fabsf(x[i][1])));
+      }
     }
     float up[2];
 #pragma unroll
@@ -210,14 +205,12 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     }
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
-      float x[8];
-      if constexpr (!kHold) load_step(k, x);
-      const float (&elements)[8] = kHold ? held[kHold ? k : 0] : x;
+      if (kDepth > kSteps && k % kSteps == 0) load_steps(k);
       Vec<uint32_t, 4> high_part, low_part;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float a = elements[2 * j] * up[j % 2];
-        const float b = elements[2 * j + 1] * up[j % 2];
+        const float a = x[k % kSteps * 4 + j][0] * up[j % 2];
+        const float b = x[k % kSteps * 4 + j][1] * up[j % 2];
         high_part.x[j] = half_pair(a, b);
         low_part.x[j] = low_pair(a, b, high_part.x[j]);
       }
@@ -284,6 +277,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
           }
         }
       }
+      rows.cap(products, p.softcap);
       const bool clear =
           row_end - row0 == Block::kKeys && row_end <= oldest.end && (row0 >= newest.begin || row_end <= sinks_held);
       if (!clear) {

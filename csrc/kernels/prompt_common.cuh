@@ -248,31 +248,6 @@ struct QueryScale {
   }
 };
 
-// Two elements of a query as FP32.
-__device__ __forceinline__ void load_pair(const void* data, int64_t i, DType type, bool in_pairs, float (&x)[2]) {
-  if (type == DType::f32) {
-    const float* from = static_cast<const float*>(data) + i;
-    if (in_pairs) {
-      const Vec<float, 2> pair = load<float, 2>(from);
-      x[0] = pair.x[0];
-      x[1] = pair.x[1];
-    } else {
-      x[0] = from[0];
-      x[1] = from[1];
-    }
-    return;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(data) + i;
-  Vec<uint16_t, 2> pair;
-  if (in_pairs) {
-    pair = load<uint16_t, 2>(from);
-  } else {
-    pair = {{from[0], from[1]}};
-  }
-  x[0] = type == DType::f16 ? half_to_float(pair.x[0]) : bf16_to_float(pair.x[0]);
-  x[1] = type == DType::f16 ? half_to_float(pair.x[1]) : bf16_to_float(pair.x[1]);
-}
-
 // Pairs of elements as FP32, all on their way before the first is looked at. at(i): where pair i begins; negative:
 // zeros.
 template <int kCount, typename At>
@@ -306,19 +281,6 @@ __device__ __forceinline__ void load_pairs(const void* data, DType type, bool in
     for (int j = 0; j < 2; ++j) {
       x[i][j] = type == DType::f16 ? half_to_float(pairs[i].x[j]) : bf16_to_float(pairs[i].x[j]);
     }
-  }
-}
-
-__device__ __forceinline__ void store_pair(void* data, int64_t i, DType type, bool in_pairs, float x, float y) {
-  if (!in_pairs) {
-    store_float(data, i, type, x);
-    store_float(data, i + 1, type, y);
-  } else if (type == DType::f32) {
-    store<float, 2>(static_cast<float*>(data) + i, {{x, y}});
-  } else if (type == DType::f16) {
-    store<uint16_t, 2>(static_cast<uint16_t*>(data) + i, {{float_to_half(x), float_to_half(y)}});
-  } else {
-    store<uint16_t, 2>(static_cast<uint16_t*>(data) + i, {{float_to_bf16(x), float_to_bf16(y)}});
   }
 }
 
@@ -356,21 +318,24 @@ struct PromptRows {
     }
   }
 
-  // Products become weights. `rescale`: what earlier sums are to be multiplied with.
+  // With a softcap products become scores at once: before those of unseen keys are minus infinity.
   template <int kBlocks>
-  __device__ __forceinline__ void weigh(FragmentC (&products)[kBlocks], float softcap, float (&rescale)[2]) {
-    if (softcap > 0) {
-      const float inverse = 1.0f / fmaxf(softcap, 1.17549435e-38f);
+  __device__ __forceinline__ void cap(FragmentC (&products)[kBlocks], float softcap) const {
+    if (!(softcap > 0)) return;
+    const float inverse = 1.0f / fmaxf(softcap, 1.17549435e-38f);
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
+    for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float product = products[i].x[e];
-          const float score = softcap * tanhf(product * factor[e / 2] * inverse) * kLog2e;
-          products[i].x[e] = product == minus_infinity() ? product : score;
-        }
+      for (int e = 0; e < 4; ++e) {
+        products[i].x[e] = softcap * tanhf(products[i].x[e] * factor[e / 2] * inverse) * kLog2e;
       }
     }
+  }
+
+  // Products, or scores where there is a softcap, become weights. `rescale`: what earlier sums are to be multiplied
+  // with.
+  template <int kBlocks>
+  __device__ __forceinline__ void weigh(FragmentC (&products)[kBlocks], float softcap, float (&rescale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float scale = softcap > 0 ? 1.0f : factor[h];
@@ -431,30 +396,53 @@ struct QueryPlace {
         head(block.head * division.group_size.divisor + (number - t * division.group_size.divisor)) {}
 };
 
+// Writes a lane's columns of an answer, those of `half` of a product's rows. T: of the answer. Is there a NaN?
+template <typename T, bool kInPairs, int kBlocks, typename Convert>
+__device__ __forceinline__ bool write_columns(T* row, int columns, const FragmentC (&sums)[kBlocks], int half,
+                                              float factor, const Convert& convert) {
+  bool is_nan = false;
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    if (8 * i >= columns) continue;
+    const float x = sums[i].x[2 * half] * factor;
+    const float y = sums[i].x[2 * half + 1] * factor;
+    is_nan = is_nan || x != x || y != y;
+    if constexpr (kInPairs) {
+      store<T, 2>(row + 8 * i, {{convert(x), convert(y)}});
+    } else {
+      row[8 * i] = convert(x);
+      row[8 * i + 1] = convert(y);
+    }
+  }
+  return is_nan;
+}
+
 // Writes a lane's part of the answers of its two queries, numbers number[h]: the columns that a product left it, of
 // those from `column` on. `there`: the queries exist. The sums are the queries' by now.
 template <int kBlocks>
 __device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDivision& division,
                                            const BlockUnit& block, const PromptRows& rows, const uint32_t (&number)[2],
                                            const bool (&there)[2], int column, const FragmentC (&sums)[kBlocks]) {
-  const int lane_column = column + static_cast<int>(anew(threadIdx.x) % 4) * 2;
-  const int head_dim = static_cast<int>(p.cache.head_dim);
+  const int lane_column = column + static_cast<int>(threadIdx.x % 4) * 2;
+  const int columns = static_cast<int>(p.cache.head_dim) - lane_column;
   bool is_nan = false;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (!there[h]) continue;
     const QueryPlace place(division.division, block, number[h]);
-    const int64_t offset =
-        block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride;
+    const int64_t offset = block.entry * p.out.batch_stride + place.t * p.out.row_stride +
+                           place.head * p.out.head_stride + lane_column;
     const float factor = rows.sum[h] == 0.0f ? 0.0f : 1.0f / rows.sum[h];
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int d = lane_column + 8 * i;
-      if (d >= head_dim) continue;
-      const float x = sums[i].x[2 * h] * factor;
-      const float y = sums[i].x[2 * h + 1] * factor;
-      is_nan = is_nan || x != x || y != y;
-      store_pair(p.out.data, offset + d, p.dtype, division.out_in_pairs, x, y);
+    const auto as_it_is = [](float x) { return x; };
+    const auto as_half = [&](float x) { return p.dtype == DType::f16 ? float_to_half(x) : float_to_bf16(x); };
+    float* const floats = static_cast<float*>(p.out.data) + offset;
+    uint16_t* const halves = static_cast<uint16_t*>(p.out.data) + offset;
+    if (p.dtype == DType::f32) {
+      is_nan |= division.out_in_pairs ? write_columns<float, true>(floats, columns, sums, h, factor, as_it_is)
+                                      : write_columns<float, false>(floats, columns, sums, h, factor, as_it_is);
+    } else {
+      is_nan |= division.out_in_pairs ? write_columns<uint16_t, true>(halves, columns, sums, h, factor, as_half)
+                                      : write_columns<uint16_t, false>(halves, columns, sums, h, factor, as_half);
     }
     if (p.lse != nullptr && lane_column == 0) {
       const Running state = rows.running(h);

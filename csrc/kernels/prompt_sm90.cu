@@ -141,46 +141,57 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
 template <typename Block>
 __device__ __forceinline__ void store_queries(const AttendParams& p, const PromptDivision& division,
                                               const PromptTile& tile, int group, char* at, float* factors) {
-  constexpr int kPairs = Block::kWidth / 64;  // of a row, that a lane has
-  constexpr int kRows = 8;                    // at a time
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp_row = 16 * static_cast<int>(threadIdx.x / 32 % 4);
+  constexpr int kLanes = 8;                        // that share a row: each has every eighth chunk of eight elements
+  constexpr int kChunks = Block::kChunks / kLanes;  // of a lane
+  constexpr int kRows = kChunks == 1 ? 2 : 1;       // of a lane, at a time
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  const int first_row = static_cast<int>(threadIdx.x % kGroupThreads / kLanes);
   const int head_dim = static_cast<int>(p.cache.head_dim);
 #pragma unroll 1
-  for (int row0 = warp_row; row0 < warp_row + 16; row0 += kRows) {
-    float x[kRows * kPairs][2];
+  for (int row0 = first_row; row0 < kGroupQueries; row0 += 16 * kRows) {
+    int64_t offset[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const QueryPlace place(division.division, tile.block, tile.number(kGroupQueries * group + row0 + 16 * r));
+      offset[r] = tile.block.entry * p.query.batch_stride + place.t * p.query.row_stride +
+                  place.head * p.query.head_stride + 8 * lane;
+    }
+    float x[kRows * kChunks * 4][2];
     load_pairs(
         p.query.data, p.dtype, division.query_in_pairs,
         [&](int i) {
-          const QueryPlace place(division.division, tile.block, tile.number(kGroupQueries * group + row0 + i / kPairs));
-          const int d = 64 * (i % kPairs) + 2 * lane;
-          const int64_t offset = tile.block.entry * p.query.batch_stride + place.t * p.query.row_stride +
-                                 place.head * p.query.head_stride + d;
-          return d < head_dim ? offset : -1;
+          const int d = i / 4 % kChunks * 8 * kLanes + i % 4 * 2;
+          return d + 8 * lane < head_dim ? offset[i / 4 / kChunks] + d : -1;
         },
         x);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int row = row0 + i;
+    for (int r = 0; r < kRows; ++r) {
+      const int row = row0 + 16 * r;
+      float(*const of_row)[2] = x + r * kChunks * 4;
       float largest = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        largest = fmaxf(largest, fmaxf(fabsf(x[i * kPairs + j][0]), fabsf(x[i * kPairs + j][1])));
+      for (int i = 0; i < kChunks * 4; ++i) {
+        largest = fmaxf(largest, fmaxf(fabsf(of_row[i][0]), fabsf(of_row[i][1])));
       }
 #pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
+      for (int distance = 1; distance < kLanes; distance *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, distance));
       }
       const QueryScale scale = QueryScale::of(p, largest);
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        const float a = x[i * kPairs + j][0] * scale.up;
-        const float b = x[i * kPairs + j][1] * scale.up;
-        char* to = at + j * Block::kQueryPanelBytes + row * kRowBytes + ((lane / 4) ^ (row & 7)) * 16 + lane % 4 * 4;
-        const uint32_t high = half_pair(a, b);
-        *reinterpret_cast<uint32_t*>(to) = high;
+      for (int c = 0; c < kChunks; ++c) {
+        Vec<uint32_t, 4> high, low;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float a = of_row[4 * c + i][0] * scale.up;
+          const float b = of_row[4 * c + i][1] * scale.up;
+          high.x[i] = half_pair(a, b);
+          low.x[i] = low_pair(a, b, high.x[i]);
+        }
+        char* to = at + c * Block::kQueryPanelBytes + row * kRowBytes + (lane ^ (row & 7)) * 16;
+        store<uint32_t, 4>(reinterpret_cast<uint32_t*>(to), high);
         if constexpr (Block::kParts == 2) {
-          *reinterpret_cast<uint32_t*>(to + Block::kQueryPartBytes) = low_pair(a, b, high);
+          store<uint32_t, 4>(reinterpret_cast<uint32_t*>(to + Block::kQueryPartBytes), low);
         }
       }
       if (lane == 0) factors[row] = scale.factor;
@@ -315,6 +326,7 @@ struct Multiplier {
 
   // A tile's products become weights; `rescale`: what the sums of tiles before are to be multiplied with.
   __device__ __forceinline__ void weigh(Products& products, int32_t tile, float (&rescale)[2]) {
+    rows.cap(products, p.softcap);
     if (tile > work->last_clear[group] || tile < work->first_clear[group]) {
       const int32_t row0 = work->tiles.row(tile);
       const int32_t row_end = work->tiles.row_end(tile);
@@ -529,7 +541,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     take_registers<232>();
-    Multiplier<Block> multiplier{p, division, shared, panels, static_cast<int>(threadIdx.x / kGroupThreads) - 1};
+    // From one lane for all: what depends on it can then be kept once for a warp.
+    const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / kGroupThreads) - 1, 0);
+    Multiplier<Block> multiplier{p, division, shared, panels, group};
     if (Block::kTakeTurns && multiplier.group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
 #pragma unroll 1
     for (;; turn.advance()) {

@@ -150,11 +150,12 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   return sum;
 }
 
-inline float __shfl_sync(unsigned, float value, int lane) {
+template <typename T>
+inline T __shfl_sync(unsigned, T value, int lane) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
   const uint64_t* lanes = emulator::warp_exchange(bits);
-  float other;
+  T other;
   std::memcpy(&other, &lanes[lane], sizeof other);
   return other;
 }
