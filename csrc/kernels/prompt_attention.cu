@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
           x);
     };
     float largest[2] = {0.0f, 0.0f};
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < kDepth; step += kSteps) {
       load_steps(step);
 #pragma unroll
@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
       up[h] = scale.up;
       rows.factor[h] = scale.factor;
     }
-#pragma unroll
+    constexpr int kUnroll = Block::kHighInRegisters ? kDepth : 1;
+#pragma unroll kUnroll
     for (int k = 0; k < kDepth; ++k) {
       if (kDepth > kSteps && k % kSteps == 0) load_steps(k);
       Vec<uint32_t, 4> high_part, low_part;
