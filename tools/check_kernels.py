@@ -80,6 +80,14 @@ class Kernel:
             return 128
         if re.match(r"attend_kernel<8, 2, 2\b", self.name) and since_sm_100:
             return 40
+        if re.match(r"prompt_kernel<PromptBlock<16\b", self.name):
+            return 128
+        if re.match(r"prompt_kernel<PromptBlock<8\b", self.name) and since_sm_100:
+            return 40
+        if re.match(r"prompt_sm90_kernel<", self.name):  # ptxas counts with less than setmaxnreg gives it
+            return 128
+        if re.match(r"exact_kernel\b", self.name) and not since_sm_100:  # which runs where an answer has a NaN
+            return 160
         return 0
 
     @property

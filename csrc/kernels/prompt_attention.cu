@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     const int32_t sinks_held = static_cast<int32_t>(plan.sinks_held);
     const bool unseen = row0 >= newest.end || (row0 >= sinks_held && row_end <= oldest.begin);
     if (!unseen) {
-      const int lane = static_cast<int>(anew(threadIdx.x) % 32);
+      const int lane = static_cast<int>((kDepth <= 8 ? anew(threadIdx.x) : threadIdx.x) % 32);
       // Products of queries (rows) and keys (columns).
       FragmentC products[kKeyBlocks] = {};
       const char* keys_of_lane[4];
@@ -296,11 +296,17 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
         }
       }
       // Products of weights (rows) and values (columns), four blocks of eight columns at a time.
+      const int value_row = lane / 8 % 2 * 8 + lane % 8;
       const char* values_of_lane[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        values_of_lane[j] = values + Block::value_place(lane / 8 % 2 * 8 + lane % 8, 2 * j + lane / 16);
-      }
+      for (int j = 0; j < 4; ++j) values_of_lane[j] = values + Block::value_place(value_row, 2 * j + lane / 16);
+      const auto value_at = [&](int row, int chunk) {  // two ways of saying so: each spills less in its place
+        if constexpr (kDepth <= 8) {
+          return values_of_lane[chunk / 2 % 4] + Block::value_place(row, chunk / 8 * 8);
+        } else {
+          return values + Block::value_place(row + value_row, chunk + lane / 16);
+        }
+      };
 #pragma unroll
       for (int c = 0; c < kColumnBlocks; c += 4) {
         FragmentC tile_sums[4] = {};
@@ -309,7 +315,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
           FragmentA both[2];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            both[j] = load_matrices_transposed(values_of_lane[c / 2 % 4 + j] + Block::value_place(16 * n, c / 8 * 8));
+            both[j] = load_matrices_transposed(value_at(16 * n, c + 2 * j));
           }
 #pragma unroll
           for (int part = kParts - 1; part >= 0; --part) {
