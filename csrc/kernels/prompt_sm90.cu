@@ -12,6 +12,7 @@
 // With one FP16 part (kParts 1) the products of a tile's scores run beside those of the tile's before with its values,
 // and the two warpgroups take turns, so that one multiplies while the other weighs. With two parts there is no room in
 // registers for that, and nothing to gain.
+#include <cstdlib>
 #include "hopper.cuh"
 #include "launch.h"
 #include "prompt_common.cuh"
@@ -33,8 +34,9 @@ constexpr int kGroupBarrier = 2;
 constexpr int kTurnBarrier = 4;
 
 // kDepth: 16-element steps of a row. kKeys: of a tile. kStages: tiles of keys, and of values, that there is room for.
-template <int kDepth_, int kKeys_, int kStages_, int kParts_>
+template <int kDepth_, int kKeys_, int kStages_, int kParts_, bool kTurns_ = true>
 struct Sm90Block {
+  static constexpr bool kTurns = kTurns_;
   static constexpr int kDepth = kDepth_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
   static constexpr int kQueries = 2 * kGroupQueries;
   static constexpr int kWidth = 16 * kDepth;
@@ -104,7 +106,7 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
   for (int32_t tile = work.last_tile; tile >= work.stop; --tile) {
     const int32_t row0 = work.tiles.row(tile);
     const int32_t end = work.tiles.row_end(tile);
-    const bool whole = end - row0 == Block::kKeys && plan.lie_in_a_row(row0, end);
+    const bool whole = plan.lie_in_a_row(row0, row0 + Block::kKeys);  // also of rows that nobody here sees
 #pragma unroll 1
     for (int of_values = 0; of_values < 2; ++of_values) {
       uint64_t* full = (of_values ? shared.values_full : shared.keys_full) + stage.number;
@@ -402,9 +404,9 @@ struct Multiplier {
     {
       Products products;
       wait_barrier(shared.keys_full + stage.number, stage.parity);
-      sync_threads(mine, 2 * kGroupThreads);
+      if (Block::kTurns) sync_threads(mine, 2 * kGroupThreads);
       begin_scores<Block>(products, queries(), keys(stage.number));
-      arrive_threads(others, 2 * kGroupThreads);
+      if (Block::kTurns) arrive_threads(others, 2 * kGroupThreads);
       wait_for_products<0>();
       hold_products(products);
       give_back(shared.keys_empty + stage.number);
@@ -417,13 +419,13 @@ struct Multiplier {
       stage.advance();
       Products products;
       wait_barrier(shared.keys_full + stage.number, stage.parity);
-      sync_threads(mine, 2 * kGroupThreads);
+      if (Block::kTurns) sync_threads(mine, 2 * kGroupThreads);
       begin_scores<Block>(products, queries(), keys(stage.number));
       wait_barrier(shared.values_full + before.number, before.parity);
       begin_products();
       multiply_values<Block, true>(sums[0], weights, values(before.number, 0));
       end_products();
-      arrive_threads(others, 2 * kGroupThreads);
+      if (Block::kTurns) arrive_threads(others, 2 * kGroupThreads);
       wait_for_products<1>();
       hold_products(products);
       give_back(shared.keys_empty + stage.number);
@@ -544,7 +546,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // From one lane for all: what depends on it can then be kept once for a warp.
     const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / kGroupThreads) - 1, 0);
     Multiplier<Block> multiplier{p, division, shared, panels, group};
-    if (Block::kTakeTurns && multiplier.group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
+    if (Block::kTakeTurns && Block::kTurns && multiplier.group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
 #pragma unroll 1
     for (;; turn.advance()) {
       wait_barrier(shared.work_full + turn.number, turn.parity);
@@ -584,6 +586,7 @@ cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, Prompt
 template <int kParts>
 cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, PromptParts& parts, cudaStream_t stream) {
   if (p.cache.head_dim <= 64) return launch_blocks<Sm90Block<4, 128, 2, kParts>>(p, multiprocessors, parts, stream);
+  if (kParts == 1 && p.cache.head_dim <= 128 && getenv("KVC_X_NOTURNS")) return launch_blocks<Sm90Block<8, 128, 2, kParts, kParts != 1>>(p, multiprocessors, parts, stream);
   if (p.cache.head_dim <= 128) return launch_blocks<Sm90Block<8, 128, 2, kParts>>(p, multiprocessors, parts, stream);
   return launch_blocks<Sm90Block<16, 64, 3 - kParts, kParts>>(p, multiprocessors, parts, stream);
 }
