@@ -143,6 +143,8 @@ inline void check_launch(cudaError_t error, const char* what) {
 inline void run_op(const kvc::AppendParams& p) { check_launch(kvc::launch_append(p, nullptr), "append"); }
 inline void run_op(const kvc::GatherParams& p) { check_launch(kvc::launch_gather(p, nullptr), "gather"); }
 inline void run_op(const kvc::AttendParams& p) {
+  static int calls = 0;
+  kvc::prefer_portable_prompts(++calls % 2 == 0);  // either kernel for many queries, in turns
   check_launch(kvc::launch_attend(p, nullptr), "attend");
   if (p.appends && p.rows > 1 && !p.many) run_op(p.append);
 }

@@ -44,8 +44,8 @@ EMULATED_FLAGS = ["--param", "asan-stack=0", "-DSANITIZE_EMULATED", f"-I{EMULATO
 # Finding leaks needs ptrace, which containers forbid; kernels allocate nothing but vectors.
 CPU_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
-# Parts, of which racecheck takes gigabytes of the host's memory each.
-GPU_TOOLS = {"memcheck": 1, "synccheck": 1, "initcheck": 1, "racecheck": 40}
+# Parts, that run side by side. Of racecheck each takes gigabytes of the host's memory.
+GPU_TOOLS = {"memcheck": 8, "synccheck": 4, "initcheck": 8, "racecheck": 40}
 AT_A_TIME = 8  # compute-sanitizer can run ten
 NOTHING_FOUND = ("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")
 
@@ -95,6 +95,15 @@ def on_cpu(folder: Path) -> list[str]:
         return [name for name in pool.map(lambda each: run(*each), runs) if name is not None]
 
 
+def architecture() -> list[str]:
+    """Of the GPU that is there: with the kernels for sm_90a, if it can run them."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listing = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else ""
+    if listing.startswith("9.0"):
+        return ["-gencode=arch=compute_90a,code=sm_90a", "-DKVC_WITH_SM90A"]
+    return ["-arch=native"]
+
+
 def on_gpu(folder: Path, tools: Sequence[str]) -> list[str]:
     toolkit = setup.find_toolkit()
     if toolkit is None:
@@ -104,7 +113,7 @@ def on_gpu(folder: Path, tools: Sequence[str]) -> list[str]:
 
     def build(name: str, *flags: str) -> str:
         program = str(folder / name)
-        subprocess.run([*nvcc, *flags, "-arch=native", "--threads", "0", "-o", program, *sources], check=True)
+        subprocess.run([*nvcc, *flags, *architecture(), "--threads", "0", "-o", program, *sources], check=True)
         return program
 
     sanitizer = str(toolkit / "bin" / "compute-sanitizer")
