@@ -973,7 +973,9 @@ class StreamingKVCacheFp16:
         self.device = self._k_cache.device  # not what was pickled, where torch.load has a map_location
         with torch.inference_mode(False):
             self._workspace = torch.zeros(
-                memory.workspace_floats(self.device, self.head_dim, self.batch_size), dtype=torch.float32, device=self.device
+                memory.workspace_floats(self.device, self.head_dim, self.batch_size),
+                dtype=torch.float32,
+                device=self.device,
             )
         self._connect()
 
