@@ -670,7 +670,7 @@ class Run:
                 raise Difference(f"{what}: entry {i} is not zero where nothing is seen")
             with np.errstate(invalid="ignore", over="ignore"):
                 error = np.linalg.norm(answers[i] - want.out, axis=-1)
-                relative = RELATIVE[dtype]
+                relative: Any = RELATIVE[dtype]
                 if fp16:  # scores and weights
                     relative = 4e-3 + 2.0**-10 * want.magnitude
                 elif given.shape[-3] > 16:
