@@ -1011,7 +1011,7 @@ class Run:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "cache.safetensors"
                 self.cache.save(path)  # type: ignore[attr-defined]
-                size = {} if as_it_is else {"max_positions": slots}
+                size: dict[str, Any] = {} if as_it_is else {"max_positions": slots}
                 return StreamingKVCacheFp16.load(path, device=self.device, **size)  # type: ignore[attr-defined, no-any-return]
 
         def expect(loaded: StreamingKVCacheFp16) -> None:
