@@ -75,7 +75,7 @@ def with_sm90a(architectures: str) -> str:
 
 
 def has_sm90a(architectures: str) -> bool:
-    """Whether GPUs of compute capability 9.0 will run the code for sm_90a: a build for 9.0 beside it leaves that open."""
+    """Whether GPUs of compute capability 9.0 run the code for sm_90a: a build for 9.0 beside it leaves that open."""
     entries = architectures.split(";")
     return any(arch.startswith("9.0a") for arch in entries) and not {"9.0", "9.0+PTX", "Hopper"} & set(entries)
 

@@ -1,4 +1,4 @@
-"""What attention calls share in Python, and merging attention over parts."""
+"""What attention calls share in Python, and merging of answers. The kernels answer, whatever the number of queries."""
 
 from __future__ import annotations
 

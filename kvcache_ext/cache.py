@@ -695,8 +695,9 @@ class StreamingKVCacheFp16:
             return_lse: also return the natural log-sum-exp of the scaled and capped scores: FP32 of the query's shape
                 without head_dim.
             out: a tensor of the query's shape and dtype to write into.
-            precision: "fp16" lets kernels round queries and weights to FP16, which makes many queries (a prompt)
-                faster, with the error of FP16 attention, some 5e-4; "fp32" answers at FP32 accuracy.
+            precision: "fp32" answers at FP32 accuracy, whatever the query's dtype; "fp16" lets the kernels for many
+                queries round queries and weights to FP16: faster on a GPU, with an error of some 3e-4. On a CPU both
+                are the same.
             sequences: the batch slots to attend to (see the class); `B` is then their number.
 
         Returns:
@@ -705,9 +706,10 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
 
-        Up to 16 positions run in one kernel, which on a GPU reads a key and value once for every 16 queries that share
-        it (8 where head_dim is above 128, 4 above 256); more of them run in blocks of keys through
-        matmul and an online softmax (see `kvcache_ext.attention.prefill`).
+        Up to 16 queries that share a KV head (`T * Hq / H`) are answered by kernels that read each key once for 16 of
+        them (8 above head_dim 128, 4 above 256). For more of them, where `T` > 1, others serve, on tensor cores on a
+        GPU; on a CPU from 10 on. The only memory beside the answer is the cache's workspace (see `plan`), whatever `T`
+        is. Lengths are read on the device: a call never waits for it, and can be captured in a graph.
         """
         rounds = attention.rounds(precision)
         if not is_compiling():
@@ -753,7 +755,8 @@ class StreamingKVCacheFp16:
 
         For one position (`T` = 1) this is one kernel launch, and its answer is bit for bit that of `append` followed
         by `attend`. For more, each query sees the ring as it stands at its turn, also the positions that later ones of
-        the same call evict. Queries of left padding (`new_lengths`) answer zeros with LSE -inf.
+        the same call evict; the call may be longer than the ring. Queries of left padding (`new_lengths`) answer zeros
+        with LSE -inf.
 
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
@@ -973,7 +976,9 @@ class StreamingKVCacheFp16:
         self.device = self._k_cache.device  # not what was pickled, where torch.load has a map_location
         with torch.inference_mode(False):
             self._workspace = torch.zeros(
-                memory.workspace_floats(self.device, self.head_dim, self.batch_size), dtype=torch.float32, device=self.device
+                memory.workspace_floats(self.device, self.head_dim, self.batch_size),
+                dtype=torch.float32,
+                device=self.device,
             )
         self._connect()
 

@@ -102,8 +102,9 @@ def attend(
 ) -> None:
     """Attention of the positions of `query`, `[B, T, Hq, D]`, over one layer, written to `out` and `lse`.
 
-    `scale` is at most 2^86 in magnitude; `window` and `softcap` 0 mean none. `rounds`: queries and weights may be
-    rounded to FP16. `workspace`: FP32, see `workspace_floats`, its first 1,024 elements zero.
+    `T` is any number. `scale` is at most 2^86 in magnitude; `window` and `softcap` 0 mean none. `rounds`: the kernels
+    for many queries may round queries and weights to FP16. `workspace`: FP32, its first 1,024 elements zero;
+    `memory.workspace_floats` says how many elements it must have.
     """
     _ops.attend(
         k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences,
@@ -133,7 +134,11 @@ def append_attend(
     sequences: Tensor | None = None,
     rounds: bool = False,
 ) -> None:
-    """`append` and `attend` in one call, as if each position were appended and attended to in turn."""
+    """`append` and `attend` in one call, as if each position were appended and attended to in turn.
+
+    Many new positions are stored before attention, unless that evicts what queries of the call still see; then
+    afterwards. The device decides, for each sequence.
+    """
     _ops.append_attend(
         k_cache, v_cache, state, overflow_counts, workspace, layer, query, key, value, new_lengths, sink_positions,
         saturate, scale, window, softcap, out, lse, sequences, rounds,
@@ -260,9 +265,9 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("kvcache_ext::attend")
 def _(  # type: ignore[no-untyped-def]
-    k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse, sequences=None,
-    rounds=False,
-):
+    k_cache, v_cache, state, workspace, layer, query, sink_positions, scale, window, softcap, out, lse,
+    sequences=None, rounds=False,
+):  # fmt: skip
     _check_devices(
         "attend", k_cache, v_cache=v_cache, state=state, workspace=workspace, query=query,
         out=out, lse=lse, sequences=sequences,

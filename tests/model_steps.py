@@ -670,7 +670,7 @@ class Run:
                 raise Difference(f"{what}: entry {i} is not zero where nothing is seen")
             with np.errstate(invalid="ignore", over="ignore"):
                 error = np.linalg.norm(answers[i] - want.out, axis=-1)
-                relative = RELATIVE[dtype]
+                relative: Any = RELATIVE[dtype]
                 if fp16:  # scores and weights
                     relative = 4e-3 + 2.0**-10 * want.magnitude
                 elif given.shape[-3] > 16:
@@ -1011,7 +1011,7 @@ class Run:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "cache.safetensors"
                 self.cache.save(path)  # type: ignore[attr-defined]
-                size = {} if as_it_is else {"max_positions": slots}
+                size: dict[str, Any] = {} if as_it_is else {"max_positions": slots}
                 return StreamingKVCacheFp16.load(path, device=self.device, **size)  # type: ignore[attr-defined, no-any-return]
 
         def expect(loaded: StreamingKVCacheFp16) -> None:

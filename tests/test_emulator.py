@@ -1,4 +1,4 @@
-"""The emulator's sm_90a: bulk copies, barriers and products of warpgroups, and what it says of kernels that misuse them."""
+"""The emulator's sm_90a: bulk copies, barriers, products of warpgroups; what it says of kernels that misuse them."""
 
 from __future__ import annotations
 
@@ -158,20 +158,24 @@ int main(int, char** arguments) {
     std::vector<float> out(64 * kDim);
     cudaLaunchConfig_t config;
     config.gridDim = dim3(1), config.blockDim = dim3(256), config.dynamicSmemBytes = kBytes;
-    if (cudaLaunchKernelEx(&config, kernel, queries.data(), key_map, value_map, head, row0, out.data()) != cudaSuccess) {
-      return 7;
-    }
+    const cudaError_t error =
+        cudaLaunchKernelEx(&config, kernel, queries.data(), key_map, value_map, head, row0, out.data());
+    if (error != cudaSuccess) return 7;
     std::vector<double> want(64 * kDim);
     for (int q = 0; q < 64; ++q) {
       for (int row = row0; row < row0 + kTiles * kKeys && row < kPositions; ++row) {
         const int64_t at = ((int64_t{layer} * kBatch + 1) * kPositions + row) * kHeads * kDim + head * kDim;
         double score = 0;
-        for (int d = 0; d < kDim; ++d) score += half_to_float(queries[q * kDim + d]) * half_to_float(cache.k_cache[at + d]);
+        for (int d = 0; d < kDim; ++d) {
+          score += half_to_float(queries[q * kDim + d]) * half_to_float(cache.k_cache[at + d]);
+        }
         score = half_to_float(float_to_half(static_cast<float>(score)));
         for (int d = 0; d < kDim; ++d) want[q * kDim + d] += score * half_to_float(cache.v_cache[at + d]);
       }
     }
-    for (size_t i = 0; i < want.size(); ++i) worst = std::fmax(worst, std::isnan(out[i]) ? 1e9 : std::fabs(out[i] - want[i]));
+    for (size_t i = 0; i < want.size(); ++i) {
+      worst = std::fmax(worst, std::isnan(out[i]) ? 1e9 : std::fabs(out[i] - want[i]));
+    }
   }
   std::printf("%g\n", worst);
   return worst < 1e-2 ? 0 : 1;

@@ -336,7 +336,7 @@ def test_pickles_cross_devices(source: str, target: str) -> None:
     buffer.seek(0)
     other = torch.load(buffer, map_location=target, weights_only=False)
     assert other.device.type == other.k_cache.device.type == target
-    assert other._workspace.numel() == memory.workspace_floats(other.device, other.head_dim)
+    assert other._workspace.numel() == memory.workspace_floats(other.device, other.head_dim, other.batch_size)
     assert_same_cache(other, cache)
     assert_close_answers(walk(other, 2, 18), walk(cache, 2, 18))
     assert_same_cache(other, cache)

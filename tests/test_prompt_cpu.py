@@ -147,7 +147,8 @@ def test_head_sizes(cpu: Backend, head_dim: int, rows: int, group: int) -> None:
 @pytest.mark.parametrize("window", [None, 1, 30, 200])
 def test_rings(cpu: Backend, rows: int, before: int, sinks: int, window: int | None) -> None:
     """Rings that wrap once, several times or within the call; windows shorter and longer than they are."""
-    both_calls(cpu, rows, before, slots=120, sinks=sinks, head_dim=16, group=2, **({"window": window} if window else {}))
+    options = {"window": window} if window else {}
+    both_calls(cpu, rows, before, slots=120, sinks=sinks, head_dim=16, group=2, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -236,9 +237,7 @@ def test_numbers_that_are_not_finite(
     if before > 1000 and (size > 1 or cpu.name == "cpu-generic"):
         pytest.skip("once is enough")
     slots, head_dim = before - 10, 16
-    cache = make_cache(
-        cpu, num_layers=1, max_positions=slots, sink_positions=sinks, overflow="inf", head_dim=head_dim
-    )
+    cache = make_cache(cpu, num_layers=1, max_positions=slots, sink_positions=sinks, overflow="inf", head_dim=head_dim)
     held = Held(2, head_dim)
     total = before + rows
     key, value = torch.randn(2, total, 2, head_dim)

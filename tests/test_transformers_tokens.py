@@ -20,6 +20,7 @@ from llms import (
     transformers,
 )
 
+from kvcache_ext import StreamingKVCacheFp16
 from kvcache_ext.integrations.transformers import CROP_MARGIN, NAME, Fp16Cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,6 +151,30 @@ def test_half_precision_models(device: torch.device, family: str, dtype: torch.d
     error = (got - want)[inputs["attention_mask"] == 1].float().norm() / want.float().norm()
     assert error < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     assert generate(model, inputs, Fp16Cache.for_model(model, 64, 2)).shape == (2, 44)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "fp16"])
+def test_precision_of_a_prompt(
+    device: torch.device, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt is one call a layer, also where it is longer than a window's ring, at the precision asked for."""
+    model = make_model("gemma3", device, dtype)
+    inputs = prompts(2, 2 * (WINDOW + CROP_MARGIN), device, padded=True)
+    cache = Fp16Cache.for_model(model, 512, 2, precision=precision)
+    asked = []
+    original = StreamingKVCacheFp16.append_attend
+
+    def noting(*arguments: Any, **named: Any) -> Any:
+        asked.append((arguments[2].shape[1], named["precision"]))
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(StreamingKVCacheFp16, "append_attend", noting)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    automatic = "fp32" if dtype == torch.float32 else "fp16"
+    wanted = automatic if precision == "auto" else precision
+    assert asked == [(inputs["input_ids"].shape[1], wanted)] * len(cache.layers)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -82,8 +82,9 @@ class Fp16Cache(Cache):
                 cache). None leaves the model's attention alone: it then gets gathered keys and values of its own dtype,
                 copied out at every step.
             overflow: what becomes of finite values beyond FP16's range: see `StreamingKVCacheFp16`.
-            precision: of attention over many new tokens: "fp32"; "fp16" through torch's FP16 attention where that can
-                serve; "auto" takes "fp16" for models in FP16.
+            precision: of attention over many new tokens (a prompt): "fp32" answers at FP32 accuracy; "fp16" rounds
+                queries and weights to FP16, for twice the speed on a GPU with an error of some 3e-4; "auto" takes
+                "fp32" for FP32 models and "fp16" for FP16 and BF16 ones.
             compileable: let `generate` compile the model by itself, as it does with `StaticCache`.
 
         Raises:
@@ -460,11 +461,6 @@ class Storage:
 
     def __init__(self, caches: list[LayerGroup]) -> None:
         self.caches = caches
-
-    def refresh(self) -> None:
-        """Reads lengths that only the device knows: a long prompt then goes through what is held, not all slots."""
-        for cache in self.caches:
-            len(cache)
 
     def clear(self) -> None:
         for cache in self.caches:

@@ -186,38 +186,23 @@ class Fp16Layer(CacheLayerMixin):
             self.shared.all_held_from(self.columns, self.window)
         precision = self.shared.precision
         if precision == "auto":
-            precision = "fp16" if query.dtype == torch.float16 else "fp32"
-        # Within a window a long prompt goes in pieces, each of which looks at a ring instead of at the whole prompt.
-        piece = rows if self.window is None else max(self.cache.max_positions, CROP_MARGIN)
-        answers, lses = [], []
-        for begin in range(0, rows, piece):
-            part = slice(begin, min(begin + piece, rows))
-            lengths = new_lengths
-            if new_lengths is not None and piece < rows:
-                lengths = (new_lengths - (rows - part.stop)).clamp(0, part.stop - begin)
-            answer = StreamingKVCacheFp16.append_attend(
-                self.cache,
-                self.index,
-                query[:, part],
-                key[:, part],
-                value[:, part],
-                new_lengths=lengths,
-                scale=scale,
-                window=self.window,
-                softcap=softcap,
-                return_lse=return_lse,
-                precision=precision,
-                **self.shared.slots(self.device),
-            )
-            if isinstance(answer, tuple):
-                answers.append(answer[0])
-                lses.append(answer[1])
-            else:
-                answers.append(answer)
+            precision = "fp32" if query.dtype == torch.float32 else "fp16"
+        answer = StreamingKVCacheFp16.append_attend(
+            self.cache,
+            self.index,
+            query,
+            key,
+            value,
+            new_lengths=new_lengths,
+            scale=scale,
+            window=self.window,
+            softcap=softcap,
+            return_lse=return_lse,
+            precision=precision,
+            **self.shared.slots(self.device),
+        )
         self._advance(rows)
-        if len(answers) == 1:
-            return answers[0], lses[0] if lses else None
-        return torch.cat(answers, 1), torch.cat(lses, 1) if lses else None
+        return answer if isinstance(answer, tuple) else (answer, None)
 
     # With any other
 

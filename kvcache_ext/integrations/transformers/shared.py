@@ -207,8 +207,6 @@ class Shared:
         same_, all_old, all_new, left = torch.stack([same, mask[:, :seen].all(), keep.all(), padded_left]).tolist()
         if not same_ or (no_padding and not all_new):
             _mask_changed()
-        if self.storage is not None:
-            self.storage.refresh()
         self.records[window] = None if all_old and all_new else mask.clone()
         if all_new:
             return None
