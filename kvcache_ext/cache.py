@@ -708,8 +708,8 @@ class StreamingKVCacheFp16:
 
         Up to 16 queries that share a KV head (`T * Hq / H`) are answered by kernels that read each key once for 16 of
         them (8 above head_dim 128, 4 above 256). For more of them, where `T` > 1, others serve, on tensor cores on a
-        GPU; on a CPU from 10 on. The only memory beside the answer is the cache's workspace (see `plan`), whatever `T`
-        is. Lengths are read on the device: a call never waits for it, and can be captured in a graph.
+        GPU; on a CPU from 10 on. On a GPU the only memory beside the answer is the cache's workspace (see `plan`),
+        whatever `T` is. Lengths are read on the device: a call never waits for it, and a graph can capture it.
         """
         rounds = attention.rounds(precision)
         if not is_compiling():

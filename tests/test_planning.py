@@ -61,9 +61,9 @@ def test_the_budget_of_the_7b_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[""] == "32 layers, 65,536 positions, 32 key/value heads of 128"
     assert rows["weights"] == "4.00 GB"
     assert rows["cache, keys and values (FP16)"] == "34.36 GB in FP32: 68.72 GB"
-    assert rows["total"] == "38.39 GB with a cache in FP32: 72.75 GB"
+    assert rows["total"] == "38.40 GB with a cache in FP32: 72.76 GB"
     assert rows["free"] == "48.00 GB fits"
-    assert rows["most positions that fit"] == "83,869 for a batch of 1"
+    assert rows["most positions that fit"] == "83,850 for a batch of 1"
     assert rows["largest batch that fits"] == "1 of 65,536 positions"
     assert rows["fits on an empty GPU of"] == "16 GB no, 24 GB no, 48 GB yes, 80 GB yes, 141 GB yes"
 
@@ -71,7 +71,7 @@ def test_the_budget_of_the_7b_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     rows = printed(capsys, *SHAPE, "--weights-gb", "4", "--free-gb", "48", "--batch", "2")
     assert rows[""] == "32 layers, 2 sequences of 65,536 positions, 32 key/value heads of 128"
-    assert rows["free"] == "48.00 GB does not fit: 24.75 GB too much"
+    assert rows["free"] == "48.00 GB does not fit: 24.76 GB too much"
     assert rows["largest batch that fits"] == "1 of 65,536 positions"
 
 

@@ -25,7 +25,7 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         if "transformers" not in block:
             exec(compile(block, "README.md", "exec"), names)
     plan = names["plan"]
-    assert (plan.cache_bytes, plan.fits, plan.largest_max_positions) == (34359738368, True, 83869)  # type: ignore[attr-defined]
+    assert (plan.cache_bytes, plan.fits, plan.largest_max_positions) == (34359738368, True, 83850)  # type: ignore[attr-defined]
     cache = names["cache"]
     assert (len(cache), cache.position) == ((515, 592) if HAS_GPU else (512, 589))  # type: ignore[arg-type, attr-defined]
     assert names["keys"].shape == (3, 32, 128) and names["k16"].shape == (500, 32, 128)  # type: ignore[attr-defined]
