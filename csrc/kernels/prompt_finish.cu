@@ -139,21 +139,27 @@ __device__ __forceinline__ bool merge_answer(const AttendParams& p, const Prompt
 #pragma unroll 1
   for (int d = 4 * lane; d < p.cache.head_dim; d += 128) {
     const int piece = d / parts.width;
-    Running merged = {kLeastScore, 0.0f};
+    float max = kLeastScore;
 #pragma unroll 4
-    for (int i = 0; i < parts.splits; ++i) merged.max = fmaxf(merged.max, state_of(piece, i).max);
-    Vec<float, 4> sums = {};
+    for (int i = 0; i < parts.splits; ++i) max = fmaxf(max, state_of(piece, i).max);
+    // In FP64, as many parts of little weight may come behind one of much.
+    double weights = 0.0;
+    double merged[4] = {};
 #pragma unroll 4
     for (int i = 0; i < parts.splits; ++i) {
       const Running state = state_of(piece, i);
       const Vec<float, 4> part = load<float, 4>(part_of(piece, i) + row * parts.width + d - piece * parts.width);
-      const float weight = power_of_two(state.max - merged.max);
-      merged.sum = fmaf(state.sum, weight, merged.sum);
+      const double weight = power_of_two(state.max - max);
+      weights += state.sum * weight;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums.x[j] = fmaf(part.x[j], weight, sums.x[j]);
+      for (int j = 0; j < 4; ++j) merged[j] += part.x[j] * weight;
     }
-    write_answer(p, division.division, block, number, static_cast<uint32_t>(d), merged, sums);
-    const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3] + merged.sum;
+    Vec<float, 4> sums;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums.x[j] = static_cast<float>(merged[j]);
+    const float sum = static_cast<float>(weights);
+    write_answer(p, division.division, block, number, static_cast<uint32_t>(d), {max, sum}, sums);
+    const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3] + sum;
     found = found || all != all;
   }
   return __any_sync(kAllLanes, found);

@@ -9,10 +9,9 @@
 // lie one after the other in the cache is one bulk copy; what remains (the end of what is held, where the ring wraps, new
 // rows in the call's own tensors) the first warpgroup copies row by row.
 //
-// With one FP16 part (kParts 1) the products of a tile's scores run beside those of the tile's before with its values,
-// and the two warpgroups take turns, so that one multiplies while the other weighs. With two parts there is no room in
-// registers for that, and nothing to gain.
-#include <cstdlib>
+// With one FP16 part (kParts 1) the products of a tile's scores run beside those of the tile's before with its values.
+// With two parts there is no room in registers for that, and little to gain: one warpgroup multiplies while the other
+// weighs.
 #include "hopper.cuh"
 #include "launch.h"
 #include "prompt_common.cuh"
@@ -21,6 +20,9 @@
 namespace kvc {
 
 #if defined(KVC_WITH_SM90A) || defined(KVC_EMULATED)
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma nv_diag_suppress 177  // constants of a kernel that has no body for other architectures
+#endif
 namespace {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
@@ -28,15 +30,13 @@ constexpr int kGroupQueries = 64;
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kRowBytes = 128;  // of a panel
 
-// Named barriers: of the threads that load, of each warpgroup that multiplies, and whose turn it is to begin products.
+// Named barriers: of the threads that load, and of each warpgroup that multiplies.
 constexpr int kLoadBarrier = 1;
 constexpr int kGroupBarrier = 2;
-constexpr int kTurnBarrier = 4;
 
 // kDepth: 16-element steps of a row. kKeys: of a tile. kStages: tiles of keys, and of values, that there is room for.
-template <int kDepth_, int kKeys_, int kStages_, int kParts_, bool kTurns_ = true>
+template <int kDepth_, int kKeys_, int kStages_, int kParts_>
 struct Sm90Block {
-  static constexpr bool kTurns = kTurns_;
   static constexpr int kDepth = kDepth_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
   static constexpr int kQueries = 2 * kGroupQueries;
   static constexpr int kWidth = 16 * kDepth;
@@ -48,7 +48,7 @@ struct Sm90Block {
   static constexpr int kQueryPartBytes = kPanels * kQueryPanelBytes;
   static constexpr int kColumns = kWidth > 128 ? 64 : kWidth;  // of the answer, that are multiplied at a time
   static constexpr int kPieces = kWidth / kColumns;
-  static constexpr bool kTakeTurns = kParts == 1 && kDepth <= 8;
+  static constexpr bool kAhead = kParts == 1 && kDepth <= 8;
 
   // A tile of queries, or a part of the keys of one.
   struct Work {
@@ -393,20 +393,15 @@ struct Multiplier {
     }
   }
 
-  // The two warpgroups begin products in turns; those of a tile's scores run beside those of the tile's before with its
-  // values, and beside the other warpgroup's weighing.
-  __device__ __forceinline__ void take_tiles_in_turns() {
-    const int mine = kTurnBarrier + group;
-    const int others = kTurnBarrier + 1 - group;
+  // The products of a tile's scores run beside those of the tile's before with its values, and both beside the weighing.
+  __device__ __forceinline__ void take_tiles_ahead() {
     if (work->last_tile < work->stop) return;
     Weights weights;
     float rescale[2];
     {
       Products products;
       wait_barrier(shared.keys_full + stage.number, stage.parity);
-      if (Block::kTurns) sync_threads(mine, 2 * kGroupThreads);
       begin_scores<Block>(products, queries(), keys(stage.number));
-      if (Block::kTurns) arrive_threads(others, 2 * kGroupThreads);
       wait_for_products<0>();
       hold_products(products);
       give_back(shared.keys_empty + stage.number);
@@ -419,13 +414,11 @@ struct Multiplier {
       stage.advance();
       Products products;
       wait_barrier(shared.keys_full + stage.number, stage.parity);
-      if (Block::kTurns) sync_threads(mine, 2 * kGroupThreads);
       begin_scores<Block>(products, queries(), keys(stage.number));
       wait_barrier(shared.values_full + before.number, before.parity);
       begin_products();
       multiply_values<Block, true>(sums[0], weights, values(before.number, 0));
       end_products();
-      if (Block::kTurns) arrive_threads(others, 2 * kGroupThreads);
       wait_for_products<1>();
       hold_products(products);
       give_back(shared.keys_empty + stage.number);
@@ -546,14 +539,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     // From one lane for all: what depends on it can then be kept once for a warp.
     const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / kGroupThreads) - 1, 0);
     Multiplier<Block> multiplier{p, division, shared, panels, group};
-    if (Block::kTakeTurns && Block::kTurns && multiplier.group == 1) arrive_threads(kTurnBarrier, 2 * kGroupThreads);
 #pragma unroll 1
     for (;; turn.advance()) {
       wait_barrier(shared.work_full + turn.number, turn.parity);
       if (!shared.work[turn.number].exists) break;
       multiplier.begin(shared.work[turn.number]);
-      if constexpr (Block::kTakeTurns) {
-        multiplier.take_tiles_in_turns();
+      if constexpr (Block::kAhead) {
+        multiplier.take_tiles_ahead();
       } else {
         multiplier.take_tiles();
       }
@@ -586,7 +578,6 @@ cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, Prompt
 template <int kParts>
 cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, PromptParts& parts, cudaStream_t stream) {
   if (p.cache.head_dim <= 64) return launch_blocks<Sm90Block<4, 128, 2, kParts>>(p, multiprocessors, parts, stream);
-  if (kParts == 1 && p.cache.head_dim <= 128 && getenv("KVC_X_NOTURNS")) return launch_blocks<Sm90Block<8, 128, 2, kParts, kParts != 1>>(p, multiprocessors, parts, stream);
   if (p.cache.head_dim <= 128) return launch_blocks<Sm90Block<8, 128, 2, kParts>>(p, multiprocessors, parts, stream);
   return launch_blocks<Sm90Block<16, 64, 3 - kParts, kParts>>(p, multiprocessors, parts, stream);
 }
