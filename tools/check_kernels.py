@@ -86,7 +86,9 @@ class Kernel:
             return 40
         if re.match(r"prompt_sm90_kernel<Sm90Block<16, 64, 1, 2\b", self.name):
             return 720
-        if re.match(r"prompt_sm90_kernel<", self.name):  # by the warpgroup that loads, which has given its registers away
+        if re.match(
+            r"prompt_sm90_kernel<", self.name
+        ):  # by the warpgroup that loads, which has given its registers away
             return 160
         if re.match(r"finish_kernel\b", self.name):  # where an answer has a NaN
             return 160

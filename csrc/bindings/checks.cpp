@@ -428,9 +428,8 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   }
   check_storage(op, "workspace", workspace, cache);
   const int64_t words = AttendParams::least_workspace(sequences.entries(c.batch));
-  TORCH_CHECK_VALUE(
-      workspace.scalar_type() == at::kFloat && workspace.is_contiguous() && workspace.numel() >= words, op,
-      ": workspace must be contiguous torch.float32 of at least ", words, " elements");
+  TORCH_CHECK_VALUE(workspace.scalar_type() == at::kFloat && workspace.is_contiguous() && workspace.numel() >= words,
+                    op, ": workspace must be contiguous torch.float32 of at least ", words, " elements");
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(workspace.const_data_ptr()) % 16 == 0, op,
                     ": workspace must begin at a multiple of 16 bytes");
 

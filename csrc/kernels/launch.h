@@ -17,7 +17,7 @@ cudaError_t launch_attend_single(const AttendParams& params, cudaStream_t stream
 struct PromptParts;
 cudaError_t launch_attend_many(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_prompt(const AttendParams& params, PromptParts& parts, cudaStream_t stream);
-void prefer_portable_prompts(bool portable);  // for tests and benchmarks: the kernel for every GPU, wherever it runs
+void prefer_portable_prompts(bool portable);   // for tests and benchmarks: the kernel for every GPU, wherever it runs
 bool serves_sm90(const AttendParams& params);  // then launch_prompt calls this
 cudaError_t launch_prompt_sm90(const AttendParams& params, PromptParts& parts, cudaStream_t stream);
 cudaError_t launch_prompt_finish(const AttendParams& params, const PromptParts& parts, cudaStream_t stream);

@@ -104,7 +104,8 @@ struct GatherParams {
 constexpr int64_t kAttendTickets = 1022;
 constexpr int64_t kWorkspaceWords = kAttendTickets + 2;
 
-// Whether so many queries of a sequence, and query heads to a KV head, are the affair of the kernels for many (a GPU's).
+// Whether so many queries of a sequence, and query heads to a KV head, are the affair of the kernels for many (a
+// GPU's).
 KVC_HD bool is_for_many(int64_t rows, int64_t group) { return rows > 1 && rows * group > 16; }
 
 // Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as
@@ -122,17 +123,17 @@ struct AttendParams {
   float* lse;               // [B, T, Hq] natural log-sum-exp, or null
   DType dtype;
   float scale;
-  float softcap;                   // scores become softcap * tanh(score / softcap); 0: they stay
-  int64_t window;                  // 0: no window
-  bool rounds;                     // FP16 will do for queries and weights (precision="fp16")
-  bool settled;                    // the launch before does not touch this layer, which may be read at once
-  bool appends;                    // the fields of `append` count; else they are not read
-  AppendParams append;             // of the same cache and layer, layer_count 1, T rows
-  float* partials;                 // workspace: what the blocks that share a head leave for the last of them
-  uint32_t* tickets;               // workspace [kAttendTickets]: zero between launches
-  int64_t partial_floats;          // the size of `partials`
+  float softcap;           // scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;          // 0: no window
+  bool rounds;             // FP16 will do for queries and weights (precision="fp16")
+  bool settled;            // the launch before does not touch this layer, which may be read at once
+  bool appends;            // the fields of `append` count; else they are not read
+  AppendParams append;     // of the same cache and layer, layer_count 1, T rows
+  float* partials;         // workspace: what the blocks that share a head leave for the last of them
+  uint32_t* tickets;       // workspace [kAttendTickets]: zero between launches
+  int64_t partial_floats;  // the size of `partials`
   // Of calls with many queries:
-  uint32_t* redo;         // workspace: not 0 where an answer has a NaN, which is to be looked at again; zero between calls
+  uint32_t* redo;  // workspace: not 0 where an answer has a NaN, which is to be looked at again; zero between calls
   uint32_t* next_work;     // workspace: the next tile of queries to work on; zero between calls
   int64_t* first_lengths;  // workspace [B]: how many of an entry's new positions are stored before attention, 0 or all
   int64_t* last_lengths;   // workspace [B]: how many are stored after it, as they evict what queries still see

@@ -353,8 +353,8 @@ cudaError_t launch_blocks(const AttendParams& p, PromptParts& parts, cudaStream_
   }
   if (error != cudaSuccess) return error;
   const int64_t units = prompt_units(p, Block::kQueries) * Block::kPieces;
-  const int64_t splits = prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys,
-                                       Block::parts(1).floats());
+  const int64_t splits =
+      prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, Block::parts(1).floats());
   parts = Block::parts(splits);
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   const auto kernel = prompt_kernel<Block>;

@@ -430,8 +430,8 @@ __device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDi
   for (int h = 0; h < 2; ++h) {
     if (!there[h]) continue;
     const QueryPlace place(division.division, block, number[h]);
-    const int64_t offset = block.entry * p.out.batch_stride + place.t * p.out.row_stride +
-                           place.head * p.out.head_stride + lane_column;
+    const int64_t offset =
+        block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride + lane_column;
     const float factor = rows.sum[h] == 0.0f ? 0.0f : 1.0f / rows.sum[h];
     const auto as_it_is = [](float x) { return x; };
     const auto as_half = [&](float x) { return p.dtype == DType::f16 ? float_to_half(x) : float_to_bf16(x); };

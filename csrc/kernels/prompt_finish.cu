@@ -34,8 +34,7 @@ struct ExactQuery {
     uint32_t counted_elsewhere = 0;
     const int64_t offset = block.entry * new_rows.batch_stride + plan.input_row(row) * new_rows.row_stride +
                            block.head * new_rows.head_stride + d;
-    return half_to_float(
-        stored_element(new_rows.data, offset, p.append.dtype, p.append.saturate, counted_elsewhere));
+    return half_to_float(stored_element(new_rows.data, offset, p.append.dtype, p.append.saturate, counted_elsewhere));
   }
 
   __device__ __forceinline__ void load() {
@@ -99,8 +98,10 @@ struct ExactQuery {
       if (d < p.cache.head_dim) store_float(p.out.data, offset + d, p.dtype, is_nan ? nan : sums[j] * factor);
     }
     if (p.lse != nullptr && threadIdx.x % 32 == 0) {
-      p.lse[(block.entry * p.rows + place.t) * p.query_heads + place.head] =
-          is_nan ? nan : state.sum == 0.0f ? minus_infinity() : state.max * kLn2 + logf(state.sum);
+      p.lse[(block.entry * p.rows + place.t) * p.query_heads + place.head] = is_nan ? nan
+                                                                             : state.sum == 0.0f
+                                                                                 ? minus_infinity()
+                                                                                 : state.max * kLn2 + logf(state.sum);
     }
   }
 };
@@ -112,8 +113,7 @@ __device__ __noinline__ void answer_exactly(const AttendParams& p, const BlockUn
 }
 
 __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& block, const QueryPlace& place) {
-  const int64_t offset =
-      block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride;
+  const int64_t offset = block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride;
   bool found = false;
   for (int64_t d = threadIdx.x % 32; d < p.cache.head_dim; d += 32) {
     const float x = load_as_float(p.out.data, offset + d, p.dtype);

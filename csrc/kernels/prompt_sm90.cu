@@ -1,13 +1,13 @@
-// prompt attention for sm_90a (H100, H200): what prompt_attention.cu does, by the products of warpgroups (wgmma) and bulk
-// copies of tiles (TMA), with twice its speed.
+// prompt attention for sm_90a (H100, H200): what prompt_attention.cu does, by the products of warpgroups (wgmma) and
+// bulk copies of tiles (TMA), with twice its speed.
 //
 // A block has three warpgroups. The first finds the next tile of 128 queries that nobody works on, and copies tiles of
-// keys and values into shared memory; the other two multiply them with 64 of the queries each, that lie in shared memory
-// as FP16 parts. Barriers in shared memory say when a tile is there, and when both have done with it (the scheme of
-// FlashAttention-3: Shah et al., 2024). There are as many blocks as multiprocessors: while the answers of one tile of
-// queries are written, keys of the next are on their way. A tile whose rows
-// lie one after the other in the cache is one bulk copy; what remains (the end of what is held, where the ring wraps, new
-// rows in the call's own tensors) the first warpgroup copies row by row.
+// keys and values into shared memory; the other two multiply them with 64 of the queries each, that lie in shared
+// memory as FP16 parts. Barriers in shared memory say when a tile is there, and when both have done with it (the scheme
+// of FlashAttention-3: Shah et al., 2024). There are as many blocks as multiprocessors: while the answers of one tile
+// of queries are written, keys of the next are on their way. A tile whose rows lie one after the other in the cache is
+// one bulk copy; what remains (the end of what is held, where the ring wraps, new rows in the call's own tensors) the
+// first warpgroup copies row by row.
 //
 // With one FP16 part (kParts 1) the products of a tile's scores run beside those of the tile's before with its values.
 // With two parts there is no room in registers for that, and little to gain: one warpgroup multiplies while the other
@@ -41,8 +41,8 @@ struct Sm90Block {
   static constexpr int kQueries = 2 * kGroupQueries;
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kPanels = kWidth / 64;
-  static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
-  static constexpr int kPanelBytes = kKeys * kRowBytes;        // of keys or values
+  static constexpr int kChunks = 2 * kDepth;             // 16-byte chunks of a row
+  static constexpr int kPanelBytes = kKeys * kRowBytes;  // of keys or values
   static constexpr int kTileBytes = kPanels * kPanelBytes;
   static constexpr int kQueryPanelBytes = kGroupQueries * kRowBytes;
   static constexpr int kQueryPartBytes = kPanels * kQueryPanelBytes;
@@ -126,9 +126,9 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
       }
       const uint16_t* cached = (of_values ? p.cache.v_cache : p.cache.k_cache) + block.cache_offset(p);
       const NewRows rows(p.append, of_values ? p.append.value : p.append.key, block);
-      copy_tile<Block::kKeys, Block::kChunks, kGroupThreads>(
-          plan, cached, p.cache.heads * p.cache.head_dim, static_cast<int>(p.cache.head_dim) / 8, row0, end, rows, 0,
-          at, Block::place, thread);
+      copy_tile<Block::kKeys, Block::kChunks, kGroupThreads>(plan, cached, p.cache.heads * p.cache.head_dim,
+                                                             static_cast<int>(p.cache.head_dim) / 8, row0, end, rows, 0,
+                                                             at, Block::place, thread);
       end_copy_group();
       wait_for_copies<0>();
       fence_for_products();
@@ -143,7 +143,7 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
 template <typename Block>
 __device__ __forceinline__ void store_queries(const AttendParams& p, const PromptDivision& division,
                                               const PromptTile& tile, int group, char* at, float* factors) {
-  constexpr int kLanes = 8;                        // that share a row: each has every eighth chunk of eight elements
+  constexpr int kLanes = 8;                         // that share a row: each has every eighth chunk of eight elements
   constexpr int kChunks = Block::kChunks / kLanes;  // of a lane
   constexpr int kRows = kChunks == 1 ? 2 : 1;       // of a lane, at a time
   const int lane = static_cast<int>(threadIdx.x % kLanes);
@@ -169,7 +169,7 @@ __device__ __forceinline__ void store_queries(const AttendParams& p, const Promp
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = row0 + 16 * r;
-      float(*const of_row)[2] = x + r * kChunks * 4;
+      float (*const of_row)[2] = x + r * kChunks * 4;
       float largest = 0.0f;
 #pragma unroll
       for (int i = 0; i < kChunks * 4; ++i) {
@@ -214,8 +214,7 @@ __device__ __forceinline__ void begin_scores(FragmentC (&products)[kBlocks], con
 #pragma unroll
     for (int k = 0; k < Block::kDepth; ++k) {
       multiply_add_rows(
-          products,
-          operand_after(left, part * Block::kQueryPartBytes + k / 4 * Block::kQueryPanelBytes + k % 4 * 32),
+          products, operand_after(left, part * Block::kQueryPartBytes + k / 4 * Block::kQueryPanelBytes + k % 4 * 32),
           operand_after(right, k / 4 * Block::kPanelBytes + k % 4 * 32), part != Block::kParts - 1 || k > 0);
     }
   }
@@ -226,8 +225,7 @@ __device__ __forceinline__ void begin_scores(FragmentC (&products)[kBlocks], con
 // their place.
 template <typename Block, bool kAdds, int kSteps, int kBlocks>
 __device__ __forceinline__ void multiply_values(FragmentC (&sums)[kBlocks],
-                                                const FragmentA (&weights)[Block::kParts][kSteps],
-                                                const char* values) {
+                                                const FragmentA (&weights)[Block::kParts][kSteps], const char* values) {
   const uint64_t right = operand_at(values, Block::kPanelBytes);
 #pragma unroll
   for (int part = Block::kParts - 1; part >= 0; --part) {
@@ -393,7 +391,8 @@ struct Multiplier {
     }
   }
 
-  // The products of a tile's scores run beside those of the tile's before with its values, and both beside the weighing.
+  // The products of a tile's scores run beside those of the tile's before with its values, and both beside the
+  // weighing.
   __device__ __forceinline__ void take_tiles_ahead() {
     if (work->last_tile < work->stop) return;
     Weights weights;
@@ -486,8 +485,9 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const PromptDiv
     const bool idle = kGroupQueries * group >= tile.queries || newest.end == 0;
     work.last_seen[group] = idle ? -1 : tiles.reaching(newest.end) - 1;
     work.last_clear[group] = tiles.within(oldest.end) - 1;
-    work.first_clear[group] =
-        newest.begin <= plan.sinks_held ? 0 : static_cast<int32_t>(imax(tiles.reaching(newest.begin), tiles.sink_tiles));
+    work.first_clear[group] = newest.begin <= plan.sinks_held
+                                  ? 0
+                                  : static_cast<int32_t>(imax(tiles.reaching(newest.begin), tiles.sink_tiles));
   }
 }
 
