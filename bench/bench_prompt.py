@@ -4,8 +4,9 @@ A row `prompt/<shape>/<T>x<S>/<fp32|fp16|bf16>` is one call of `attend` of T que
 ones included: causal, 4 * head_dim FLOP for each query head and each pair of a query and a key that it sees. `fp32`:
 FP32 queries, precision="fp32". `fp16`, `bf16`: queries of that dtype, precision="fp16", as Fp16Cache asks for models of
 that dtype. `bf16-exact`: BF16 queries, precision="fp32". `window4096`: a sliding window of 4,096. `ragged8`: a batch of
-8 sequences, of 0.3 of S to S positions. A row `.../append` is `truncate` back to S - T positions and `append_attend`
-together; its peers copy the new rows into a cache of their own dtype, then attend.
+8 sequences, of 0.3 of S to S positions. A row `.../portable` is by the kernel for every GPU (mma.sync), on one
+that has a faster kernel (wgmma). A row `.../append` is `truncate` back to S - T positions and `append_attend` together;
+its peers copy the new rows into a cache of their own dtype, then attend.
 
 The others are torch's scaled_dot_product_attention over copies `[B, H, S, D]` of the query's dtype (sdpa_peers.py).
 FP32: the memory-efficient kernel, alone and with the gathering of FP32 copies from the cache counted ("to FP32, SDPA").
@@ -21,9 +22,10 @@ products. (On a CPU: FP32 for all.) On a GPU times are those of eager calls by e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import ceilings
@@ -63,6 +65,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from kvcache_ext import StreamingKVCacheFp16
+from kvcache_ext._extension import extension
 
 HEAD_DIM = 128
 SHAPES = {"mha32": (32, 32), "gqa32x8": (32, 8), "gqa64x8": (64, 8)}  # query heads, KV heads
@@ -78,7 +81,7 @@ H200_TARGETS = {
     )
     for kind in kinds
     for size, rate in rates.items()
-}
+} | {"prompt/mha32/4096x4096/fp32/portable": Target(190)}
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,8 @@ class Bench:
         """One row. Returns the case, made if there is none yet; None after a failure, which may have changed it."""
         try:
             case = case or make()
-            self.measure(name, case, kind, append)
+            with portable_kernel(name.endswith("/portable")):
+                self.measure(name, case, kind, append)
         except Exception as error:  # one row's failure is not to cost the others'
             self.missing.note(name, "ours", error)
             case = None
@@ -304,6 +308,16 @@ class Bench:
             torch.cuda.empty_cache()  # here, where no traceback holds a peer's copies any more
         self.results.save(last=False)
         return case
+
+
+@contextlib.contextmanager
+def portable_kernel(wanted: bool) -> Iterator[None]:
+    """The kernel for every GPU, where this one would take that for sm_90a."""
+    if wanted:
+        extension.prefer_portable_prompts(True)
+    yield
+    if wanted:
+        extension.prefer_portable_prompts(False)
 
 
 # The command line
@@ -319,6 +333,10 @@ def sizes_of(shape: str, device: torch.device, quick: bool) -> list[Size]:
     return sizes + (RAGGED_SIZES if shape != "gqa64x8" else [])
 
 
+def runs_sm90_code(device: torch.device) -> bool:
+    return on_gpu(device) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def rows_of(shape: str, size: Size, device: torch.device, quick: bool) -> list[tuple[str, Kind, bool]]:
     """Name, kind, and whether it appends."""
     found = []
@@ -329,6 +347,8 @@ def rows_of(shape: str, size: Size, device: torch.device, quick: bool) -> list[t
         found.append((row, kind, False))
         if size.append and name != "bf16-exact":
             found.append((f"{row}/append", kind, True))
+        if size.append and shape == "mha32" and name in ("fp32", "fp16") and runs_sm90_code(device):
+            found.append((f"{row}/portable", kind, False))
     return found
 
 

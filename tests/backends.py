@@ -56,10 +56,12 @@ def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
 def using(name: str, emulator: Path | None = None, sm90: bool = True) -> Iterator[Backend]:
     """A backend by its name: "cpu" (what the CPU chooses itself), one of CPU_BACKENDS, or "cuda".
 
-    `sm90`: what is emulated is a GPU that runs the kernels for sm_90a.
+    `sm90`: prompts may go to the kernels for sm_90a, on a GPU that runs them or an emulated one.
     """
     if name == "cuda":
+        extension.prefer_portable_prompts(not sm90)
         yield Backend(name, torch.device("cuda", torch.cuda.current_device()))
+        extension.prefer_portable_prompts(False)
         return
     device = torch.device("cpu")
     if name == "emulated":

@@ -69,7 +69,7 @@ DEVICES = ["cpu"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU el
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each implementation in turn: the CPU's instruction sets, the GPU kernels emulated on the CPU, and the GPU."""
     emulator = request.getfixturevalue("emulator_library") if request.param == "emulated" else None
-    sm90 = zlib.crc32(request.node.nodeid.encode()) % 2 == 0  # some tests emulate one GPU, the others another
+    sm90 = zlib.crc32(request.node.nodeid.encode()) % 2 == 0  # some tests try one kernel, others another
     with contextlib.ExitStack() as stack:
         try:
             chosen = stack.enter_context(using(request.param, emulator, sm90))
