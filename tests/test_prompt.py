@@ -245,6 +245,35 @@ def test_scores_that_rise_and_fall(backend: Backend, slope: float) -> None:
     prompt.append_attend(query, *prompt.new(20)[1:], scale=0.5)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("scale", [1e7, 1e9, -(2.0**30), 2.0**80])
+def test_scores_of_no_bits_behind_the_point(backend: Backend, scale: float, precision: str) -> None:
+    """The key of the largest score has all weight, however the scores are rounded."""
+    cache = StreamingKVCacheFp16(1, 100, 1, 64, device=backend.device)
+    key, value = torch.randn(60, 1, 64).half().float(), torch.randn(60, 1, 64).half().float()
+    cache.append(0, key.to(backend.device), value.to(backend.device))
+    query = torch.randn(20, 1, 64)
+    if precision == "fp16":
+        query = query.half().float()
+    scores = (query[:, 0].double() @ key[:, 0].double().T) * (1 if scale > 0 else -1)
+    scores.masked_fill_(torch.arange(60) > torch.arange(40, 60)[:, None], -torch.inf)
+    got = cache.attend(0, query.to(backend.device), scale=scale, precision=precision)
+    assert isinstance(got, torch.Tensor)
+    assert (got[:, 0].cpu() - value[scores.argmax(1), 0]).abs().max() < 2e-3
+
+
+def test_the_largest_query(backend: Backend) -> None:
+    """Its FP16 parts are finite: all scores are about -1 here."""
+    cache = StreamingKVCacheFp16(1, 40, 1, 8, device=backend.device)
+    cache.append(0, torch.full((40, 1, 8), -0.25).to(backend.device), torch.ones(40, 1, 8).to(backend.device))
+    query = torch.full((20, 1, 8), 3.4028e38, device=backend.device)
+    for precision in PRECISIONS:
+        got, lse = cache.attend(0, query, scale=1 / 3.4028e38, precision=precision, return_lse=True)
+        want = math.log(40 - 19) - 2.0, math.log(40) - 2.0
+        assert (got - 1).abs().max() < 1e-3
+        assert abs(lse[0, 0].item() - want[0]) < 2e-3 and abs(lse[-1, 0].item() - want[1]) < 2e-3
+
+
 def test_long_tails(backend: Backend) -> None:
     """Many keys of next to no weight each add up to more than an error is allowed to be."""
     count, score = (4096, 20.0) if backend.slow else (65_535, 23.0)

@@ -81,15 +81,15 @@ class Kernel:
         if re.match(r"attend_kernel<8, 2, 2\b", self.name) and since_sm_100:
             return 40
         if re.match(r"prompt_kernel<PromptBlock<16\b", self.name):
-            return 128
+            return 288
         if re.match(r"prompt_kernel<PromptBlock<8\b", self.name) and since_sm_100:
             return 40
         if re.match(r"prompt_sm90_kernel<Sm90Block<16, 64, 1, 2\b", self.name):
-            return 720
+            return 820
         if re.match(
             r"prompt_sm90_kernel<", self.name
         ):  # by the warpgroup that loads, which has given its registers away
-            return 160
+            return 288
         if re.match(r"finish_kernel\b", self.name):  # where an answer has a NaN
             return 160
         return 0

@@ -433,6 +433,12 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(workspace.const_data_ptr()) % 16 == 0, op,
                     ": workspace must begin at a multiple of 16 bytes");
 
+  // Kernels number rows, and the queries of a KV head, with 32 bits.
+  constexpr int64_t kMostRows = int64_t{1} << 31;
+  TORCH_CHECK_VALUE(
+      c.positions + form.rows < kMostRows && form.rows * (form.heads / c.heads) < kMostRows, op,
+      ": query must have fewer than 2^31 positions, together with max_positions and times the heads that ",
+      "share a KV head, got ", form.rows);
   p.layer = layer;
   p.rows = form.rows;
   p.query_heads = form.heads;

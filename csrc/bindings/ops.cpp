@@ -106,6 +106,13 @@ TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer
   return to;
 }
 
+namespace {
+
+// Whether attention has anything to do: else no kernel stands behind the one before.
+bool launches(const AttendParams& p) { return p.rows > 0 && p.sequences.entries(p.cache.batch) > 0; }
+
+}  // namespace
+
 void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
             const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
             const at::Tensor& out, const at::Tensor& lse) {
@@ -115,7 +122,7 @@ void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, cons
                       {{"workspace", &workspace}, {"out", &out}, {"lse", &lse}});
   p.settled = sequences == nullptr && lengths != nullptr && lengths->settled(layer);
   run("attend", p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
-  if (lengths != nullptr) lengths->attention_launched(-1);
+  if (lengths != nullptr && launches(p)) lengths->attention_launched(-1);
 }
 
 void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
@@ -139,7 +146,7 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   p.settled = one && lengths != nullptr && lengths->settled(layer);
   run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
   if (lengths == nullptr) return;
-  append.rows == 1 ? lengths->attention_launched(layer) : lengths->other_launched();
+  append.rows == 1 && launches(p) ? lengths->attention_launched(layer) : lengths->other_launched();
   lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr, sequences);
 }
 

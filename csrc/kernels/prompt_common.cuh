@@ -22,6 +22,17 @@
 namespace kvc {
 
 constexpr float kLog2PromptScale = 14;  // of a weight
+constexpr float kLargeScore = 1048576;  // from here on an FP32 score has no more than three bits behind the point
+
+// a b, which the compiler does not make part of a fused operation.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+#if defined(KVC_EMULATED)
+  const volatile float product = a * b;
+  return product;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
 
 // How a launch left its answers: whole (`splits` 1), or in so many parts of each unit and piece, that lie behind each
 // other in the workspace. A part: weighted sums [queries][width], then states [queries].
@@ -87,7 +98,9 @@ inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int6
   const int64_t tiles = (p.rows * group + queries - 1) / queries;
   // At least four turns of all multiprocessors, so that the last tiles of queries to be taken are short ones.
   int64_t together = imin(imax(8, (4 * multiprocessors + tiles - 1) / tiles), sequence_heads);
-  while (sequence_heads % together != 0) ++together;
+  const int64_t most = imin(2 * together, sequence_heads);
+  while (sequence_heads % together != 0 && together < most) ++together;
+  while (sequence_heads % together != 0) --together;
   PromptDivision d;
   d.division = {FastDivider::by(static_cast<uint32_t>(sequence_heads * tiles)),
                 FastDivider::by(static_cast<uint32_t>(tiles)), FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
@@ -240,7 +253,7 @@ struct QueryScale {
 
   __device__ __forceinline__ static QueryScale of(const AttendParams& p, float largest) {
     const int exponent = static_cast<int>(float_bits(largest) >> 23) - 127;
-    const int shift = exponent < -100 ? 114 : exponent > 126 ? -112 : 14 - exponent;
+    const int shift = exponent < -100 ? 114 : exponent > 126 ? -113 : 14 - exponent;
     const float scale = p.softcap > 0 ? p.scale : p.scale * kLog2e;
     const float factor = fabsf(scale) * exact_power_of_two(-shift);
     if (factor == 0.0f) return {0.0f, 1.0f};  // all scores are 0
@@ -338,7 +351,7 @@ struct PromptRows {
   __device__ __forceinline__ void weigh(FragmentC (&products)[kBlocks], float softcap, float (&rescale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float scale = softcap > 0 ? 1.0f : factor[h];
+      float scale = softcap > 0 ? 1.0f : factor[h];
       float largest = fmaxf(products[0].x[2 * h], products[0].x[2 * h + 1]);
 #pragma unroll
       for (int i = 1; i < kBlocks; ++i) {
@@ -346,10 +359,21 @@ struct PromptRows {
       }
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-      const float new_max = fmaxf(max[h], largest * scale);
+      const float new_max = fmaxf(max[h], rounded_product(largest, scale));
       rescale[h] = power_of_two(max[h] - new_max);
       max[h] = new_max;
-      const float base = kLog2PromptScale - new_max;
+      float base = kLog2PromptScale - new_max;
+      if (fabsf(new_max) > kLargeScore) {  // whose rounding counts: all scores have to be rounded as the largest was
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            products[i].x[2 * h + e] = rounded_product(products[i].x[2 * h + e], scale) - new_max;
+          }
+        }
+        scale = 1.0f;
+        base = kLog2PromptScale;
+      }
       float weights[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {

@@ -48,6 +48,9 @@ cudaError_t launch_append_of(const AttendParams& p, const int64_t* lengths, cuda
 
 cudaError_t launch_attend_many(const AttendParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
+  // Before anything is stored: the kernel of the shortest tiles has to have blocks enough.
+  constexpr int64_t kShortestTile = 8;
+  if (prompt_units(p, kShortestTile) >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   cudaError_t error = cudaSuccess;
   if (p.appends) error = launch_order(p, stream);
   if (p.appends && error == cudaSuccess) error = launch_append_of(p, p.first_lengths, stream);

@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
       uint64_t* full = (of_values ? shared.values_full : shared.keys_full) + stage.number;
       uint64_t* empty = (of_values ? shared.values_empty : shared.keys_empty) + stage.number;
       char* at = panels + (of_values ? Block::kValuesAt : Block::kKeysAt) + stage.number * Block::kTileBytes;
-      wait_barrier(empty, stage.parity ^ 1);
+      if (thread == 0) wait_barrier(empty, stage.parity ^ 1);  // (others might come too late to see the phase end)
       if (whole) {
         if (thread != 0) continue;
         arrive_and_expect(full, Block::kTileBytes);
@@ -124,6 +124,7 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
         }
         continue;
       }
+      sync_threads(kLoadBarrier, kGroupThreads);  // the first of them has seen that there is room
       const uint16_t* cached = (of_values ? p.cache.v_cache : p.cache.k_cache) + block.cache_offset(p);
       const NewRows rows(p.append, of_values ? p.append.value : p.append.key, block);
       copy_tile<Block::kKeys, Block::kChunks, kGroupThreads>(plan, cached, p.cache.heads * p.cache.head_dim,
@@ -305,6 +306,7 @@ struct Multiplier {
     return panels + Block::kValuesAt + number * Block::kTileBytes + piece * (Block::kColumns / 64) * Block::kPanelBytes;
   }
   static __device__ __forceinline__ void give_back(uint64_t* empty) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(empty);
   }
 
