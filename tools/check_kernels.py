@@ -83,7 +83,7 @@ class Kernel:
         if re.match(r"prompt_kernel<PromptBlock<16\b", self.name):
             return 288
         if re.match(r"prompt_kernel<PromptBlock<8\b", self.name) and since_sm_100:
-            return 40
+            return 96
         if re.match(r"prompt_sm90_kernel<Sm90Block<16, 64, 1, 2\b", self.name):
             return 820
         if re.match(
