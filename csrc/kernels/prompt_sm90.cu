@@ -368,9 +368,9 @@ struct Multiplier {
       wait_barrier(shared.values_full + stage.number, stage.parity);
       if constexpr (kParts == 1) {
         rescale_sums(sums, rescale);
-        begin_products();
 #pragma unroll
         for (int piece = 0; piece < Block::kPieces; ++piece) {
+          begin_products();
           multiply_values<Block, true>(sums[piece], weights, values(stage.number, piece));
         }
         end_products();
