@@ -72,11 +72,6 @@ __device__ __forceinline__ void sync_threads(int number, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Counts as so many threads' coming to that barrier, without waiting: `threads` are all that come or wait.
-__device__ __forceinline__ void arrive_threads(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
-}
-
 // Registers of a warpgroup's threads: a kernel begins with what its launch bounds give it.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {

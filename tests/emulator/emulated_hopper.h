@@ -290,21 +290,18 @@ inline void copy_box(void* shared, const CUtensorMap* map, uint64_t* barrier, in
   }
 }
 
-inline void arrive_threads(int number, int threads) {
+inline void sync_threads(int number, int threads) {
   if (number < 1 || number > 15 || threads < 32 || threads % 32 != 0) emulator::stop("no such barrier of some threads");
   emulator::NamedBarrier& b = emulator::hopper_of_block().named[number];
   if (b.here > 0 && b.threads != static_cast<unsigned>(threads)) {
     emulator::stop("threads come to a barrier that say different numbers of them");
   }
   b.threads = static_cast<unsigned>(threads);
-  if (++b.here < b.threads) return;
-  b.here = 0;
-  ++b.phase;
-}
-inline void sync_threads(int number, int threads) {
-  const emulator::NamedBarrier& b = emulator::hopper_of_block().named[number & 15];
   const unsigned phase = b.phase;
-  arrive_threads(number, threads);
+  if (++b.here == b.threads) {
+    b.here = 0;
+    ++b.phase;
+  }
   emulator::wait_until([&b, phase] { return b.phase != phase; });
 }
 
