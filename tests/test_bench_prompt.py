@@ -41,6 +41,8 @@ def test_it_runs_in_small(device: torch.device, tmp_path: Path, monkeypatch: pyt
     wanted += [
         f"{name}/append" for name in wanted if "/16x40/" in name and "window" not in name and "exact" not in name
     ]
+    if bench_prompt.runs_sm90_code(device):
+        wanted += [f"mha32/{size}/{kind}/portable" for size in sizes[:2] for kind in ("fp32", "fp16")]
     assert sorted(rows) == sorted(f"prompt/{name}" for name in wanted)
     assert all(entries[name]["value"] > 0 and entries[name]["ceiling"] > 0 for name in rows)
     if device.type == "cpu":

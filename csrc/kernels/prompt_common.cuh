@@ -10,7 +10,8 @@
 // No sum stays in one for longer than a tile of keys. With kParts = 1 (precision="fp16") there is no low part.
 //
 // Values that are not finite make NaN of sums: 0 times them is NaN, and so is the difference of infinite products. An
-// answer with a NaN is noted in AttendParams::redo, and answered anew by prompt_finish.cu.
+// answer with a NaN is noted in AttendParams::redo, and answered anew by prompt_finish.cu. So is a query whose largest
+// score is beyond kLargeScore: weights may then overflow, and its sum is made NaN.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,17 +23,7 @@
 namespace kvc {
 
 constexpr float kLog2PromptScale = 14;  // of a weight
-constexpr float kLargeScore = 1048576;  // from here on an FP32 score has no more than three bits behind the point
-
-// a b, which the compiler does not make part of a fused operation.
-__device__ __forceinline__ float rounded_product(float a, float b) {
-#if defined(KVC_EMULATED)
-  const volatile float product = a * b;
-  return product;
-#else
-  return __fmul_rn(a, b);
-#endif
-}
+constexpr float kLargeScore = 16777216;  // 2^24: larger ones have no bit behind the point in FP32
 
 // How a launch left its answers: whole (`splits` 1), or in so many parts of each unit and piece, that lie behind each
 // other in the workspace. A part: weighted sums [queries][width], then states [queries].
@@ -351,7 +342,7 @@ struct PromptRows {
   __device__ __forceinline__ void weigh(FragmentC (&products)[kBlocks], float softcap, float (&rescale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float scale = softcap > 0 ? 1.0f : factor[h];
+      const float scale = softcap > 0 ? 1.0f : factor[h];
       float largest = fmaxf(products[0].x[2 * h], products[0].x[2 * h + 1]);
 #pragma unroll
       for (int i = 1; i < kBlocks; ++i) {
@@ -359,21 +350,10 @@ struct PromptRows {
       }
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-      const float new_max = fmaxf(max[h], rounded_product(largest, scale));
+      const float new_max = fmaxf(max[h], largest * scale);
       rescale[h] = power_of_two(max[h] - new_max);
       max[h] = new_max;
-      float base = kLog2PromptScale - new_max;
-      if (fabsf(new_max) > kLargeScore) {  // whose rounding counts: all scores have to be rounded as the largest was
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            products[i].x[2 * h + e] = rounded_product(products[i].x[2 * h + e], scale) - new_max;
-          }
-        }
-        scale = 1.0f;
-        base = kLog2PromptScale;
-      }
+      const float base = kLog2PromptScale - new_max;
       float weights[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
@@ -388,12 +368,13 @@ struct PromptRows {
     }
   }
 
-  // The lanes' sums become the queries'.
+  // The lanes' sums become the queries'; a NaN where the scores were too large.
   __device__ __forceinline__ void add_lanes() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 1);
       sum[h] += __shfl_xor_sync(kAllLanes, sum[h], 2);
+      if (fabsf(max[h]) > kLargeScore && max[h] != kLeastScore) sum[h] = bits_float(0x7fffffffu);
     }
   }
   __device__ __forceinline__ Running running(int h) const { return {max[h] - kLog2PromptScale, sum[h]}; }

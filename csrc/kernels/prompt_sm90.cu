@@ -146,7 +146,7 @@ __device__ __forceinline__ void store_queries(const AttendParams& p, const Promp
                                               const PromptTile& tile, int group, char* at, float* factors) {
   constexpr int kLanes = 8;                         // that share a row: each has every eighth chunk of eight elements
   constexpr int kChunks = Block::kChunks / kLanes;  // of a lane
-  constexpr int kRows = kChunks == 1 ? 2 : 1;       // of a lane, at a time
+  constexpr int kRows = kChunks > 2 ? 2 : 4;        // of a lane, at a time
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   const int first_row = static_cast<int>(threadIdx.x % kGroupThreads / kLanes);
   const int head_dim = static_cast<int>(p.cache.head_dim);
