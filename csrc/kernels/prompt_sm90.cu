@@ -112,7 +112,8 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
       uint64_t* full = (of_values ? shared.values_full : shared.keys_full) + stage.number;
       uint64_t* empty = (of_values ? shared.values_empty : shared.keys_empty) + stage.number;
       char* at = panels + (of_values ? Block::kValuesAt : Block::kKeysAt) + stage.number * Block::kTileBytes;
-      if (thread == 0) wait_barrier(empty, stage.parity ^ 1);  // (others might come too late to see the phase end)
+      wait_barrier(empty, stage.parity ^ 1);
+      sync_threads(kLoadBarrier, kGroupThreads);  // else a slow warp could miss the end of that phase
       if (whole) {
         if (thread != 0) continue;
         arrive_and_expect(full, Block::kTileBytes);
@@ -124,7 +125,6 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
         }
         continue;
       }
-      sync_threads(kLoadBarrier, kGroupThreads);  // the first of them has seen that there is room
       const uint16_t* cached = (of_values ? p.cache.v_cache : p.cache.k_cache) + block.cache_offset(p);
       const NewRows rows(p.append, of_values ? p.append.value : p.append.key, block);
       copy_tile<Block::kKeys, Block::kChunks, kGroupThreads>(plan, cached, p.cache.heads * p.cache.head_dim,
@@ -146,7 +146,7 @@ __device__ __forceinline__ void store_queries(const AttendParams& p, const Promp
                                               const PromptTile& tile, int group, char* at, float* factors) {
   constexpr int kLanes = 8;                         // that share a row: each has every eighth chunk of eight elements
   constexpr int kChunks = Block::kChunks / kLanes;  // of a lane
-  constexpr int kRows = kChunks > 2 ? 2 : 4;        // of a lane, at a time
+  constexpr int kRows = kChunks == 1 ? 2 : Block::kParts == 2 && kChunks == 2 ? 4 : 1;  // of a lane, at a time
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   const int first_row = static_cast<int>(threadIdx.x % kGroupThreads / kLanes);
   const int head_dim = static_cast<int>(p.cache.head_dim);
@@ -306,7 +306,6 @@ struct Multiplier {
     return panels + Block::kValuesAt + number * Block::kTileBytes + piece * (Block::kColumns / 64) * Block::kPanelBytes;
   }
   static __device__ __forceinline__ void give_back(uint64_t* empty) {
-    __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(empty);
   }
 
@@ -552,6 +551,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiplier.take_tiles();
       }
       multiplier.finish();
+      __syncwarp();
       Multiplier<Block>::give_back(shared.work_empty + turn.number);
     }
   }
