@@ -129,6 +129,24 @@ def readme_block(files: list[Path]) -> str:
     return "\n".join(lines).strip()
 
 
+FEW = "prompt/few/"  # prompt/few/g<query heads to a KV head>/<queries>x<positions>/<dtype>: too many for a row each
+
+
+def few_table(entries: list[dict[str, Any]]) -> list[str]:
+    """A row for each number of queries, a column for each number of positions; the share of the ceiling in brackets."""
+    cells: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        group, sizes, dtype = entry["name"].removeprefix(FEW).split("/")
+        queries, positions = sizes.split("x")
+        share = f"{100 * entry['ceiling'] / entry['value']:.0f}%"
+        label = f"{dtype}, group of {group.removeprefix('g')}, {queries} queries"
+        cells.setdefault(label, {})[f"{int(positions):,}"] = f"{quantity(entry['value'], entry['unit'])} ({share})"
+    columns = list(dict.fromkeys(column for row_cells in cells.values() for column in row_cells))
+    columns.sort(key=lambda column: int(column.replace(",", "")))
+    rows = [[label, *(cells[label].get(column, "") for column in columns)] for label in sorted(cells, key=natural_order)]
+    return [*markdown_table([f"{FEW}: positions", *columns], rows), ""] if rows else []
+
+
 def performance_block(files: list[Path]) -> str:
     lines: list[str] = []
     for path in files:
@@ -142,8 +160,10 @@ def performance_block(files: list[Path]) -> str:
             image = charts.IMAGES / f"{kind}-{path.stem}.svg"
             if image.is_file():
                 lines += [f"![{kind}](images/{image.name})", ""]
-            rows = [row(f"`{e['name']}`", e) for e in entries if e["name"].split("/")[0] == kind]
+            of_kind = [entry for entry in entries if entry["name"].split("/")[0] == kind]
+            rows = [row(f"`{e['name']}`", e) for e in of_kind if not e["name"].startswith(FEW)]
             lines += [*markdown_table([kind, *HEAD], rows), ""]
+            lines += few_table([entry for entry in of_kind if entry["name"].startswith(FEW)])
     return "\n".join(lines).strip()
 
 
