@@ -155,7 +155,8 @@ class Results:
     def __init__(self, device: torch.device, folder: Path | None, commit: str | None = None) -> None:
         """`folder` None: nothing is written."""
         name = device_name(device)
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if on_gpu(device) else "cpu"
+        title = name if on_gpu(device) else f"cpu {name.split()[-1]}"  # with its instruction set
+        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         self.path = folder / f"{slug}.json" if folder else None
         self.measurements: dict[str, Measurement] = {}
         self._head = {

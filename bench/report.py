@@ -196,7 +196,7 @@ def main() -> int:
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file is out of date")
     args = p.parse_args()
 
-    files = sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem == "cpu", path.stem))  # GPUs first
+    files = sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem.startswith("cpu"), path.stem))  # GPUs first
     if not files:
         print(f"There are no results in {shown_path(RESULTS)}")
     if not args.check:
