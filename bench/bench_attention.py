@@ -199,7 +199,7 @@ def measure_error(device: torch.device, positions: int, results: Results) -> Non
     query = torch.randn(1, 1, 16, HEAD_DIM, device=device)
     answer = cache.attend(0, query)
     assert isinstance(answer, Tensor)
-    want, _ = reference.attend(cache.k_cache, cache.v_cache, cache._state, 0, query)
+    want, _ = reference.attend(*cache.tensors[:3], 0, query)
     error = ((answer.double() - want).norm(dim=-1) / want.norm(dim=-1)).max()
     keys, values = cache.k_cache[0].transpose(1, 2), cache.v_cache[0].transpose(1, 2)
     half = functional.scaled_dot_product_attention(query.half().transpose(1, 2), keys, values, enable_gqa=True)

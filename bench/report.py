@@ -143,7 +143,9 @@ def few_table(entries: list[dict[str, Any]]) -> list[str]:
         cells.setdefault(label, {})[f"{int(positions):,}"] = f"{quantity(entry['value'], entry['unit'])} ({share})"
     columns = list(dict.fromkeys(column for row_cells in cells.values() for column in row_cells))
     columns.sort(key=lambda column: int(column.replace(",", "")))
-    rows = [[label, *(cells[label].get(column, "") for column in columns)] for label in sorted(cells, key=natural_order)]
+    rows = [
+        [label, *(cells[label].get(column, "") for column in columns)] for label in sorted(cells, key=natural_order)
+    ]
     return [*markdown_table([f"{FEW}: positions", *columns], rows), ""] if rows else []
 
 

@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 
 try:
     from ._extension import build_info
-    from .attention import merge_states
     from .cache import StreamingKVCacheFp16
+    from .merging import merge_states
 except ImportError:
     # `python -m kvcache_ext env` must run also where the extension does not load: it says why. (While Python imports a
     # package for -m, "-m" is what it leaves in argv[0].)

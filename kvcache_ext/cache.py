@@ -1,8 +1,11 @@
-"""The cache: storage, state and the calls of `StreamingKVCacheFp16`."""
+"""`StreamingKVCacheFp16`: the calls of the cache, and what they promise.
+
+One class in one file, longer than others, as most of it is docstrings. What is behind it: `native` (`_C.Cache`, csrc)
+does the work; while torch.compile traces, `traced.TracedCalls` takes its place, with the same methods.
+"""
 
 from __future__ import annotations
 
-import operator
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -13,57 +16,18 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import attention, files, memory, ops
-from ._extension import build_info, extension
-
-_OVERFLOW_POLICIES = ("saturate", "inf")
-
-
-def _checked_int(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"StreamingKVCacheFp16: {name} must be an int, got {type(value).__name__}")
-    try:
-        number = operator.index(value)
-    except Exception as error:  # a tensor of floats has the method, too
-        raise TypeError(f"StreamingKVCacheFp16: {name} must be an int, got a {type(value).__name__}") from error
-    if number.bit_length() > 63:
-        raise ValueError(f"StreamingKVCacheFp16: {name} must fit in 64 bits, got an int of {number.bit_length()} bits")
-    if number < least:
-        raise ValueError(f"StreamingKVCacheFp16: {name} must be at least {least}, got {number}")
-    return number
+from . import files, memory
+from ._extension import extension
+from .errors import checked_device, checked_int, shown
+from .tensors import CacheTensors
+from .traced import TracedCalls
 
 
-def _checked_device(device: Any) -> torch.device:
-    try:
-        chosen = torch.device(device)
-    except Exception as error:  # torch has a kind for each way to be wrong
-        raise ValueError(
-            f"StreamingKVCacheFp16: device must name a CUDA device or the CPU, got {attention.shown(device)}"
-        ) from error
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    if chosen.type != "cuda":
-        raise ValueError(
-            f"StreamingKVCacheFp16: device must be a CUDA device or the CPU, got {attention.shown(device)}"
-        )
-    if not build_info.with_cuda:
-        raise ValueError(
-            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA build of kvcache_ext, and this is a CPU "
-            f"build, as {build_info.reason}; install a CUDA build of torch and a CUDA toolkit and run `pip install "
-            "--force-reinstall --no-deps .` (KVCACHE_EXT_CUDA=1 forces a CUDA build), or pass device='cpu'"
-        )
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"StreamingKVCacheFp16: device={str(device)!r} needs a CUDA GPU, and torch {torch.__version__} sees none "
-            "here; pass device='cpu'"
-        )
-    index = torch.cuda.current_device() if chosen.index is None else chosen.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"StreamingKVCacheFp16: device={str(device)!r} does not exist; there are "
-            f"{torch.cuda.device_count()} CUDA devices"
-        )
-    return torch.device("cuda", index)
+def _rounds(precision: str) -> bool:
+    """Whether kernels may round queries and weights to FP16."""
+    if not isinstance(precision, str) or precision not in ("fp32", "fp16"):
+        raise ValueError(f"precision must be 'fp32' or 'fp16', got {shown(precision)}")
+    return precision == "fp16"
 
 
 class StreamingKVCacheFp16:
@@ -95,7 +59,7 @@ class StreamingKVCacheFp16:
     Order. Index 0 is the oldest position still held of that layer and sequence, and indices count up in the order of
     appending, also after the ring has wrapped. Layers may be appended to in any order.
 
-    Some of the sequences. Calls that take `sequences` are about those batch slots alone: entry i of the call's tensors
+    Some of the sequences. Calls that take `sequences` are about those sequences alone: entry i of the call's tensors
     belongs to sequence `sequences[i]`, and all shapes are those of a cache of that many sequences. They are a list of
     distinct ints, which is checked and copied to the device at each call, or an int64 or int32 tensor `[n]` on the
     cache's device, which is read there: it costs nothing, can be captured, and leaves the host without exact lengths.
@@ -130,23 +94,20 @@ class StreamingKVCacheFp16:
         sink_positions: int = 0,
         overflow: str = "saturate",
     ) -> None:
-        self.num_layers = _checked_int("num_layers", num_layers, 1)
-        self._max_positions = _checked_int("max_positions", max_positions, 1)
-        self.num_heads = _checked_int("num_heads", num_heads, 1)
-        self.head_dim = _checked_int("head_dim", head_dim, 1)
-        self.batch_size = _checked_int("batch_size", batch_size, 1)
-        self.sink_positions = _checked_int("sink_positions", sink_positions, 0)
+        self.num_layers = checked_int("num_layers", num_layers, 1)
+        self._max_positions = checked_int("max_positions", max_positions, 1)
+        self.num_heads = checked_int("num_heads", num_heads, 1)
+        self.head_dim = checked_int("head_dim", head_dim, 1)
+        self.batch_size = checked_int("batch_size", batch_size, 1)
+        self.sink_positions = checked_int("sink_positions", sink_positions, 0)
         if self.sink_positions >= self._max_positions:
             raise ValueError(
                 f"StreamingKVCacheFp16: sink_positions must be less than max_positions, {self._max_positions}, "
                 f"got {self.sink_positions}"
             )
-        if not isinstance(overflow, str) or overflow not in _OVERFLOW_POLICIES:
-            raise ValueError(
-                f"StreamingKVCacheFp16: overflow must be 'saturate' or 'inf', got {attention.shown(overflow)}"
-            )
-        self._overflow = overflow
-        self.device = _checked_device(device)
+        if not isinstance(overflow, str) or overflow not in ("saturate", "inf"):
+            raise ValueError(f"StreamingKVCacheFp16: overflow must be 'saturate' or 'inf', got {shown(overflow)}")
+        self.device = checked_device(device)
 
         planned = memory.plan(
             self.num_layers,
@@ -157,64 +118,23 @@ class StreamingKVCacheFp16:
             device=self.device,
         )
         memory.check_fits(planned)
-        self._allocate(planned)
-        self._connect()
-        self._compiled.clear()
+        self._take(CacheTensors.allocate(planned, self.device, self.sink_positions, overflow == "saturate"))
+        self.native.clear()
+
+    def _take(self, tensors: CacheTensors) -> None:
+        # For this package's own modules:
+        self.tensors = tensors.prepared()
+        self.native = extension.Cache(*self.tensors)
+
+    @property
+    def _calls(self) -> Any:
+        """Who does the calls: a `_C.Cache`, or what torch.compile can trace in its place."""
+        return TracedCalls(self.tensors) if is_compiling() else self.native
 
     @property
     def overflow(self) -> str:
         """What becomes of values that FP16 cannot hold, "saturate" or "inf": as it was made."""
-        return self._overflow
-
-    def _allocate(self, planned: memory.Plan) -> None:
-        """Allocates all of the cache, or nothing."""
-        shape = (self.num_layers, self.batch_size, self._max_positions, self.num_heads, self.head_dim)
-        names = ("_k_cache", "_v_cache", "_state", "_overflow_counts", "_workspace")
-        try:
-            with torch.inference_mode(False):  # or a cache made under it could never be cleared outside it
-                self._k_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
-                self._v_cache = torch.empty(shape, dtype=torch.float16, device=self.device)
-                self._state = torch.zeros((3, self.num_layers, self.batch_size), dtype=torch.int64, device=self.device)
-                self._overflow_counts = torch.zeros(self.num_layers, dtype=torch.int64, device=self.device)
-                self._workspace = torch.zeros(planned.workspace_bytes // 4, dtype=torch.float32, device=self.device)
-        except (MemoryError, RuntimeError) as error:
-            for name in names:  # the exception's traceback holds on to self
-                self.__dict__.pop(name, None)
-            # On a CPU torch's allocator raises a plain RuntimeError. On a GPU that would be something else.
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and self.device.type != "cpu":
-                raise
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            free = memory.free_bytes(self.device)
-            although = "" if free is None else f", although {free / memory.GB:.2f} GB are free"
-            raise MemoryError(
-                f"StreamingKVCacheFp16: {planned.total_bytes / memory.GB:.2f} GB could not be allocated on "
-                f"{self.device}{although} (in pieces that are too small, perhaps, or another process was faster); "
-                "nothing of it is kept"
-            ) from error
-
-    def _connect(self) -> None:
-        """Builds the compiled half over the tensors, and tells torch.compile that they never move."""
-        with torch.inference_mode(False):
-            for name in ("_k_cache", "_v_cache", "_state", "_overflow_counts"):
-                tensor = getattr(self, name)
-                if tensor.is_inference():  # copied or unpickled under inference mode: torch could not change it outside
-                    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                    plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-                    setattr(self, name, plain)
-        self._saturate = self.overflow == "saturate"
-        self._compiled = extension.Cache(
-            self.k_cache,
-            self.v_cache,
-            self._state,
-            self._overflow_counts,
-            self._workspace,
-            self.sink_positions,
-            self._saturate,
-        )
-        for tensor in (self.k_cache, self.v_cache, self._state, self._overflow_counts, self._workspace):
-            # What torch._dynamo.mark_static_address(tensor) does; importing torch._dynamo for it takes seconds.
-            tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+        return "saturate" if self.tensors.saturate else "inf"
 
     @staticmethod
     def plan(
@@ -248,25 +168,25 @@ class StreamingKVCacheFp16:
             TypeError, ValueError: an argument is wrong.
         """
         return memory.plan(
-            _checked_int("num_layers", num_layers, 1),
-            _checked_int("max_positions", max_positions, 1),
-            _checked_int("num_heads", num_heads, 1),
-            _checked_int("head_dim", head_dim, 1),
-            _checked_int("batch_size", batch_size, 1),
-            device=None if device is None else _checked_device(device),
-            free=None if free_bytes is None else _checked_int("free_bytes", free_bytes, 0),
-            weights_bytes=_checked_int("weights_bytes", weights_bytes, 0),
+            checked_int("num_layers", num_layers, 1),
+            checked_int("max_positions", max_positions, 1),
+            checked_int("num_heads", num_heads, 1),
+            checked_int("head_dim", head_dim, 1),
+            checked_int("batch_size", batch_size, 1),
+            device=None if device is None else checked_device(device),
+            free=None if free_bytes is None else checked_int("free_bytes", free_bytes, 0),
+            weights_bytes=checked_int("weights_bytes", weights_bytes, 0),
         )
 
     @property
     def k_cache(self) -> Tensor:
         """The keys as they lie: FP16 `[L, B, N, H, D]`, slots in physical order, unwritten ones holding anything."""
-        return self._k_cache
+        return self.tensors.k_cache
 
     @property
     def v_cache(self) -> Tensor:
         """The values, as `k_cache`."""
-        return self._v_cache
+        return self.tensors.v_cache
 
     # Writing
 
@@ -289,30 +209,12 @@ class StreamingKVCacheFp16:
             key, value: `[B, T, H, D]` (short forms: see the class), FP32, FP16 or BF16, on the cache's device.
             new_lengths: int64 or int32 `[B]` on the cache's device: only the *last* `new_lengths[b]` rows of sequence
                 `b` are appended (the rest is left padding); clamped to 0..T.
-            sequences: the batch slots to append to (see the class); `B` is then their number.
+            sequences: the sequences to append to (see the class); `B` is then their number.
 
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        if is_compiling():
-            attention.refuse_gradients("append", key=key, value=value)
-            ops.append(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                self._overflow_counts,
-                layer,
-                key,
-                value,
-                new_lengths,
-                sink_positions=self.sink_positions,
-                saturate=self._saturate,
-                sequences=self._optional_slots("append", sequences),
-            )
-        else:
-            self._compiled.append(layer, key, value, new_lengths, sequences)
-
-    _append = append  # what calls that append something call, whatever a subclass makes of `append`
+        self._calls.append(layer, key, value, new_lengths, sequences)
 
     def append_all(
         self,
@@ -323,22 +225,7 @@ class StreamingKVCacheFp16:
         sequences: Sequence[int] | Tensor | None = None,
     ) -> None:
         """`append` to every layer in one launch: `keys`, `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
-        if is_compiling():
-            attention.refuse_gradients("append_all", keys=keys, values=values)
-            ops.append_all(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                self._overflow_counts,
-                keys,
-                values,
-                new_lengths,
-                sink_positions=self.sink_positions,
-                saturate=self._saturate,
-                sequences=self._optional_slots("append_all", sequences),
-            )
-        else:
-            self._compiled.append_all(keys, values, new_lengths, sequences)
+        self._calls.append_all(keys, values, new_lengths, sequences)
 
     def truncate(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Keeps the `n` oldest held positions of every layer and sequence, or of the chosen sequences. No data moves.
@@ -351,7 +238,7 @@ class StreamingKVCacheFp16:
                 ints, one a sequence, likewise checked; or an int64 or int32 tensor `[B]` on the cache's device, which
                 is read there without a synchronisation, so that each of its numbers is clamped to 0 and to what its
                 sequence holds. With `sequences`, one number for each of those.
-            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device. With a
+            sequences: a list of ints, or an int64 or int32 tensor `[n]` on the cache's device. With a
                 tensor, lengths are not checked on the host either.
 
         Raises:
@@ -360,10 +247,7 @@ class StreamingKVCacheFp16:
         A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
         lengths are not known, an `n` beyond what is held changes nothing.)
         """
-        if is_compiling():
-            self._shorten("truncate", n, sequences, newest=False)
-        else:
-            self._compiled.truncate(n, sequences)
+        self._calls.truncate(n, sequences)
 
     def drop_newest(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Takes back the newest `n` positions of every layer and sequence, or of the chosen sequences. No data moves.
@@ -376,7 +260,7 @@ class StreamingKVCacheFp16:
                 ints, one a sequence, likewise checked; or an int64 or int32 tensor `[B]` on the cache's device, which
                 is read there without a synchronisation, so that each of its numbers is clamped to 0 and to what its
                 sequence holds. With `sequences`, one number for each of those.
-            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device. With a
+            sequences: a list of ints, or an int64 or int32 tensor `[n]` on the cache's device. With a
                 tensor `n` is clamped on the device, whatever it is.
 
         Raises:
@@ -385,38 +269,7 @@ class StreamingKVCacheFp16:
         A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
         lengths are not known, an `n` beyond what is held takes back all of it.)
         """
-        if is_compiling():
-            self._shorten("drop_newest", n, sequences, newest=True)
-        else:
-            self._compiled.drop_newest(n, sequences)
-
-    def _shorten(
-        self,
-        op: str,
-        n: int | Sequence[int] | Tensor,
-        sequences: Sequence[int] | Tensor | None,
-        *,
-        newest: bool,
-    ) -> None:
-        """`truncate` and `drop_newest` in compiled code."""
-        length: int | Tensor
-        chosen = self._optional_slots(op, sequences)
-        if isinstance(n, Tensor):
-            entries = self.batch_size if chosen is None else chosen.shape[0]
-            length = n.expand(entries).contiguous() if n.dim() == 0 else n  # one number for all
-        else:
-            numbers = self._ints(op, "n", n)
-            if any(number < 0 for number in numbers):
-                raise IndexError(f"{op}: n must be at least 0, got {n}")
-            length = n if isinstance(n, int) else torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        ops.truncate(
-            self.k_cache,
-            self._state,
-            length,
-            sequences=chosen,
-            sink_positions=self.sink_positions,
-            newest=newest,
-        )
+        self._calls.drop_newest(n, sequences)
 
     def reset(self, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Forgets every position of the chosen sequences (None: of all) in every layer. No data moves.
@@ -424,18 +277,13 @@ class StreamingKVCacheFp16:
         Numbering begins at 0 again. The overflow counters, which belong to no sequence, stay; `clear()` zeroes them.
 
         Args:
-            sequences: batch slots, as a list of ints or as an int64 or int32 tensor `[n]` on the cache's device, of
+            sequences: a list of ints, or an int64 or int32 tensor `[n]` on the cache's device, of
                 which those out of range are left out. A list is copied to the device; in a graph pass a tensor.
 
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        if is_compiling():
-            ops.reset(
-                self.k_cache, self._state, self._optional_slots("reset", sequences), sink_positions=self.sink_positions
-            )
-        else:
-            self._compiled.reset(sequences)
+        self._calls.reset(sequences)
 
     def reorder(self, batch_indices: Sequence[int] | Tensor) -> None:
         """Sequence b becomes what sequence `batch_indices[b]` was, in every layer: beams change places. In place.
@@ -451,16 +299,7 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        if is_compiling():
-            ops.copy_sequences(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                self._slots("reorder", "batch_indices", batch_indices, distinct=False),
-                sink_positions=self.sink_positions,
-            )
-        else:
-            self._compiled.reorder(batch_indices)
+        self._calls.reorder(batch_indices)
 
     def copy_sequence(
         self,
@@ -493,44 +332,15 @@ class StreamingKVCacheFp16:
         """
         if isinstance(src, int) and isinstance(dst, (list, tuple)):
             src = [src] * len(dst)
-        if source is not None and source is not self:
-            self._copy_from(source, src, dst)
-        elif is_compiling():
-            ops.copy_sequences(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                self._slots("copy_sequence", "src", src, distinct=False),
-                self._slots("copy_sequence", "dst", dst),
-                sink_positions=self.sink_positions,
-            )
-        else:
-            self._compiled.copy_sequence(src, dst)
-
-    def _copy_from(
-        self, source: StreamingKVCacheFp16, src: int | Sequence[int] | Tensor, dst: int | Sequence[int] | Tensor
-    ) -> None:
+        if source is None or source is self:
+            self._calls.copy_sequence(src, dst)
+            return
         self._check_source(source)
-        if is_compiling():
-            ops.copy_from(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                source.k_cache,
-                source.v_cache,
-                source._state,
-                source._slots("copy_sequence", "src", src, distinct=False, owner="source"),
-                self._slots("copy_sequence", "dst", dst),
-                sink_positions=self.sink_positions,
-            )
-        else:
-            self._compiled.copy_from(src, dst, source._compiled)
+        self._calls.copy_from(src, dst, source.tensors if is_compiling() else source.native)
 
     def _check_source(self, source: Any) -> None:
         if not isinstance(source, StreamingKVCacheFp16):
-            raise TypeError(
-                f"copy_sequence: source must be a StreamingKVCacheFp16 or None, got {attention.shown(source)}"
-            )
+            raise TypeError(f"copy_sequence: source must be a StreamingKVCacheFp16 or None, got {shown(source)}")
         if source.device != self.device:
             raise ValueError(f"copy_sequence: source must be on the cache's device {self.device}, got {source.device}")
         for name in ("num_layers", "num_heads", "head_dim", "sink_positions"):
@@ -538,53 +348,9 @@ class StreamingKVCacheFp16:
             if got != wanted:
                 raise ValueError(f"copy_sequence: source must have the cache's {name}, {wanted}, got {got}")
 
-    @staticmethod
-    def _ints(op: str, name: str, numbers: int | Sequence[int]) -> list[int]:
-        """Numbers of the host's, for compiled code; the bindings check those of eager code."""
-        as_list = [numbers] if isinstance(numbers, int) else list(numbers)
-        for number in as_list:
-            if isinstance(number, (bool, float, str)):
-                raise TypeError(f"{op}: {name} must be an int, got {type(number).__name__}")
-        return as_list
-
-    def _slots(
-        self,
-        op: str,
-        name: str,
-        numbers: int | Sequence[int] | Tensor,
-        *,
-        distinct: bool = True,
-        owner: str = "the cache",
-    ) -> Tensor:
-        """Batch slots as a tensor `[n]`, for compiled code. Those of eager code the bindings check.
-
-        `owner`: what an error calls this cache.
-        """
-        if isinstance(numbers, Tensor):
-            return numbers.view(1) if numbers.dim() == 0 else numbers
-        if name == "sequences" and isinstance(numbers, int):
-            raise TypeError(f"{op}: sequences must be a list of ints or a tensor of them, got int")
-        as_list = self._ints(op, name, numbers)
-        for number in as_list:
-            if isinstance(number, int) and not 0 <= number < self.batch_size:  # else it is a number of the device's
-                raise IndexError(
-                    f"{op}: {name} must be from 0 to {self.batch_size - 1}, as {owner} has {self.batch_size} "
-                    f"sequences, got {number}"
-                )
-        # (Not by a set: to hash a number makes it a constant of the compiled code.)
-        if distinct and any(a == b for i, a in enumerate(as_list) for b in as_list[:i] if isinstance(a, int)):
-            raise ValueError(f"{op}: {name} must name each sequence once, got {as_list}")
-        return torch.tensor(as_list, dtype=torch.int64, device=self.device)
-
-    def _optional_slots(self, op: str, numbers: Sequence[int] | Tensor | None) -> Tensor | None:
-        return None if numbers is None else self._slots(op, "sequences", numbers)
-
     def clear(self) -> None:
         """Forgets every position and zeroes the overflow counters. No data moves."""
-        if is_compiling():
-            ops.clear(self.k_cache, self._state, self._overflow_counts, sink_positions=self.sink_positions)
-        else:
-            self._compiled.clear()
+        self._calls.clear()
 
     # Reading
 
@@ -605,11 +371,11 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
         """
-        return self._compiled.get_range_f32(layer, start, end, out)
+        return self.native.get_range_f32(layer, start, end, out)
 
     def get_valid_f32(self, layer: int, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """All that one layer holds, oldest first, as FP32: `get_range_f32` from 0 to the largest number held."""
-        return self._compiled.get_valid_f32(layer, out)
+        return self.native.get_valid_f32(layer, out)
 
     def get_range_raw(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values at chronological indices `[start, end)` of one layer, as the FP16 that is stored.
@@ -623,7 +389,7 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, IndexError: an argument is wrong.
         """
-        return self._compiled.get_range_raw(layer, start, end)
+        return self.native.get_range_raw(layer, start, end)
 
     def gather(
         self,
@@ -641,7 +407,7 @@ class StreamingKVCacheFp16:
                 negative or not held gives rows of zeros.
             dtype: FP32, FP16 or BF16.
             out: a pair of tensors of the answer's shape and dtype to write into, with a stride of 1 in `head_dim`.
-            sequences: the batch slots to read (see the class); `B` is then their number.
+            sequences: the sequences to read (see the class); `B` is then their number.
 
         Returns:
             keys, values: `[B, n, H, D]` of `dtype`, or without `B` when it is 1.
@@ -649,19 +415,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
         """
-        if is_compiling():
-            return ops.gather(
-                self.k_cache,
-                self.v_cache,
-                self._state,
-                layer,
-                indices,
-                sink_positions=self.sink_positions,
-                dtype=dtype,
-                out=out,
-                sequences=self._optional_slots("gather", sequences),
-            )
-        return self._compiled.gather(layer, indices, dtype, out, sequences)
+        answer: tuple[Tensor, Tensor] = self._calls.gather(layer, indices, dtype, out, sequences)
+        return answer
 
     # Attention
 
@@ -698,7 +453,7 @@ class StreamingKVCacheFp16:
             precision: "fp32" answers at FP32 accuracy, whatever the query's dtype; "fp16" lets the kernels for many
                 queries round queries and weights to FP16: faster on a GPU, with an error of some 3e-4. On a CPU both
                 are the same.
-            sequences: the batch slots to attend to (see the class); `B` is then their number.
+            sequences: the sequences to attend to (see the class); `B` is then their number.
 
         Returns:
             The answer, of the query's shape and dtype; with `return_lse` a pair with the LSE.
@@ -711,29 +466,10 @@ class StreamingKVCacheFp16:
         GPU; on a CPU from 10 on. On a GPU the only memory beside the answer is the cache's workspace (see `plan`),
         whatever `T` is. Lengths are read on the device: a call never waits for it, and a graph can capture it.
         """
-        rounds = attention.rounds(precision)
-        if not is_compiling():
-            return self._compiled.attend(layer, query, scale, window, softcap, return_lse, out, rounds, sequences)
-        attention.refuse_gradients("attend", query=query, out=out)
-        options = attention.kernel_options(self.head_dim, scale, window, softcap)
-        out, lse = attention.outputs(query, self.head_dim, out, return_lse)
-        ops.attend(
-            self.k_cache,
-            self.v_cache,
-            self._state,
-            self._workspace,
-            layer,
-            query,
-            sink_positions=self.sink_positions,
-            scale=options[0],
-            window=options[1],
-            softcap=options[2],
-            out=out,
-            lse=lse,
-            sequences=self._optional_slots("attend", sequences),
-            rounds=rounds,
+        answer: Tensor | tuple[Tensor, Tensor] = self._calls.attend(
+            layer, query, scale, window, softcap, return_lse, out, _rounds(precision), sequences
         )
-        return out if lse is None else (out, lse)
+        return answer
 
     def append_attend(
         self,
@@ -760,42 +496,27 @@ class StreamingKVCacheFp16:
 
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
-        rounds = attention.rounds(precision)
-        if not is_compiling():
-            return self._compiled.append_attend(
-                layer, query, key, value, new_lengths, scale, window, softcap, return_lse, out, rounds, sequences
-            )
-        attention.refuse_gradients("append_attend", query=query, key=key, value=value, out=out)
-        options = attention.kernel_options(self.head_dim, scale, window, softcap)
-        out, lse = attention.outputs(query, self.head_dim, out, return_lse)
-        ops.append_attend(
-            self.k_cache,
-            self.v_cache,
-            self._state,
-            self._overflow_counts,
-            self._workspace,
+        answer: Tensor | tuple[Tensor, Tensor] = self._calls.append_attend(
             layer,
             query,
             key,
             value,
             new_lengths,
-            sink_positions=self.sink_positions,
-            saturate=self._saturate,
-            scale=options[0],
-            window=options[1],
-            softcap=options[2],
-            out=out,
-            lse=lse,
-            sequences=self._optional_slots("append_attend", sequences),
-            rounds=rounds,
+            scale,
+            window,
+            softcap,
+            return_lse,
+            out,
+            _rounds(precision),
+            sequences,
         )
-        return out if lse is None else (out, lse)
+        return answer
 
     # Lengths and figures
 
     def __len__(self) -> int:
         """The number of positions held: the smallest over layers and sequences. (An empty cache so is false.)"""
-        return self._compiled.shortest()
+        return self.native.shortest()
 
     def lengths(self) -> list[int]:
         """The number of positions held by each sequence: the smallest over layers.
@@ -808,7 +529,7 @@ class StreamingKVCacheFp16:
         Raises:
             RuntimeError: the current stream is being captured into a graph.
         """
-        return self._compiled.lengths()
+        return self.native.lengths()
 
     def device_lengths(self) -> Tensor:
         """The number of positions held by each sequence of each layer, on the device, without a synchronisation.
@@ -818,7 +539,7 @@ class StreamingKVCacheFp16:
         Returns:
             A new int64 tensor `[L, B]` on the cache's device.
         """
-        seen, first = self._state[0], self._state[1]
+        seen, first = self.tensors.state[0], self.tensors.state[1]
         return seen.clamp(max=self.sink_positions) + (seen - first).clamp(min=0)
 
     def is_empty(self) -> bool:
@@ -833,7 +554,7 @@ class StreamingKVCacheFp16:
     @property
     def position(self) -> int:
         """The positions seen so far, evicted ones counted: the largest over layers and sequences."""
-        return self._compiled.position()
+        return self.native.position()
 
     @property
     def cache_seqlens(self) -> Tensor:
@@ -841,11 +562,11 @@ class StreamingKVCacheFp16:
 
         Inside a captured graph this is where a model finds the position to rotate by.
         """
-        return self._state[0]
+        return self.tensors.state[0]
 
     def overflow_counts(self) -> Tensor:
         """Finite values that FP16 could not hold, by layer, since the last `clear()`: int64 `[L]` on the device."""
-        return self._overflow_counts.clone()
+        return self.tensors.overflow_counts.clone()
 
     def memory_bytes(self) -> int:
         """Bytes of keys and values: exactly half of what FP32 would take."""
@@ -969,18 +690,13 @@ class StreamingKVCacheFp16:
     # Copies (copy.copy, copy.deepcopy, pickle) have tensors and lengths of their own.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_workspace")}
+        state = {name: value for name, value in self.__dict__.items() if name != "native"}
+        return {**state, "tensors": self.tensors.without_workspace()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.device = self._k_cache.device  # not what was pickled, where torch.load has a map_location
-        with torch.inference_mode(False):
-            self._workspace = torch.zeros(
-                memory.workspace_floats(self.device, self.head_dim, self.batch_size),
-                dtype=torch.float32,
-                device=self.device,
-            )
-        self._connect()
+        self.device = self.k_cache.device  # not what was pickled, where torch.load has a map_location
+        self._take(self.tensors.with_workspace())
 
     def __copy__(self) -> StreamingKVCacheFp16:
         import copy

@@ -327,7 +327,7 @@ class Twin:
         cache = self.cache
         assert_same_bits(cache.k_cache, self.k_cache)
         assert_same_bits(cache.v_cache, self.v_cache)
-        assert torch.equal(cache._state.cpu(), self.state)
+        assert torch.equal(cache.tensors.state.cpu(), self.state)
         assert torch.equal(cache.overflow_counts().cpu(), self.overflow_counts)
         held = [[len(self.held(layer, b)) for b in range(cache.batch_size)] for layer in range(cache.num_layers)]
         assert len(cache) == min(map(min, held))

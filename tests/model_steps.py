@@ -304,7 +304,7 @@ class Run:
             self.poison(freed)
         for name, got, want in zip(("k_cache", "v_cache"), self.storage(), self.want, strict=True):
             expect_bits(name, got, want)
-        state = cache._state.cpu().tolist()
+        state = cache.tensors.state.cpu().tolist()
         expect_equal("positions seen", state[0], [[s.next for s in layer] for layer in m.at])
         expect_equal("oldest in the ring", state[1], [[s.oldest_in_ring(m.sinks) for s in layer] for layer in m.at])
         expect_equal("the scratch row", any(map(any, state[2])), False)
@@ -496,7 +496,7 @@ class Run:
         def call() -> None:
             if dispatched:
                 ops.append(
-                    cache.k_cache, cache.v_cache, cache._state, cache._overflow_counts, layer, key.tensor, value.tensor,
+                    *cache.tensors[:4], layer, key.tensor, value.tensor,
                     lengths, sink_positions=cache.sink_positions, saturate=cache.overflow == "saturate",
                     sequences=entries.argument,
                 )  # fmt: skip
@@ -526,7 +526,7 @@ class Run:
         def call() -> None:
             if dispatched:
                 ops.append_all(
-                    cache.k_cache, cache.v_cache, cache._state, cache._overflow_counts, key.tensor, value.tensor,
+                    *cache.tensors[:4], key.tensor, value.tensor,
                     lengths, sink_positions=cache.sink_positions, saturate=cache.overflow == "saturate",
                     sequences=entries.argument,
                 )  # fmt: skip
@@ -856,7 +856,8 @@ class Run:
         def call() -> None:
             if how == "op":
                 ops.truncate(
-                    cache.k_cache, cache._state, n, sequences=entries.argument, sink_positions=cache.sink_positions,
+                    cache.k_cache, cache.tensors.state, n,
+                    sequences=entries.argument, sink_positions=cache.sink_positions,
                     newest=name == "drop_newest",
                 )  # fmt: skip
             else:
@@ -959,7 +960,7 @@ class Run:
             m.copy_from(of, pairs)
             if static:  # later calls of the same graph may have changed the source
                 return
-            state = source._state.cpu().tolist()
+            state = source.tensors.state.cpu().tolist()
             expect_equal("positions seen by the source", state[0], [[s.next for s in layer] for layer in of.at])
             expect_equal("overflow_counts of the source", source.overflow_counts().tolist(), of.overflow_counts)
             n = of.longest(layer) + 1
@@ -1001,7 +1002,7 @@ class Run:
 
     @staticmethod
     def contents(cache: StreamingKVCacheFp16) -> list[Array]:
-        return [as_bits(t) for t in (cache.k_cache, cache.v_cache, cache._state)]
+        return [as_bits(t) for t in cache.tensors[:3]]
 
     def save_and_load(self, draw: Draw) -> Action:
         """A loaded cache holds the same; in one with fewer slots, the sinks and the newest."""

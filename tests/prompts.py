@@ -263,5 +263,5 @@ def assert_same_state(got: StreamingKVCacheFp16, want: StreamingKVCacheFp16) -> 
     """To the bit: storage, lengths, counters."""
     assert_same_bits(got.k_cache, want.k_cache)
     assert_same_bits(got.v_cache, want.v_cache)
-    assert torch.equal(got._state, want._state)
+    assert torch.equal(got.tensors.state, want.tensors.state)
     assert torch.equal(got.overflow_counts(), want.overflow_counts())

@@ -33,7 +33,7 @@ def fill(cache: StreamingKVCacheFp16, count: int, seed: int = 0, new_lengths: li
 
 
 def held(cache: StreamingKVCacheFp16, layer: int, sequence: int) -> list[int]:
-    seen, first = (int(cache._state[i, layer, sequence]) for i in (0, 1))
+    seen, first = (int(cache.tensors.state[i, layer, sequence]) for i in (0, 1))
     return reference.held_positions(seen, first, cache.sink_positions)
 
 
@@ -45,7 +45,7 @@ def contents(cache: StreamingKVCacheFp16, layer: int, sequence: int) -> tuple[Te
 
 def assert_same_held(got: StreamingKVCacheFp16, want: StreamingKVCacheFp16) -> None:
     """State, counters and everything held; the slots may differ."""
-    assert torch.equal(got._state.cpu(), want._state.cpu())
+    assert torch.equal(got.tensors.state.cpu(), want.tensors.state.cpu())
     assert torch.equal(got.overflow_counts().cpu(), want.overflow_counts().cpu())
     assert (len(got), got.position) == (len(want), want.position)
     for layer in range(want.num_layers):

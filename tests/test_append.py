@@ -140,7 +140,7 @@ def test_a_chunk_is_its_positions_one_by_one(backend: Backend) -> None:
             single.append(0, key[:, t : t + 1], value[:, t : t + 1])
         assert_same_bits(whole.k_cache, single.k_cache)
         assert_same_bits(whole.v_cache, single.v_cache)
-        assert torch.equal(whole._state, single._state)
+        assert torch.equal(whole.tensors.state, single.tensors.state)
         assert torch.equal(whole.overflow_counts(), single.overflow_counts())
         assert whole.overflow_counts()[0] > 0
 

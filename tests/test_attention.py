@@ -140,7 +140,7 @@ def check_batch(backend: Backend, batch: int, heads: int, positions: int, head_d
     query = torch.randn(batch, 1, heads * group, head_dim, device=backend.device)
     key, value = torch.randn(2, batch, 1, heads, head_dim, device=backend.device)
     got = cache.append_attend(0, query, key, value, return_lse=True)
-    want = reference.attend(cache.k_cache, cache.v_cache, cache._state, 0, query, sink_positions=sinks)
+    want = reference.attend(*cache.tensors[:3], 0, query, sink_positions=sinks)
     # The bound for any data: of tens of thousands of heads some are beyond 1e-6.
     queries = query.view(batch, heads, group, head_dim).abs()
     magnitude = torch.einsum("bhgd,bnhd->bhgn", queries, cache.k_cache[0].float().abs()).max() * head_dim**-0.5
@@ -293,7 +293,7 @@ def test_append_attend_is_its_two_halves(backend: Backend, rows: int) -> None:
                 assert_same_bits(got[1], want[1])
             elif step < 30 // rows:  # until the ring wraps, when the halves no longer mean the same
                 assert_same_bits(got[0], want[0])
-        assert torch.equal(one._state, two._state)
+        assert torch.equal(one.tensors.state, two.tensors.state)
         assert_same_bits(one.k_cache, two.k_cache)
         assert_same_bits(one.v_cache, two.v_cache)
         assert torch.equal(one.overflow_counts(), two.overflow_counts())

@@ -124,7 +124,7 @@ NUMBERS_OF_SEQUENCES: dict[str, tuple[Wrong, type[Exception]]] = NUMBERS | {
     "too many": (lambda t, c: torch.cat([t, t]), ValueError),
     "of two dimensions": (lambda t, c: t[None], ValueError),
     "the state": (lambda t, c: c.cache_seqlens[0], ValueError),
-    "the counters": (lambda t, c: c._overflow_counts[:1], ValueError),
+    "the counters": (lambda t, c: c.tensors.overflow_counts[:1], ValueError),
 }
 
 INTS: dict[str, tuple[object, type[Exception]]] = {
@@ -284,7 +284,7 @@ SOURCES: Table = {
     "a tensor": (torch.ones(ROWS), TypeError),
     "a class": (Cache, TypeError),
     "the cache's own keys": ((lambda t, c: c.k_cache,), TypeError),
-    "the native half": ((lambda t, c: c._compiled,), TypeError),
+    "the native half": ((lambda t, c: c.native,), TypeError),
     "of one layer": ((lambda t, c: make_cache(c.device, num_layers=1, sink_positions=1),), ValueError),
     "of other heads": ((lambda t, c: make_cache(c.device, num_heads=3, sink_positions=1),), ValueError),
     "of another head_dim": ((lambda t, c: make_cache(c.device, head_dim=9, sink_positions=1),), ValueError),
@@ -390,7 +390,12 @@ CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Table]]] = {
 
 
 def snapshot(cache: Cache) -> list[torch.Tensor]:
-    tensors = (cache.k_cache.view(torch.int16), cache.v_cache.view(torch.int16), cache._state, cache._overflow_counts)
+    tensors = (
+        cache.k_cache.view(torch.int16),
+        cache.v_cache.view(torch.int16),
+        cache.tensors.state,
+        cache.tensors.overflow_counts,
+    )
     return [t.clone() for t in tensors]
 
 
@@ -473,9 +478,9 @@ WORKSPACES: dict[str, tuple[Wrong, type[Exception]]] = {
     "on meta": (lambda t, c: t.to("meta"), ValueError),
 }
 LSES: dict[str, tuple[Wrong, type[Exception]]] = {
-    "the state": (lambda t, c: c._state.view(torch.float32).view(-1)[:4].view(t.shape), ValueError),
+    "the state": (lambda t, c: c.tensors.state.view(torch.float32).view(-1)[:4].view(t.shape), ValueError),
     "the cache": (lambda t, c: c.k_cache.view(torch.float32).view(-1)[:4].view(t.shape), ValueError),
-    "the workspace": (lambda t, c: c._workspace[:4].view(t.shape), ValueError),
+    "the workspace": (lambda t, c: c.tensors.workspace[:4].view(t.shape), ValueError),
     "another dtype": (lambda t, c: t.half(), ValueError),
     "of another shape": (lambda t, c: t[:, :1], ValueError),
     "strided": (lambda t, c: torch.stack([t, t], -1)[..., 0], ValueError),
@@ -534,14 +539,14 @@ COUNTING = ("append", "append_all", "append_attend", "clear")
 
 
 def op_arguments(op: str, cache: Cache) -> dict[str, Any]:
-    own = {"k_cache": cache.k_cache, "state": cache._state, "sink_positions": cache.sink_positions}
+    own = {"k_cache": cache.k_cache, "state": cache.tensors.state, "sink_positions": cache.sink_positions}
     if op not in WITHOUT_V:
         own["v_cache"] = cache.v_cache
     if op in COUNTING:
-        own["overflow_counts"] = cache._overflow_counts
+        own["overflow_counts"] = cache.tensors.overflow_counts
     given = {k: v(cache.device) if callable(v) else v for k, v in OPS[op][0].items()}
     if "workspace" in given:
-        given["workspace"] = cache._workspace
+        given["workspace"] = cache.tensors.workspace
     return own | given
 
 

@@ -159,7 +159,7 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "attend: out whose rows overlap": (lambda c, d: c.attend(0, t(2, 8).to(d), out=t(16).to(d).as_strided((2, 8), (4, 1))), ValueError, ["out", "share memory", "[4, 1]"]),
     "attend long: out whose rows overlap": (lambda c, d: c.attend(0, t(1, 30, 2, 8).to(d), out=t(480).to(d).as_strided((1, 30, 2, 8), (0, 12, 8, 1))), ValueError, ["out", "share memory", "[0, 12, 8, 1]"]),
     "gather: out whose rows overlap": (lambda c, d: c.gather(0, t(2, dtype=torch.int64).to(d), out=(t(2, 2, 8).to(d), t(32).to(d).as_strided((2, 2, 8), (12, 8, 1)))), ValueError, ["out[1]", "share memory", "[12, 8, 1]"]),
-    "gather: out the state": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), dtype=torch.float16, out=(c._state.view(torch.float16).view(-1)[:16].view(1, 2, 8), t(1, 2, 8).half().to(d))), ValueError, ["out[0]", "share memory with state"]),
+    "gather: out the state": (lambda c, d: c.gather(0, t(1, dtype=torch.int64).to(d), dtype=torch.float16, out=(c.tensors.state.view(torch.float16).view(-1)[:16].view(1, 2, 8), t(1, 2, 8).half().to(d))), ValueError, ["out[0]", "share memory with state"]),
     "attend: scale beyond FP32": (lambda c, d: c.attend(0, t(2, 8).to(d), scale=1e300), ValueError, ["scale", "FP32"]),
     "attend: softcap below FP32": (lambda c, d: c.attend(0, t(2, 8).to(d), softcap=1e-60), ValueError, ["softcap", "FP32"]),
     "attend: return_lse a string": (lambda c, d: c.attend(0, t(2, 8).to(d), return_lse="yes"), TypeError, ["return_lse", "str"]),
@@ -241,7 +241,7 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "copy_sequence: tensor of floats": (lambda c, d: c.copy_sequence(t(1).to(d), 0), TypeError, ["src", "float32"]),
     "copy_sequence: tensor dst of floats": (lambda c, d: c.copy_sequence(0, t(1).to(d)), TypeError, ["dst", "float32"]),
     "copy_sequence: source a tensor": (lambda c, d: c.copy_sequence(0, 0, source=c.k_cache), TypeError, ["source", "StreamingKVCacheFp16", "Tensor"]),
-    "copy_sequence: source the compiled half": (lambda c, d: c.copy_sequence(0, 0, source=c._compiled), TypeError, ["source", "StreamingKVCacheFp16"]),
+    "copy_sequence: source the compiled half": (lambda c, d: c.copy_sequence(0, 0, source=c.native), TypeError, ["source", "StreamingKVCacheFp16"]),
     "copy_sequence: source of other layers": (lambda c, d: c.copy_sequence(0, 0, source=make_cache(d, num_layers=3)), ValueError, ["source", "num_layers", "2", "3"]),
     "copy_sequence: source of other heads": (lambda c, d: c.copy_sequence(0, 0, source=make_cache(d, num_heads=1)), ValueError, ["source", "num_heads", "2", "1"]),
     "copy_sequence: source of another head_dim": (lambda c, d: c.copy_sequence(0, 0, source=make_cache(d, head_dim=16)), ValueError, ["source", "head_dim", "8", "16"]),
@@ -255,7 +255,7 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "copy_sequence: unequal, source": (lambda c, d: c.copy_sequence([0, 1], [0], source=make_cache(d, batch_size=2)), ValueError, ["src", "dst", "2", "1"]),
     "copy_sequence: dst twice, source": (lambda c, d: c.copy_sequence([0, 1], [0, 0], source=make_cache(d, batch_size=2)), ValueError, ["dst", "once"]),
     "copy_sequence: dst the state, source": (lambda c, d: c.copy_sequence(0, c.cache_seqlens[0], source=make_cache(d)), ValueError, ["dst", "state"]),
-    "copy_sequence: source's own memory": (lambda c, d: ops.copy_from(c.k_cache, c.v_cache, c._state, c.v_cache, c.v_cache, c._state, torch.tensor([0]).to(d), torch.tensor([0]).to(d)), ValueError, ["source", "share memory"]),
+    "copy_sequence: source's own memory": (lambda c, d: ops.copy_from(*c.tensors[:3], c.v_cache, c.v_cache, c.tensors.state, torch.tensor([0]).to(d), torch.tensor([0]).to(d)), ValueError, ["source", "share memory"]),
 }  # fmt: skip
 
 
@@ -265,14 +265,14 @@ def test_wrong_calls(device: torch.device, wrong: str) -> None:
     cache = make_cache(device)
     for layer in range(2):
         cache.append(layer, torch.randn(5, 2, 8, device=device) * 4e4, torch.randn(5, 2, 8, device=device))
-    before = [x.clone() for x in (cache.k_cache, cache.v_cache, cache._state, cache._overflow_counts)]
+    before = [x.clone() for x in cache.tensors[:4]]
     with pytest.raises(error) as raised:
         call(cache, device)
     sentence = str(raised.value)
     for word in words:
         assert word in sentence, sentence
     assert "\n" not in sentence and "incompatible function arguments" not in sentence
-    after = (cache.k_cache, cache.v_cache, cache._state, cache._overflow_counts)
+    after = cache.tensors[:4]
     for x, y in zip(before, after, strict=True):
         assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
     assert (len(cache), cache.position) == (5, 5)
@@ -377,22 +377,35 @@ def test_bad_tensors_through_the_dispatcher(device: torch.device) -> None:
     key = torch.ones(1, 1, 2, 8, device=device)
     append = torch.ops.kvcache_ext.append
     with pytest.raises(TypeError, match=r"k_cache and v_cache must be torch\.float16"):
-        append(c.k_cache.float(), c.v_cache.float(), c._state, c._overflow_counts, 0, key, key, None, 0, True)
+        append(
+            c.k_cache.float(), c.v_cache.float(), c.tensors.state, c.tensors.overflow_counts, 0, key, key, None, 0, True
+        )
     with pytest.raises(ValueError, match="contiguous and of one shape"):
-        append(c.k_cache[:, :, ::2], c.v_cache[:, :, ::2], c._state, c._overflow_counts, 0, key, key, None, 0, True)
+        append(
+            c.k_cache[:, :, ::2],
+            c.v_cache[:, :, ::2],
+            c.tensors.state,
+            c.tensors.overflow_counts,
+            0,
+            key,
+            key,
+            None,
+            0,
+            True,
+        )
     with pytest.raises(ValueError, match="state must be contiguous and"):
-        append(c.k_cache, c.v_cache, c._state[:2], c._overflow_counts, 0, key, key, None, 0, True)
+        append(c.k_cache, c.v_cache, c.tensors.state[:2], c.tensors.overflow_counts, 0, key, key, None, 0, True)
     with pytest.raises(ValueError, match="overflow_counts must be contiguous"):
-        append(c.k_cache, c.v_cache, c._state, c._overflow_counts[:1], 0, key, key, None, 0, True)
+        append(*c.tensors[:3], c.tensors.overflow_counts[:1], 0, key, key, None, 0, True)
     with pytest.raises(ValueError, match="sink_positions must be from 0 to"):
-        append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 0, key, key, None, 8, True)
+        append(*c.tensors[:4], 0, key, key, None, 8, True)
     with pytest.raises(IndexError, match="layer must be from 0 to 1"):
-        append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 2, key, key, None, 0, True)
+        append(*c.tensors[:4], 2, key, key, None, 0, True)
     with pytest.raises(ValueError, match="n must not be negative"):
-        torch.ops.kvcache_ext.truncate(c.k_cache, c._state, -1, 0)
-    workspace = torch.zeros(c._workspace.numel() + 1, device=device)[1:]
+        torch.ops.kvcache_ext.truncate(c.k_cache, c.tensors.state, -1, 0)
+    workspace = torch.zeros(c.tensors.workspace.numel() + 1, device=device)[1:]
     with pytest.raises(ValueError, match="workspace must begin at a multiple of 16 bytes"):
-        ops.attend(c.k_cache, c.v_cache, c._state, workspace, 0, key, scale=1.0, out=torch.empty_like(key))
+        ops.attend(*c.tensors[:3], workspace, 0, key, scale=1.0, out=torch.empty_like(key))
 
 
 def test_memory_beside_is_not_shared(device: torch.device) -> None:
@@ -425,13 +438,13 @@ def test_tensors_that_the_dispatcher_would_copy(device: torch.device) -> None:
     x = torch.ones(1, 1, 2, 8, device=device)
     for _ in range(20):
         for argument in ("out", "workspace", "query"):
-            given = {"workspace": c._workspace, "query": x, "out": torch.empty_like(x)}
+            given = {"workspace": c.tensors.workspace, "query": x, "out": torch.empty_like(x)}
             given[argument] = torch._neg_view(given[argument])
             with pytest.raises(ValueError, match=f"attend: {argument} must be a plain tensor"):
-                ops.attend(c.k_cache, c.v_cache, c._state, layer=0, scale=1.0, **given)
+                ops.attend(*c.tensors[:3], layer=0, scale=1.0, **given)
     with pytest.raises(ValueError, match="append: key must have memory"):
         zero = torch._efficientzerotensor((1, 1, 2, 8), device=device)
-        ops.append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 0, zero, x)
+        ops.append(*c.tensors[:4], 0, zero, x)
 
 
 def test_one_tensor_on_meta_through_the_dispatcher(device: torch.device) -> None:
@@ -439,11 +452,11 @@ def test_one_tensor_on_meta_through_the_dispatcher(device: torch.device) -> None
     c = make_cache(device)
     x = torch.ones(1, 1, 2, 8, device=device)
     with pytest.raises(ValueError, match=r"append: value must be on the cache's device .*, got meta"):
-        ops.append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 0, x, x.to("meta"))
+        ops.append(*c.tensors[:4], 0, x, x.to("meta"))
     with pytest.raises(ValueError, match="truncate: sequences must be on the cache's device"):
-        ops.truncate(c.k_cache, c._state, 0, sequences=torch.zeros(1, dtype=torch.int64, device="meta"))
+        ops.truncate(c.k_cache, c.tensors.state, 0, sequences=torch.zeros(1, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="gather: indices must be on the cache's device"):
-        ops.gather(c.k_cache, c.v_cache, c._state, 0, torch.zeros(1, dtype=torch.int64, device="meta"))
+        ops.gather(*c.tensors[:3], 0, torch.zeros(1, dtype=torch.int64, device="meta"))
 
 
 def test_tensors_of_a_function_transform(device: torch.device) -> None:

@@ -14,7 +14,7 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     c.append_all(torch.randn(2, 2, 3, 2, 8, device=device), torch.randn(2, 2, 3, 2, 8, device=device))
     c.k_cache.nan_to_num_(1.0)  # opcheck compares with ==
     c.v_cache.nan_to_num_(1.0)
-    tensors = (c.k_cache, c.v_cache, c._state, c._overflow_counts)
+    tensors = c.tensors[:4]
     key = torch.randn(2, 2, 2, 8, device=device).transpose(1, 2)
     keys = torch.randn(2, 2, 4, 2, 8, device=device)
     lengths = torch.tensor([1, 0], device=device)
@@ -24,11 +24,11 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     answer, lse = torch.zeros_like(query), torch.zeros(2, 2, 4, device=device)
     prompt, long_key = (torch.randn(2, 20, heads, 8, device=device) for heads in (4, 2))
     long_answer, long_lse = torch.zeros_like(prompt), torch.zeros(2, 20, 4, device=device)
-    reading = (c.k_cache, c.v_cache, c._state, c._workspace)
-    writing = (*tensors, c._workspace)
+    reading = (*c.tensors[:3], c.tensors.workspace)
+    writing = (*tensors, c.tensors.workspace)
     other = make_cache(device, batch_size=3, max_positions=5, sink_positions=1)
     other.append_all(torch.randn(2, 3, 7, 2, 8, device=device), torch.randn(2, 3, 7, 2, 8, device=device))
-    source = (other.k_cache, other.v_cache, other._state)
+    source = (other.k_cache, other.v_cache, other.tensors.state)
     return [
         ("attend", (*reading, 1, query, 1, 0.35, 0, 0.0, answer, lse)),
         ("attend", (*reading, 1, query[:, :1], 1, 0.35, 3, 2.0, answer[:, :1].clone(), None)),
@@ -43,25 +43,25 @@ def op_samples(device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
         ("append", (*tensors, 0, key.half(), key.half(), lengths, 1, False)),
         ("append_all", (*tensors, keys, keys, None, 1, True)),
         ("append_all", (*tensors, keys.bfloat16(), keys.bfloat16(), lengths, 1, True)),
-        ("gather", (c.k_cache, c.v_cache, c._state, 1, indices, 1, torch.float32)),
-        ("gather", (c.k_cache, c.v_cache, c._state, 0, indices[0], 1, torch.bfloat16)),
-        ("gather_out", (c.k_cache, c.v_cache, c._state, 1, indices, 1, *out)),
+        ("gather", (*c.tensors[:3], 1, indices, 1, torch.float32)),
+        ("gather", (*c.tensors[:3], 0, indices[0], 1, torch.bfloat16)),
+        ("gather_out", (*c.tensors[:3], 1, indices, 1, *out)),
         ("append", (*tensors, 1, key[:1], key[:1], None, 1, True, lengths[:1])),
         ("append_all", (*tensors, keys[:, :1], keys[:, :1], None, 1, True, lengths[1:])),
-        ("gather", (c.k_cache, c.v_cache, c._state, 1, indices[:1], 1, torch.float32, lengths[1:])),
-        ("gather_out", (c.k_cache, c.v_cache, c._state, 1, indices, 1, *out, lengths)),
+        ("gather", (*c.tensors[:3], 1, indices[:1], 1, torch.float32, lengths[1:])),
+        ("gather_out", (*c.tensors[:3], 1, indices, 1, *out, lengths)),
         ("attend", (*reading, 1, query, 1, 0.35, 0, 0.0, answer, lse, lengths)),
         ("append_attend", (*writing, 1, query, key, key, None, 1, True, 0.35, 0, 0.0, answer, lse, lengths)),
-        ("truncate", (c.k_cache, c._state, 2, 1)),
-        ("truncate", (c.k_cache, c._state, 0, 1, lengths, lengths)),
-        ("truncate", (c.k_cache, c._state, 2, 1, None, None, True)),
-        ("truncate", (c.k_cache, c._state, 0, 1, lengths, lengths, True)),
-        ("reset", (c.k_cache, c._state, lengths[:1], 1)),
+        ("truncate", (c.k_cache, c.tensors.state, 2, 1)),
+        ("truncate", (c.k_cache, c.tensors.state, 0, 1, lengths, lengths)),
+        ("truncate", (c.k_cache, c.tensors.state, 2, 1, None, None, True)),
+        ("truncate", (c.k_cache, c.tensors.state, 0, 1, lengths, lengths, True)),
+        ("reset", (c.k_cache, c.tensors.state, lengths[:1], 1)),
         ("copy_sequences", (*tensors[:3], lengths, None, 1)),
         ("copy_sequences", (*tensors[:3], lengths[:1], lengths[1:], 1)),
         ("copy_from", (*tensors[:3], *source, lengths, lengths.flip(0), 1)),
         ("copy_from", (*tensors[:3], *source, lengths[:1].int(), lengths[1:].int(), 1)),
-        ("clear", (c.k_cache, c._state, c._overflow_counts, 1)),
+        ("clear", (c.k_cache, c.tensors.state, c.tensors.overflow_counts, 1)),
     ]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_a_compiled_step_is_the_eager_one(device: torch.device, mode: str) -> No
     eager, compiled = (make_cache(device, sink_positions=1) for _ in range(2))
     step = torch.compile(decoder_step, fullgraph=True, mode=mode)
     indices = torch.arange(8, device=device)
-    addresses = compiled.k_cache.data_ptr(), compiled._state.data_ptr()
+    addresses = compiled.k_cache.data_ptr(), compiled.tensors.state.data_ptr()
     for i in range(20):
         hidden = torch.randn(16, device=device)
         want = decoder_step(eager, hidden, indices)
@@ -110,8 +110,8 @@ def test_a_compiled_step_is_the_eager_one(device: torch.device, mode: str) -> No
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert compiled.position == eager.position == i + 1
         assert len(compiled) == len(eager) == min(i + 1, 8)
-    assert torch.equal(compiled._state, eager._state)
-    assert (compiled.k_cache.data_ptr(), compiled._state.data_ptr()) == addresses
+    assert torch.equal(compiled.tensors.state, eager.tensors.state)
+    assert (compiled.k_cache.data_ptr(), compiled.tensors.state.data_ptr()) == addresses
 
 
 def test_compiled_code_does_not_copy_the_cache(device: torch.device) -> None:
@@ -210,7 +210,7 @@ def test_options_mean_the_same_in_compiled_code(device: torch.device, options: s
         assert_same_bits(g, w)
         assert not given or not torch.allclose(w, p, rtol=1e-3)
     assert_same_bits(compiled.k_cache, eager.k_cache)
-    assert torch.equal(compiled._state, eager._state)
+    assert torch.equal(compiled.tensors.state, eager.tensors.state)
 
 
 WRONG_LONG_CALLS = {
@@ -289,7 +289,7 @@ def test_lists_are_checked_in_compiled_code(device: torch.device, name: str) -> 
     cache.of_other_sinks = make_cache(device, head_dim=16, sink_positions=1)
     key = torch.randn(2, 3, 2, 16, device=device)
     cache.append(0, key, key)
-    before = cache._state.clone()
+    before = cache.tensors.state.clone()
     with pytest.raises((TypeError, ValueError, IndexError)) as eager:
         call(cache, key)
     for fullgraph in (False, True):
@@ -297,7 +297,7 @@ def test_lists_are_checked_in_compiled_code(device: torch.device, name: str) -> 
         # With fullgraph the compiler does not pass the sentence on.
         with pytest.raises(Exception if fullgraph else eager.type, match=None if fullgraph else name.split()[0]):
             torch.compile(lambda k: call(cache, k), backend="aot_eager", fullgraph=fullgraph)(key)
-    assert torch.equal(cache._state, before)
+    assert torch.equal(cache.tensors.state, before)
 
 
 def test_numbers_that_change_are_no_constants(device: torch.device) -> None:
@@ -378,7 +378,7 @@ def test_a_step_of_some_sequences_compiles(device: torch.device) -> None:
         x = torch.randn(2, count, 4, 8, device=device)
         chosen = torch.tensor([2, 1], device=device)
         torch.testing.assert_close(compiled_step(compiled, x, chosen), step(eager, x, chosen), rtol=1e-5, atol=1e-5)
-    assert torch.equal(compiled._state, eager._state)
+    assert torch.equal(compiled.tensors.state, eager.tensors.state)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -403,7 +403,7 @@ def test_a_long_prompt_compiles(device: torch.device, new_lengths: list[int] | N
         query, key = (torch.randn(2, 20, heads, 8, device=device) for heads in (4, 2))
         for got, want in zip(step(compiled, query, key), prompt(eager, query, key), strict=True):
             assert_same_bits(got, want)
-    assert torch.equal(compiled._state, eager._state)
+    assert torch.equal(compiled.tensors.state, eager.tensors.state)
     assert_same_bits(compiled.k_cache, eager.k_cache)
     assert_same_bits(compiled.v_cache, eager.v_cache)
 
@@ -461,18 +461,18 @@ def test_copies_between_caches_and_lengths_compile(device: torch.device) -> None
         return before - c.device_lengths() + source.device_lengths()
 
     step = torch.compile(calls, fullgraph=True)
-    addresses = [t.data_ptr() for t in (caches[1].k_cache, caches[1]._state, sources[1].k_cache)]
+    addresses = [t.data_ptr() for t in (caches[1].k_cache, caches[1].tensors.state, sources[1].k_cache)]
     for count in (3, 4, 11):
         keys = torch.randn(2, 3, count, 2, 8, device=device)
         chosen = torch.tensor([2, 0], device=device)
         want = calls(caches[0], sources[0], keys, chosen)
         assert torch.equal(step(caches[1], sources[1], keys, chosen), want)
         for eager, compiled in ((caches[0], caches[1]), (sources[0], sources[1])):
-            assert torch.equal(compiled._state, eager._state)
+            assert torch.equal(compiled.tensors.state, eager.tensors.state)
             assert compiled.lengths() == eager.lengths()
             assert_same_bits(compiled.k_cache, eager.k_cache)
             assert_same_bits(compiled.v_cache, eager.v_cache)
-    assert [t.data_ptr() for t in (caches[1].k_cache, caches[1]._state, sources[1].k_cache)] == addresses
+    assert [t.data_ptr() for t in (caches[1].k_cache, caches[1].tensors.state, sources[1].k_cache)] == addresses
 
 
 def test_storage_is_marked_as_static() -> None:

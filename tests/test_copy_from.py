@@ -191,7 +191,7 @@ def test_storage_that_is_not_aligned(backend: Backend, which: str) -> None:
     tensors = {}
     for name, each in (("cache", twin.cache), ("source", source.cache)):
         storage = (each.k_cache, each.v_cache)
-        tensors[name] = [*(map(shifted, storage) if name == which else storage), each._state.clone()]
+        tensors[name] = [*(map(shifted, storage) if name == which else storage), each.tensors.state.clone()]
     order = (numbers(backend, 1, 0), numbers(backend, 0, 1))
     ops.copy_from(*tensors["cache"], *tensors["source"], *order, sink_positions=1)
     twin.copy_from(source, *order)

@@ -61,7 +61,7 @@ def test_it_takes_back_what_was_appended_last(backend: Backend) -> None:
     want.append_all(draft, draft, new_lengths=torch.tensor([0, 0], device=backend.device))
     want.append_all(draft[:, :, :2], draft[:, :, :2], sequences=[0, 1])
     want.truncate([6, 4])
-    assert torch.equal(cache._state, want._state)
+    assert torch.equal(cache.tensors.state, want.tensors.state)
     for layer in range(2):
         for got, wanted in zip(cache.get_valid_f32(layer), want.get_valid_f32(layer), strict=True):
             assert_same_bits(got, wanted)
@@ -121,7 +121,7 @@ def test_ops_on_plain_tensors(backend: Backend) -> None:
     twin = filled(backend, [3, 9, 5], sink_positions=1)
     c = twin.cache
     for n in (2, torch.tensor([1, 0, 4], device=backend.device)):
-        ops.truncate(c.k_cache, c._state, n, sink_positions=1, newest=True)
+        ops.truncate(c.k_cache, c.tensors.state, n, sink_positions=1, newest=True)
         on_host = n.cpu() if isinstance(n, torch.Tensor) else n
         twin.reference.truncate(twin.state, on_host, sink_positions=1, newest=True)
         twin.check()

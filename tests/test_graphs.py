@@ -51,7 +51,7 @@ def test_replayed_appends_are_eager_ones(sinks: int, chunk: int) -> None:
         assert captured.position == eager.position == (i + 1) * chunk
     assert_same_bits(captured.k_cache, eager.k_cache)
     assert_same_bits(captured.v_cache, eager.v_cache)
-    assert torch.equal(captured._state, eager._state)
+    assert torch.equal(captured.tensors.state, eager.tensors.state)
     assert torch.equal(captured.overflow_counts(), eager.overflow_counts())
     assert captured.overflow_counts().sum() > 0
 
@@ -119,8 +119,8 @@ def test_replayed_attention_is_the_eager_one(rows: int) -> None:
         assert_same_bits(results["captured"], results["eager"])
         assert captured.position == eager.position == (i + 1) * rows
     assert_same_bits(captured.k_cache, eager.k_cache)
-    assert torch.equal(captured._state, eager._state)
-    assert not captured._workspace[:1024].any()
+    assert torch.equal(captured.tensors.state, eager.tensors.state)
+    assert not captured.tensors.workspace[:1024].any()
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -159,7 +159,7 @@ def test_attention_launches_that_follow_each_other_at_once(group: int) -> None:
         step(eager, outs["eager"])
         assert_same_bits(outs["captured"], outs["eager"])
     assert_same_bits(captured.v_cache, eager.v_cache)
-    assert torch.equal(captured._state, eager._state)
+    assert torch.equal(captured.tensors.state, eager.tensors.state)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -199,8 +199,8 @@ def test_a_prompt_in_chunks_in_a_graph(slots: int, sinks: int, precision: str) -
         assert captured.position == eager.position == (i + 1) * 64
     assert_same_bits(captured.k_cache, eager.k_cache)
     assert_same_bits(captured.v_cache, eager.v_cache)
-    assert torch.equal(captured._state, eager._state)
-    assert not captured._workspace[:1024].any()
+    assert torch.equal(captured.tensors.state, eager.tensors.state)
+    assert not captured.tensors.workspace[:1024].any()
 
 
 @pytest.mark.parametrize("chosen", [False, True])
@@ -223,7 +223,7 @@ def test_a_ragged_prompt_in_a_graph(chosen: bool) -> None:
             numbers.copy_(torch.tensor(generator.sample(range(-1, 5), 3)))  # some out of range
         graph.replay()
         assert_same_bits(out, eager.append_attend(0, x, x * 2, x * 3, **options))
-    assert torch.equal(captured._state, eager._state)
+    assert torch.equal(captured.tensors.state, eager.tensors.state)
     assert_same_bits(captured.k_cache, eager.k_cache)
     assert_same_bits(captured.v_cache, eager.v_cache)
 
@@ -432,7 +432,7 @@ def test_attention_around_copies_between_caches_in_a_graph() -> None:
         step(eager, outs["eager"])
         assert_same_bits(outs["captured"], outs["eager"])
     for got, want in zip(captured, eager, strict=True):
-        assert torch.equal(got._state, want._state)
+        assert torch.equal(got.tensors.state, want.tensors.state)
         assert_same_bits(got.k_cache, want.k_cache)
         assert_same_bits(got.v_cache, want.v_cache)
 
@@ -464,8 +464,8 @@ def test_chosen_sequences_in_a_graph(rows: int) -> None:
         step(eager, "eager")
         assert_same_bits(results["captured"], results["eager"])
     assert_same_bits(captured.k_cache, eager.k_cache)
-    assert torch.equal(captured._state, eager._state)
-    assert not captured._workspace[:1024].any()
+    assert torch.equal(captured.tensors.state, eager.tensors.state)
+    assert not captured.tensors.workspace[:1024].any()
 
 
 def test_lengths_during_capture_raise() -> None:
@@ -681,6 +681,6 @@ def test_a_large_replay_run_is_eager_bit_for_bit() -> None:
         graph.replay()
         run(eager, eager_step)
     assert captured.position == eager.position == 10_000
-    assert torch.equal(captured._state, eager._state)
+    assert torch.equal(captured.tensors.state, eager.tensors.state)
     assert_same_bits(captured.k_cache, eager.k_cache)
     assert_same_bits(captured.v_cache, eager.v_cache)

@@ -30,9 +30,9 @@ def large_cache(device: torch.device, *shape: int, batch_size: int = 1) -> Strea
 def move_to(cache: StreamingKVCacheFp16, position: int) -> None:
     """As if `position` positions had been appended, without writing gigabytes of them."""
     first = max(cache.sink_positions, position - cache.max_positions)
-    cache._state[0] = position
-    cache._state[1] = first
-    cache._connect()  # lengths on the host start anew
+    cache.tensors.state[0] = position
+    cache.tensors.state[1] = first
+    cache._take(cache.tensors)  # lengths on the host start anew
 
 
 def test_the_far_end_of_a_layer(backend: Backend) -> None:
@@ -172,9 +172,9 @@ def test_copies_at_the_far_end(backend: Backend) -> None:
         pytest.skip("hours under emulation: a thread looks at every vector")
     heads, head_dim, positions = 16, 128, 2**30 // 2048 + 8
     cache = large_cache(backend.device, 1, positions, heads, head_dim, batch_size=3)
-    cache._state[0] = positions
-    cache._state[1] = positions - 3
-    cache._connect()
+    cache.tensors.state[0] = positions
+    cache.tensors.state[1] = positions - 3
+    cache._take(cache.tensors)
     rows = torch.randn(3, 3, heads, head_dim, device=backend.device).half()
     cache.k_cache[0, :, -3:] = rows
     cache.v_cache[0, :, -3:] = -rows
@@ -189,9 +189,9 @@ def test_copies_between_caches_at_the_far_end(backend: Backend) -> None:
     """From the last slots of a layer of 3 * 2^30 elements into a small cache, and from there to another such end."""
     heads, head_dim, positions = 16, 128, 2**30 // 2048 + 8
     large = large_cache(backend.device, 1, positions, heads, head_dim, batch_size=3)
-    large._state[0] = positions
-    large._state[1] = positions - 3
-    large._connect()
+    large.tensors.state[0] = positions
+    large.tensors.state[1] = positions - 3
+    large._take(large.tensors)
     rows = torch.randn(3, 3, heads, head_dim, device=backend.device).half()
     large.k_cache[0, :, -3:] = rows
     large.v_cache[0, :, -3:] = -rows

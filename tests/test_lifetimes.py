@@ -166,7 +166,7 @@ def test_a_cache_sent_to_another_process_is_a_copy(device: torch.device) -> None
     cache, want = (make_cache(device, **SHAPE) for _ in range(2))
     for c in (cache, want):
         walk(c, 1, 12)
-    addresses = cache.k_cache.data_ptr(), cache._state.data_ptr()
+    addresses = cache.k_cache.data_ptr(), cache.tensors.state.data_ptr()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=walk_what_was_sent, args=(cache, queue))
@@ -174,19 +174,19 @@ def test_a_cache_sent_to_another_process_is_a_copy(device: torch.device) -> None
     sent_back, answer = queue.get(timeout=300)
     process.join(60)
     assert process.exitcode == 0
-    assert (cache.k_cache.data_ptr(), cache._state.data_ptr()) == addresses
+    assert (cache.k_cache.data_ptr(), cache.tensors.state.data_ptr()) == addresses
     assert_same_cache(cache, want)
     assert_same_answers([torch.from_numpy(answer)], [walk(want, 9, 6)[-1].cpu()])
     assert_same_cache(sent_back, want)
 
 
-@pytest.mark.parametrize("name", ["_k_cache", "_v_cache", "_state"])
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "state"])
 def test_memory_that_torch_moves_is_noticed(device: torch.device, name: str, tmp_path: Path) -> None:
     """No call goes on where the memory was. What there is can be copied."""
     cache, want = (make_cache(device, **SHAPE) for _ in range(2))
     for c in (cache, want):
         walk(c, 1, 12)
-    tensor = getattr(cache, name)
+    tensor = getattr(cache.tensors, name)
     with torch.no_grad():
         tensor.set_(tensor.clone()) if device.type == "cuda" else tensor.share_memory_()
     x = torch.ones(2, 64, device=device)
@@ -273,7 +273,7 @@ def test_copies_hold_the_same_and_share_nothing(device: torch.device, how: str, 
     with torch.inference_mode(inference):
         other = COPIES[how](cache)
     assert repr(other) == repr(cache)
-    tensors = [(vars(c)[name]) for c in (cache, other) for name in vars(c) if isinstance(vars(c)[name], torch.Tensor)]
+    tensors = [t for c in (cache, other) for t in c.tensors if isinstance(t, torch.Tensor)]
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) == 10
     assert not any(t.is_inference() for t in tensors)  # or torch could not change them outside of inference mode
     assert_same_cache(other, want)
@@ -336,7 +336,7 @@ def test_pickles_cross_devices(source: str, target: str) -> None:
     buffer.seek(0)
     other = torch.load(buffer, map_location=target, weights_only=False)
     assert other.device.type == other.k_cache.device.type == target
-    assert other._workspace.numel() == memory.workspace_floats(other.device, other.head_dim, other.batch_size)
+    assert other.tensors.workspace.numel() == memory.workspace_floats(other.device, other.head_dim, other.batch_size)
     assert_same_cache(other, cache)
     assert_close_answers(walk(other, 2, 18), walk(cache, 2, 18))
     assert_same_cache(other, cache)
@@ -347,7 +347,7 @@ def test_the_memory_of_a_deleted_cache_can_be_used_again(device: torch.device) -
     addresses = set()
     for i in range(20):
         cache = make_cache(device, **SHAPE)
-        addresses.add(cache._state.data_ptr())
+        addresses.add(cache.tensors.state.data_ptr())
         assert (len(cache), cache.position) == (0, 0)
         walk(cache, i, 1 + i % 3)
         assert cache.position > 0
@@ -379,7 +379,7 @@ def test_two_streams_in_turn() -> None:
     torch.cuda.current_stream().wait_event(last)
     for row, answer in zip(x, got, strict=True):
         assert_same_bits(answer, want.append_attend(0, row, row[:, :, :2], row[:, :, 2:]))
-    assert torch.equal(cache._state, want._state)
+    assert torch.equal(cache.tensors.state, want.tensors.state)
     assert_same_bits(cache.get_valid_f32(0)[1], want.get_valid_f32(0)[1])
 
 

@@ -160,8 +160,8 @@ def test_a_plan_counts_what_a_cache_allocates(device: torch.device) -> None:
     plan = StreamingKVCacheFp16.plan(2, 100, 2, 8, batch_size=3, device=device)
     cache = StreamingKVCacheFp16(2, 100, 2, 8, batch_size=3, device=device)
     assert plan.cache_bytes == cache.memory_bytes() == cache.k_cache.nbytes + cache.v_cache.nbytes
-    assert plan.state_bytes == cache._state.nbytes + cache._overflow_counts.nbytes
-    assert plan.workspace_bytes == cache._workspace.nbytes
+    assert plan.state_bytes == cache.tensors.state.nbytes + cache.tensors.overflow_counts.nbytes
+    assert plan.workspace_bytes == cache.tensors.workspace.nbytes
 
 
 # A GPU of 4 GB, whoever else is on it: PyTorch's allocator gives no more, and the driver knows of no more.

@@ -90,7 +90,7 @@ def test_a_difference_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> No
     def wrong(self: Run, draw: SeededDraw, static: bool = False) -> object:
         action = truncate(self, draw, static)
         call = action.call
-        action.call = lambda: (call(), self.cache._state[0].add_(1))
+        action.call = lambda: (call(), self.cache.tensors.state[0].add_(1))
         return action
 
     monkeypatch.setattr(Run, "truncate", wrong)

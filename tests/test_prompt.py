@@ -630,11 +630,11 @@ def test_another_layer_is_left_alone(backend: Backend) -> None:
     cache = make_cache(backend, num_layers=2, max_positions=64, head_dim=16)
     key = torch.randn(50, 2, 16, device=backend.device)
     cache.append_all(key.expand(2, *key.shape), key.expand(2, *key.shape))
-    before = cache.k_cache[0].clone(), cache.v_cache[0].clone(), cache._state[:, 0].clone()
+    before = cache.k_cache[0].clone(), cache.v_cache[0].clone(), cache.tensors.state[:, 0].clone()
     cache.append_attend(1, key[:30], key[:30], key[:30])
     assert_same_bits(cache.k_cache[0], before[0])
     assert_same_bits(cache.v_cache[0], before[1])
-    assert torch.equal(cache._state[:, 0], before[2])
+    assert torch.equal(cache.tensors.state[:, 0], before[2])
     assert cache.cache_seqlens.tolist() == [[50], [80]]
 
 

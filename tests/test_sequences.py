@@ -269,16 +269,16 @@ def test_ops_on_plain_tensors(backend: Backend) -> None:
     twin = filled(backend, [3, 9, 5], sink_positions=1)
     c = twin.cache
     order = torch.tensor([2, 0, 1], device=backend.device)
-    ops.copy_sequences(c.k_cache, c.v_cache, c._state, order, sink_positions=1)
+    ops.copy_sequences(*c.tensors[:3], order, sink_positions=1)
     twin._copy(order.cpu(), None)
     twin.check()
-    ops.copy_sequences(c.k_cache, c.v_cache, c._state, order[:1], order[1:2], sink_positions=1)
+    ops.copy_sequences(*c.tensors[:3], order[:1], order[1:2], sink_positions=1)
     twin._copy(order[:1].cpu(), order[1:2].cpu())
     twin.check()
-    ops.truncate(c.k_cache, c._state, order, sequences=order, sink_positions=1)
+    ops.truncate(c.k_cache, c.tensors.state, order, sequences=order, sink_positions=1)
     twin.reference.truncate(twin.state, order.cpu(), sequences=order.cpu(), sink_positions=1)
     twin.check()
-    ops.reset(c.k_cache, c._state, order[:2], sink_positions=1)
+    ops.reset(c.k_cache, c.tensors.state, order[:2], sink_positions=1)
     twin.reference.reset(twin.state, order[:2].cpu(), sink_positions=1)
     twin.check()
 
@@ -295,7 +295,7 @@ def test_equal_caches_stay_equal(backend: Backend) -> None:
     caches[1].truncate(torch.tensor([4, 5, 6], device=backend.device))
     assert_same_bits(caches[0].k_cache, caches[1].k_cache)
     assert_same_bits(caches[0].v_cache, caches[1].v_cache)
-    assert torch.equal(caches[0]._state, caches[1]._state)
+    assert torch.equal(caches[0].tensors.state, caches[1].tensors.state)
     assert len(caches[0]) == len(caches[1]) == 4
 
 
@@ -405,7 +405,7 @@ def test_all_of_them_are_the_plain_call(backend: Backend) -> None:
             assert_same_bits(apart.attend(1, query, sequences=[0, 1, 2]), want)
         assert_same_bits(some.k_cache, plain.k_cache)
         assert_same_bits(some.v_cache, apart.v_cache)
-        assert torch.equal(some._state, plain._state)
+        assert torch.equal(some.tensors.state, plain.tensors.state)
 
 
 def test_conversations_in_turns(backend: Backend) -> None:

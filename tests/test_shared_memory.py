@@ -32,7 +32,13 @@ def inside(storage: Tensor, like: Tensor) -> Tensor:
 
 def unchanged(cache: Cache) -> Callable[[], None]:
     def bits() -> list[Tensor]:
-        kept = (cache.k_cache, cache.v_cache, cache._state, cache._overflow_counts, cache._workspace)
+        kept = (
+            cache.k_cache,
+            cache.v_cache,
+            cache.tensors.state,
+            cache.tensors.overflow_counts,
+            cache.tensors.workspace,
+        )
         return [t.view(torch.uint8).clone() for t in kept]
 
     before = bits()
@@ -49,13 +55,14 @@ def attention_arguments(cache: Cache, appends: bool) -> dict[str, Any]:
     device = cache.device
     query = torch.randn(2, 1, 2, 8, device=device)
     arguments = {
-        "k_cache": cache.k_cache, "v_cache": cache.v_cache, "state": cache._state, "workspace": cache._workspace,
+        "k_cache": cache.k_cache, "v_cache": cache.v_cache, "state": cache.tensors.state,
+        "workspace": cache.tensors.workspace,
         "layer": 0, "query": query, "scale": 1.0, "sink_positions": 1, "out": torch.zeros_like(query),
         "lse": torch.zeros(2, 1, 2, device=device), "sequences": torch.tensor([1, 0], device=device),
     }  # fmt: skip
     if appends:
         arguments |= {
-            "overflow_counts": cache._overflow_counts, "key": torch.randn(2, 1, 2, 8, device=device),
+            "overflow_counts": cache.tensors.overflow_counts, "key": torch.randn(2, 1, 2, 8, device=device),
             "value": torch.randn(2, 1, 2, 8, device=device), "new_lengths": torch.tensor([1, 1], device=device),
         }  # fmt: skip
     return arguments
@@ -83,7 +90,8 @@ def test_every_op_refuses(device: torch.device, op: str, written: str, other: st
         numbers = torch.tensor([1, 0], device=device)
         shape = (2, 2, 2, 8)
         arguments: dict[str, Any] = {
-            "k_cache": cache.k_cache, "v_cache": cache.v_cache, "state": cache._state, "layer": 0, "sink_positions": 1,
+            "k_cache": cache.k_cache, "v_cache": cache.v_cache, "state": cache.tensors.state, "layer": 0,
+            "sink_positions": 1,
             "indices": torch.tensor([[0, 1], [2, 3]], device=device), "sequences": numbers,
             "out[0]": torch.zeros(shape, device=device), "out[1]": torch.zeros(shape, device=device),
         }  # fmt: skip
@@ -132,7 +140,7 @@ def test_every_method_refuses(device: torch.device, rows: int, other: str) -> No
 @pytest.mark.parametrize("other", ["k_cache", "v_cache", "state", "overflow_counts"])
 def test_no_answer_is_written_into_the_cache(device: torch.device, rows: int, other: str) -> None:
     cache = filled(device, batch_size=2, max_positions=64, num_layers=512)
-    memory = {"state": cache._state, "overflow_counts": cache._overflow_counts}.get(other)
+    memory = {"state": cache.tensors.state, "overflow_counts": cache.tensors.overflow_counts}.get(other)
     query = torch.randn(2, rows, 2, 8, device=device).half()
     key, indices = torch.randn(2, rows, 2, 8, device=device), torch.arange(rows, device=device)
     out = inside(getattr(cache, other) if memory is None else memory, query)

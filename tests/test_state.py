@@ -161,9 +161,9 @@ def test_ops_on_plain_tensors(backend: Backend) -> None:
     twin = Twin(backend, sink_positions=1)
     c = twin.cache
     key, value = rows(backend, 1, 10, 2, 8), rows(backend, 1, 10, 2, 8)
-    ops.append(c.k_cache, c.v_cache, c._state, c._overflow_counts, 0, key, value, sink_positions=1)
+    ops.append(*c.tensors[:4], 0, key, value, sink_positions=1)
     ops.append_all(
-        c.k_cache, c.v_cache, c._state, c._overflow_counts, key.expand(2, 1, 10, 2, 8), value.expand(2, 1, 10, 2, 8),
+        *c.tensors[:4], key.expand(2, 1, 10, 2, 8), value.expand(2, 1, 10, 2, 8),
         sink_positions=1,
     )  # fmt: skip
     twin.reference.append(
@@ -174,16 +174,16 @@ def test_ops_on_plain_tensors(backend: Backend) -> None:
         key.cpu().expand(2, 1, 10, 2, 8), value.cpu().expand(2, 1, 10, 2, 8), sink_positions=1,
     )  # fmt: skip
     twin.check()
-    ops.truncate(c.k_cache, c._state, 4, sink_positions=1)
+    ops.truncate(c.k_cache, c.tensors.state, 4, sink_positions=1)
     twin.reference.truncate(twin.state, 4, sink_positions=1)
     twin.check()
     indices = torch.tensor([2, 0, 9], device=backend.device)
-    got = ops.gather(c.k_cache, c.v_cache, c._state, 0, indices, sink_positions=1)
+    got = ops.gather(*c.tensors[:3], 0, indices, sink_positions=1)
     assert_same_bits(got[0].cpu(), twin.gather(0, indices)[0])
     out = (torch.empty_like(got[0]), torch.empty_like(got[1]))
-    ops.gather(c.k_cache, c.v_cache, c._state, 1, indices, sink_positions=1, out=out)
+    ops.gather(*c.tensors[:3], 1, indices, sink_positions=1, out=out)
     assert_same_bits(out[1].cpu(), twin.gather(1, indices)[1])
-    ops.clear(c.k_cache, c._state, c._overflow_counts, sink_positions=1)
+    ops.clear(c.k_cache, c.tensors.state, c.tensors.overflow_counts, sink_positions=1)
     twin.reference.clear(twin.state, twin.overflow_counts, sink_positions=1)
     twin.check()
 
@@ -206,7 +206,10 @@ def test_memory_is_exactly_half(backend: Backend) -> None:
     assert cache.memory_bytes() == cache.k_cache.nbytes + cache.v_cache.nbytes
     assert cache.memory_mb() == cache.memory_bytes() / 1e6
     assert cache.k_cache.shape == (3, 2, 50, 7, 5)
-    hidden = [t for t in vars(cache).values() if isinstance(t, torch.Tensor) and t.dtype != torch.float16]
+    everything = [*vars(cache).values(), *cache.tensors]
+    hidden = [t for t in everything if isinstance(t, torch.Tensor) and t.dtype != torch.float16]
     plan = StreamingKVCacheFp16.plan(3, 50, 7, 5, batch_size=2, device=backend.device)
     assert sum(t.nbytes for t in hidden) == plan.state_bytes + plan.workspace_bytes < 13 * 10**6
-    assert {id(t) for t in hidden} == {id(t) for t in (cache._state, cache._overflow_counts, cache._workspace)}
+    assert {id(t) for t in hidden} == {
+        id(t) for t in (cache.tensors.state, cache.tensors.overflow_counts, cache.tensors.workspace)
+    }

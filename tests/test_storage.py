@@ -166,7 +166,7 @@ def test_counters_and_policy_come_back(device: torch.device, path: Path) -> None
 def test_positions_beyond_32_bits(device: torch.device, path: Path) -> None:
     cache = make_cache(device, sink_positions=1)
     fill(cache, 8)
-    cache._state[:2] += 7 * 2**35  # seven slots beside the sink: every position stays in its slot
+    cache.tensors.state[:2] += 7 * 2**35  # seven slots beside the sink: every position stays in its slot
     cache._connect()
     cache.save(path)
     loaded = StreamingKVCacheFp16.load(path, device=device)
@@ -227,7 +227,7 @@ def test_more_slots(device: torch.device, sinks: int, seen: int, slots: int, pat
     fill(cache, seen)
     cache.save(path)
     loaded = StreamingKVCacheFp16.load(path, device=device, max_positions=slots)
-    assert torch.equal(loaded._state, cache._state)
+    assert torch.equal(loaded.tensors.state, cache.tensors.state)
     positions = held(cache, 0, 0)
     model = dict(zip(positions, contents(cache, 0, 0)[0].cpu(), strict=True))
     for step in range(2 * slots):
@@ -262,8 +262,8 @@ def test_safetensors_reads_it(device: torch.device, path: Path, small_blocks: No
         for name in ("num_layers", "batch_size", "max_positions", "num_heads", "head_dim", "sink_positions"):
             assert int(metadata[name]) == getattr(cache, name)
         assert metadata["overflow"] == "saturate"
-        assert torch.equal(file.get_tensor("seen"), cache._state[0].cpu())
-        assert torch.equal(file.get_tensor("first"), cache._state[1].cpu())
+        assert torch.equal(file.get_tensor("seen"), cache.tensors.state[0].cpu())
+        assert torch.equal(file.get_tensor("first"), cache.tensors.state[1].cpu())
         assert torch.equal(file.get_tensor("overflow_counts"), cache.overflow_counts().cpu())
         lengths = file.get_tensor("lengths")
         assert lengths.tolist() == [[8, 0, 5]] * 2
@@ -543,7 +543,7 @@ def test_possible_lengths(saved: Path, seen: int, first: int, length: int) -> No
     """So that it is nothing else that gives away the files of the next test."""
     write_state(saved, seen, first, length)
     cache = StreamingKVCacheFp16.load(saved, device="cpu")
-    assert cache._state[:2, 0, 0].tolist() == [seen, first]
+    assert cache.tensors.state[:2, 0, 0].tolist() == [seen, first]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def save(path: Path, layers: Layers, sequences: int = 3, **options: Any) -> None
 def assert_same_layers(got: Layers, want: Layers, sequences: int = 3) -> None:
     """State and everything held; the slots may differ."""
     for (mine, i), (theirs, j) in zip(got, want, strict=True):
-        assert torch.equal(mine._state[:2, i, :sequences].cpu(), theirs._state[:2, j, :sequences].cpu())
+        assert torch.equal(mine.tensors.state[:2, i, :sequences].cpu(), theirs.tensors.state[:2, j, :sequences].cpu())
         for b in range(sequences):
             for x, y in zip(contents(mine, i, b), contents(theirs, j, b), strict=True):
                 assert_same_bits(x.cpu(), y.cpu())
@@ -98,7 +98,7 @@ def everything(layers: Layers) -> list[Tensor]:
     return [
         t.cpu().clone()
         for c in caches
-        for t in (c.k_cache.view(torch.int16), c.v_cache.view(torch.int16), c._state, c._overflow_counts)
+        for t in (c.k_cache.view(torch.int16), c.v_cache.view(torch.int16), c.tensors.state, c.tensors.overflow_counts)
     ]
 
 
@@ -120,7 +120,7 @@ def test_round_trip(device: torch.device, path: Path) -> None:
     assert_unchanged(layers, before)
     target = filled_layers(device, 5)
     target[0][0].clear()
-    natives = [cache._compiled for cache, _ in target]
+    natives = [cache.native for cache, _ in target]
     with open_layers(path) as file:
         assert file.sequences == 3 and file.metadata == METADATA
         assert list(file.tensors) == sorted(file.tensors, key=lambda name: (-file.tensors[name].itemsize, name))
@@ -135,11 +135,11 @@ def test_round_trip(device: torch.device, path: Path) -> None:
             shape = (saved.max_positions, saved.num_heads, saved.head_dim)
             assert shape == (cache.max_positions, cache.num_heads, cache.head_dim)
             assert saved.lengths == tuple(len(held(cache, i, b)) for b in range(3))
-            assert [list(saved.seen), list(saved.first)] == cache._state[:2, i].tolist()
+            assert [list(saved.seen), list(saved.first)] == cache.tensors.state[:2, i].tolist()
         file.load(target)
     assert_same_layers(target, layers)
     assert counts(target) == counts(layers) == [32, 0, 0]
-    assert [cache._compiled for cache, _ in target] == natives, "captured graphs belong to them"
+    assert [cache.native for cache, _ in target] == natives, "captured graphs belong to them"
     for (mine, _), (theirs, _) in zip(target, layers, strict=True):
         assert (len(mine), mine.position) == (len(theirs), theirs.position)
     for these in (target, layers):
@@ -177,7 +177,7 @@ def test_grouped_in_another_way(device: torch.device, path: Path) -> None:
     assert [len(held(alone[0][0], 1, b)) for b in range(3)] == [7, 0, 5]
     assert counts(alone) == [32, 0, 0]
     assert torch.equal(alone[0][0].k_cache[0].view(torch.int16), other_layer.view(torch.int16))
-    assert not alone[0][0]._state[0, 0].any()
+    assert not alone[0][0].tensors.state[0, 0].any()
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -386,7 +386,7 @@ def test_a_second_pass_that_fails(device: torch.device, path: Path, fresh: bool,
     ):
         file.load(target, fresh=fresh, progress=damage)
     for cache in (target[0][0], target[1][0]):
-        assert not cache._state[0, :, :sequences].any() and len(cache) == 0
+        assert not cache.tensors.state[0, :, :sequences].any() and len(cache) == 0
     after = everything(target)
     for i in (0, 1, 4, 5):
         assert torch.equal(after[i][:, sequences:], before[i][:, sequences:])

@@ -52,7 +52,7 @@ def ragged(device: torch.device | Backend, seed: int = 0, **arguments: Any) -> S
 def everything(cache: StreamingKVCacheFp16) -> tuple[torch.Tensor, ...]:
     """All bits of a cache, those in unused slots too."""
     storages = (cache.k_cache.view(torch.int16), cache.v_cache.view(torch.int16))
-    return tuple(t.cpu().clone() for t in (*storages, cache._state, cache._overflow_counts))
+    return tuple(t.cpu().clone() for t in (*storages, cache.tensors.state, cache.tensors.overflow_counts))
 
 
 def assert_unchanged(cache: StreamingKVCacheFp16, before: tuple[torch.Tensor, ...]) -> None:
@@ -76,7 +76,7 @@ def assert_same_sequences(
     got: StreamingKVCacheFp16, mine: list[int], want: StreamingKVCacheFp16, theirs: list[int]
 ) -> None:
     """State and everything held of some sequences; the slots may differ."""
-    assert torch.equal(got._state[:2, :, mine].cpu(), want._state[:2, :, theirs].cpu())
+    assert torch.equal(got.tensors.state[:2, :, mine].cpu(), want.tensors.state[:2, :, theirs].cpu())
     for layer in range(want.num_layers):
         for a, b in zip(mine, theirs, strict=True):
             for x, y in zip(contents(got, layer, a), contents(want, layer, b), strict=True):
@@ -231,9 +231,9 @@ def test_lengths_on_the_host(device: torch.device, path: Path) -> None:
     cache.clear()
     fill(cache, 3)
     assert (len(cache), cache.position) == (3, 3)
-    native = cache._compiled
+    native = cache.native
     cache.load_sequences(path, [0])
-    assert cache._compiled is native, "captured graphs belong to it"
+    assert cache.native is native, "captured graphs belong to it"
     assert (len(cache), cache.position) == (3, 13)
     cache.load_sequences(path, [1])
     assert (len(cache), cache.position) == (8, 13)
@@ -267,7 +267,7 @@ def test_an_empty_file(device: torch.device, path: Path) -> None:
     cache = ragged(device)
     before = everything(cache)
     cache.load_sequences(path, [2, 0])
-    assert cache._state[0, :, [0, 2]].tolist() == [[0, 0]] * 2
+    assert cache.tensors.state[0, :, [0, 2]].tolist() == [[0, 0]] * 2
     assert_others_unchanged(cache, before, [0, 2])
 
 
@@ -348,7 +348,7 @@ def in_second_pass(act: Callable[[], object]) -> Callable[[int, int], None]:
 
 def assert_emptied(cache: StreamingKVCacheFp16, before: tuple[torch.Tensor, ...], sequences: list[int]) -> None:
     assert_others_unchanged(cache, before, sequences)
-    state = cache._state[:2, :, sequences].cpu()
+    state = cache.tensors.state[:2, :, sequences].cpu()
     assert not state[0].any() and bool((state[1] == cache.sink_positions).all())
     assert len(cache) == 0  # and the host knows it
     fill(cache, 2)

@@ -40,7 +40,7 @@ def cache_for(model: Any, attention: str, max_positions: int = 64, batch_size: i
 
 
 def stored(cache: Fp16Cache) -> list[Tensor]:
-    tensors = [t for c in cache.caches for t in (c.k_cache, c.v_cache, c._state, c._overflow_counts)]
+    tensors = [t for c in cache.caches for t in c.tensors[:4]]
     return [t.clone().view(torch.uint8) for t in tensors]
 
 

@@ -58,7 +58,7 @@ class Selection:
     def check_in_place(self, op: str) -> None:
         """RuntimeError where torch has moved a cache's memory."""
         for cache in self.caches:
-            cache._compiled.check_in_place(op)
+            cache.native.check_in_place(op)
 
     def _of(self, cache: StreamingKVCacheFp16) -> tuple[list[int], list[int]]:
         """The cache's layers: their numbers in the file, and in the cache."""
@@ -71,7 +71,9 @@ class Selection:
 
     def read_state(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """seen and first `[layer][sequence]`, overflow counts `[layer]`. Waits for the devices' current streams."""
-        of_caches = [(cache._state[:2].cpu().tolist(), cache._overflow_counts.tolist()) for cache in self.caches]
+        of_caches = [
+            (cache.tensors.state[:2].cpu().tolist(), cache.tensors.overflow_counts.tolist()) for cache in self.caches
+        ]
         seen, first, counts = [], [], []
         for cache, layer in self.layers:
             (all_seen, all_first), of_layers = next(
@@ -93,19 +95,19 @@ class Selection:
             new = [[rows[i] for i in numbers] for rows in (seen, first)]
             chosen = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (layers, self.sequences, new)]
             of_layers, of_sequences, values = (t.to(cache.device) for t in chosen)
-            cache._state[:2][:, of_layers[:, None], of_sequences] = values
+            cache.tensors.state[:2][:, of_layers[:, None], of_sequences] = values
 
     def write_overflow_counts(self, counts: Sequence[int]) -> None:
         for cache in self.caches:
             numbers, layers = self._of(cache)
             chosen = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (layers, [counts[i] for i in numbers])]
             of_layers, values = (t.to(cache.device) for t in chosen)
-            cache._overflow_counts[of_layers] = values
+            cache.tensors.overflow_counts[of_layers] = values
 
     def reset(self) -> None:
         """Forgets the sequences, in all layers of the caches."""
         for cache in self.caches:
-            cache._compiled.reset(list(self.sequences))  # also of a cache whose own `reset` refuses
+            cache.native.reset(list(self.sequences))  # also of a cache whose own `reset` refuses
 
     def shortened(self, seen: Matrix, first: Matrix) -> tuple[list[list[int]], list[list[int]]]:
         """The file's `first` as rings of these sizes have it, and by how many positions that is more.

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from transformers.cache_utils import Cache
 
-from ...attention import shown
 from ...cache import StreamingKVCacheFp16
+from ...errors import shown
 from . import files
 from .files import Progress
 from .graphs import DecodeGraph, replayed

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...attention import shown
+from ...errors import shown
 from ...files import LayersFile, open_layers, save_layers
 from .layers import AbsentLayer, Fp16Layer
 from .model import LayerPlan, plan_layers

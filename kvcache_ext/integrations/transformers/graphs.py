@@ -169,7 +169,7 @@ class DecodeGraph:
         if positions is not None:
             positions.last.copy_(fed)
         for cache, count in zip(self._cache.caches, counts, strict=True):
-            cache._overflow_counts.copy_(count)
+            cache.tensors.overflow_counts.copy_(count)
         before = [(layer.columns, layer.first) for layer in layers]
         self._graph = torch.cuda.CUDAGraph()
         try:

@@ -283,7 +283,7 @@ class Fp16Layer(CacheLayerMixin):
         batch = self.shared.active or 1
         indices = torch.arange(start, stop, device=self.cache.device)
         record = self.shared.records.get(self.window)
-        start_held = self.cache._state[1, self.index, :batch, None]
+        start_held = self.cache.tensors.state[1, self.index, :batch, None]
         if record is None:
             if self.first:  # of texts that had padding once fewer are gone
                 indices = indices - start_held

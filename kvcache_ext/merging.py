@@ -1,4 +1,4 @@
-"""What attention calls share in Python, and merging of answers. The kernels answer, whatever the number of queries."""
+"""Merging answers of attention over disjoint sets of positions."""
 
 from __future__ import annotations
 
@@ -6,59 +6,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .errors import shown
+
 _LEAST_WEIGHT = 2.0**-100  # of an answer in a sum of several: nothing beside 1, but not 0, which times infinity is NaN
-
-
-def outputs(query: Tensor, head_dim: int, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """The tensors that a kernel writes its answer to: `out` or a new one, and the LSE if it is wanted."""
-    if out is None:
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    if not return_lse:
-        return out, None
-    shape = query.shape[:-1] if query.dim() > 1 else (query.shape[0] // head_dim,)
-    return out, torch.empty(shape, dtype=torch.float32, device=query.device)
-
-
-def kernel_options(
-    head_dim: int, scale: float | None, window: int | None, softcap: float | None
-) -> tuple[float, int, float]:
-    """The options as the registered ops take them, where 0 means none; for compiled code, which checks them here."""
-    if window is not None and window <= 0:
-        raise ValueError(f"window must be positive or None, got {window}")
-    if softcap is not None and not softcap > 0:  # nor NaN
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    return head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0
-
-
-def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
-    """What the bindings refuse, for compiled code, where tensors no longer say so when the kernels see them."""
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{op}: {name} must not require grad, as a cache records no gradients, got requires_grad=True; call it "
-                "under torch.no_grad() or pass .detach()"
-            )
-
-
-def shown(value: object) -> str:
-    """A wrong argument for an error's one sentence: whole if it is short, else its type.
-
-    A tensor's text has many lines, and that of one whose memory is gone crashes the process.
-    """
-    if value is None or isinstance(value, (str, bool, float, torch.device, torch.dtype)):
-        text = repr(value)
-        if len(text) <= 60:  # and in one line, as a repr's are
-            return text
-    if isinstance(value, int) and value.bit_length() <= 64:
-        return str(value)
-    return f"a {type(value).__name__}"
-
-
-def rounds(precision: str) -> bool:
-    """Whether kernels may round queries and weights to FP16."""
-    if not isinstance(precision, str) or precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision must be 'fp32' or 'fp16', got {shown(precision)}")
-    return precision == "fp16"
 
 
 def _check_mergeable(name: str, tensor: Tensor, first: Tensor) -> None:
