@@ -691,12 +691,12 @@ class StreamingKVCacheFp16:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "native"}
-        return {**state, "tensors": self.tensors.without_workspace()}
+        return {**state, "tensors": self.tensors.saved()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._take(CacheTensors.restored(state["tensors"]))
         self.device = self.k_cache.device  # not what was pickled, where torch.load has a map_location
-        self._take(self.tensors.with_workspace())
 
     def __copy__(self) -> StreamingKVCacheFp16:
         import copy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,17 +60,18 @@ class CacheTensors(NamedTuple):
         k_cache, v_cache, state, overflow_counts, workspace = tensors
         return cls(k_cache, v_cache, state, overflow_counts, workspace, sink_positions, saturate)
 
-    def without_workspace(self) -> CacheTensors:
-        """What a pickle holds: the workspace carries nothing from call to call."""
-        return self._replace(workspace=self.workspace.new_empty(0))
+    def saved(self) -> dict[str, Any]:
+        """What a pickle holds, in types that `torch.load` allows: all but the workspace, which lives for one call."""
+        return {name: value for name, value in self._asdict().items() if name != "workspace"}
 
-    def with_workspace(self) -> CacheTensors:
-        """With a new workspace on the device of the others."""
-        head_dim, batch = self.k_cache.shape[-1], self.k_cache.shape[1]
-        device = self.k_cache.device
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> CacheTensors:
+        """From what `saved` gave, with a new workspace."""
+        k_cache = saved["k_cache"]
+        floats = memory.workspace_floats(k_cache.device, k_cache.shape[-1], k_cache.shape[1])
         with torch.inference_mode(False):
-            floats = memory.workspace_floats(device, head_dim, batch)
-            return self._replace(workspace=torch.zeros(floats, dtype=torch.float32, device=device))
+            workspace = torch.zeros(floats, dtype=torch.float32, device=k_cache.device)
+        return cls(**saved, workspace=workspace)
 
     def prepared(self) -> CacheTensors:
         """Plain tensors, and marked for torch.compile as ones that never move."""

@@ -28,6 +28,7 @@ from saved import LateBuffers, assert_same_held, contents, fill, header_of, held
 import kvcache_ext
 from kvcache_ext import StreamingKVCacheFp16, memory
 from kvcache_ext.files import transfer
+from kvcache_ext.tensors import CacheTensors
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
 
@@ -167,7 +168,7 @@ def test_positions_beyond_32_bits(device: torch.device, path: Path) -> None:
     cache = make_cache(device, sink_positions=1)
     fill(cache, 8)
     cache.tensors.state[:2] += 7 * 2**35  # seven slots beside the sink: every position stays in its slot
-    cache._connect()
+    cache._take(cache.tensors)
     cache.save(path)
     loaded = StreamingKVCacheFp16.load(path, device=device)
     assert loaded.position == 8 + 7 * 2**35
@@ -394,7 +395,7 @@ def no_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(*arguments: object, **named: object) -> None:
         raise AssertionError("something was allocated")
 
-    monkeypatch.setattr(StreamingKVCacheFp16, "_allocate", allocate)
+    monkeypatch.setattr(CacheTensors, "allocate", allocate)
 
 
 def test_truncated_anywhere(saved: Path, no_allocation: None) -> None:
