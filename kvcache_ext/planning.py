@@ -1,4 +1,9 @@
-"""`python -m kvcache_ext plan`: what a cache and a model's weights take together, as a table."""
+"""`python -m kvcache_ext plan`: what a cache and a model's weights take together, as a table.
+
+`--config` reads a config.json by itself, with a list of the names that model families use. transformers could do that
+better, but a plan is wanted first of all: before weights are downloaded, on machines without transformers or with one
+that is too old for the model.
+"""
 
 from __future__ import annotations
 
