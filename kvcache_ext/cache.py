@@ -40,46 +40,49 @@ class StreamingKVCacheFp16:
         head_dim: elements of a head, `D`.
         batch_size: sequences, `B`.
         device: a CUDA device or `"cpu"`.
-        sink_positions: the first positions of each sequence that are never overwritten, `0 <= sinks < N`. Keys are
-            kept as they came, rotated in most models; re-rotating them is the model's affair, so sinks alone are not
-            all of StreamingLLM (Xiao et al., 2023).
+        sink_positions: how many first positions of each sequence are never overwritten, `0 <= sinks < N`. Their keys
+            stay as they came, rotated in most models. StreamingLLM (Xiao et al., 2023) also rotates them again; that
+            is left to the model.
         overflow: what becomes of a finite value that FP16 cannot hold (`|x| >= 65520`): `"saturate"` stores +-65504,
             `"inf"` stores +-inf, as `.half()` does. Either way it is counted: see `overflow_counts()`.
 
     Raises:
-        MemoryError: it does not fit on the device (see `plan`), and nothing has been allocated; or it seemed to fit
-            and could not be allocated all the same, and nothing of it is kept.
+        MemoryError: the cache does not fit on the device (see `plan`), or could not be allocated. Nothing is kept.
         TypeError, ValueError: an argument is wrong.
 
     Shapes. `key` and `value` are `[B, T, H, D]` for `T` new positions; with `batch_size` 1 also `[T, H, D]`, `[H, D]`
-    and the flat `[H * D]`. Any strides will do as long as the last dimension's is 1: model code's `[B, H, T, D]` comes
-    in as `tensor.transpose(1, 2)` and is read where it lies. What is read back is `[B, n, H, D]`, or `[n, H, D]` with
+    and the flat `[H * D]`. The last dimension's stride must be 1, the others may be any. So model code passes its
+    `[B, H, T, D]` as `tensor.transpose(1, 2)`, without a copy. What is read back is `[B, n, H, D]`, or `[n, H, D]` with
     `batch_size` 1.
 
-    Order. Index 0 is the oldest position still held of that layer and sequence, and indices count up in the order of
-    appending, also after the ring has wrapped. Layers may be appended to in any order.
+    Order. Index 0 is the oldest position held by a sequence of a layer. Indices count up in the order of appending,
+    also after the ring has wrapped. Layers may be appended to in any order.
 
-    Some of the sequences. Calls that take `sequences` are about those sequences alone: entry i of the call's tensors
-    belongs to sequence `sequences[i]`, and all shapes are those of a cache of that many sequences. They are a list of
-    distinct ints, which is checked and copied to the device at each call, or an int64 or int32 tensor `[n]` on the
-    cache's device, which is read there: it costs nothing, can be captured, and leaves the host without exact lengths.
-    That a tensor's numbers are distinct cannot be checked without a synchronisation; what becomes of a sequence that it
-    names twice is undefined. An entry whose number is out of range is not appended, and answers zeros (LSE -inf).
+    Some of the sequences. With `sequences`, entry i of the call's tensors belongs to sequence `sequences[i]`, and shapes
+    are those of a cache of that many sequences. `sequences` is one of two:
 
-    Storage. `k_cache` and `v_cache` are FP16 `[L, B, N, H, D]`. Their slots are in physical order and unwritten ones
-    hold anything; the methods answer in chronological order and from written slots only.
+    - A list of distinct ints. It is checked, and copied to the device at each call.
+    - An int64 or int32 tensor `[n]` on the cache's device. It is read there, so it costs nothing and can be captured;
+      the host no longer knows exact lengths afterwards. An entry whose number is out of range is not appended, and
+      answers zeros (LSE -inf). A number that occurs twice cannot be noticed without a synchronisation: what becomes of
+      that sequence is undefined.
+
+    Storage. `k_cache` and `v_cache` are FP16 `[L, B, N, H, D]`, with the slots in physical order; unwritten slots hold
+    anything. Methods answer in chronological order, from written slots only.
 
     Conversion is IEEE round-to-nearest-even, bit for bit `tensor.to(torch.float16)`; NaN stays NaN, inf stays inf.
 
-    GPU. Calls run on the current stream of the cache's device and do not synchronise, except those that need a length
-    on the host (`len`, `lengths`, `position`, `is_empty`, `get_valid_f32`, `get_range_*`, `truncate` and `drop_newest`
-    with an int or a list) after lengths have moved on the device alone, which is after a captured graph, `new_lengths`,
-    or another tensor of lengths or of sequences. `append`, `append_all`, `gather`, `attend`, `append_attend`, `clear`,
-    `device_lengths`, and with tensors `truncate`, `drop_newest`, `reset`, `reorder` and `copy_sequence` can be captured
-    into a CUDA graph, and each replay moves the cache on. A graph cannot record a list, which is copied from the host:
-    calls raise if they get one during capture. A cache is used by one stream at a time and must outlive the graphs that
-    were captured from it. The same calls work under `torch.compile(fullgraph=True)`; those that need a length on the
-    host do not.
+    GPU. Calls run on the current stream of the cache's device. A cache is used by one stream at a time.
+
+    Synchronisation. Calls do not wait for the GPU, with one exception: `len`, `lengths`, `position`, `is_empty`,
+    `get_valid_f32`, `get_range_*`, and `truncate` and `drop_newest` with an int or a list need lengths on the host. They
+    wait if lengths have changed on the device alone: by a replayed graph, by `new_lengths`, or by another tensor of
+    lengths or of sequences.
+
+    Graphs. A CUDA graph can capture `append`, `append_all`, `gather`, `attend`, `append_attend`, `clear` and
+    `device_lengths`, and with tensors also `truncate`, `drop_newest`, `reset`, `reorder` and `copy_sequence`. Each replay
+    moves the cache on. Lists are copied from the host, which a graph cannot record: calls raise if they get one during
+    capture. The cache must outlive its graphs. The same calls work under `torch.compile(fullgraph=True)`.
     """
 
     def __init__(
@@ -199,10 +202,10 @@ class StreamingKVCacheFp16:
         new_lengths: Tensor | None = None,
         sequences: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """Converts `T` new positions of one layer to FP16 and stores them behind what each sequence has.
+        """Converts `T` new positions of one layer to FP16 and stores them behind what each sequence holds.
 
-        One kernel launch on a GPU. What the cache holds afterwards is what appending the positions one by one would
-        leave, also when there are more of them than slots.
+        One kernel launch on a GPU. The result is that of appending the positions one by one, also when there are more
+        of them than slots.
 
         Args:
             layer: 0 to `num_layers - 1`.
@@ -235,8 +238,8 @@ class StreamingKVCacheFp16:
 
         Args:
             n: an int for all, `0 <= n <= len(cache)` (or what the shortest of the chosen sequences holds); a list of
-                ints, one a sequence, likewise checked; or an int64 or int32 tensor `[B]` on the cache's device, which
-                is read there without a synchronisation, so that each of its numbers is clamped to 0 and to what its
+                ints, one a sequence, checked likewise; or an int64 or int32 tensor `[B]` on the cache's device. A
+                tensor is read there, without a synchronisation, and each number is clamped to 0 and to what its
                 sequence holds. With `sequences`, one number for each of those.
             sequences: a list of ints, or an int64 or int32 tensor `[n]` on the cache's device. With a
                 tensor, lengths are not checked on the host either.
@@ -252,13 +255,13 @@ class StreamingKVCacheFp16:
     def drop_newest(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Takes back the newest `n` positions of every layer and sequence, or of the chosen sequences. No data moves.
 
-        What `truncate` to `n` less than is held does, for whoever does not know how many are held: rejected draft
-        tokens, a prompt that was broken off. Layers may hold different numbers; each loses its own newest `n`.
+        For rejected draft tokens, or a prompt that was broken off. Unlike `truncate` it needs no knowledge of how many
+        are held. Layers may hold different numbers; each loses its own newest `n`.
 
         Args:
             n: an int for all, `0 <= n <= len(cache)` (or what the shortest of the chosen sequences holds); a list of
-                ints, one a sequence, likewise checked; or an int64 or int32 tensor `[B]` on the cache's device, which
-                is read there without a synchronisation, so that each of its numbers is clamped to 0 and to what its
+                ints, one a sequence, checked likewise; or an int64 or int32 tensor `[B]` on the cache's device. A
+                tensor is read there, without a synchronisation, and each number is clamped to 0 and to what its
                 sequence holds. With `sequences`, one number for each of those.
             sequences: a list of ints, or an int64 or int32 tensor `[n]` on the cache's device. With a
                 tensor `n` is clamped on the device, whatever it is.
@@ -288,8 +291,8 @@ class StreamingKVCacheFp16:
     def reorder(self, batch_indices: Sequence[int] | Tensor) -> None:
         """Sequence b becomes what sequence `batch_indices[b]` was, in every layer: beams change places. In place.
 
-        Each index may occur more than once, or not at all: that sequence is lost. What moves are the rows that are
-        held, each to the slot of the same number, and the lengths; sequences that stay are not touched.
+        An index may occur more than once. A sequence whose index does not occur is lost. Held rows move, each to the
+        slot of the same number, and lengths with them; sequences that stay are not touched.
 
         Args:
             batch_indices: `B` ints as a list, or as an int64 or int32 tensor `[B]` on the cache's device. A tensor is
@@ -310,22 +313,22 @@ class StreamingKVCacheFp16:
     ) -> None:
         """Sequence `dst` becomes a copy of sequence `src`, in every layer: a fork, a shared prompt. In place.
 
-        With several of them, `dst[i]` becomes what `src[i]` was before the call. Costs the rows that are moved, as
-        `reorder` does.
+        With several of them, `dst[i]` becomes what `src[i]` was before the call. The cost is that of the rows that
+        move, as with `reorder`.
 
-        With `source`, `src` are sequences of that cache, and `dst[i]` becomes what `src[i]` of it is: the rows held,
-        with their numbers. In a smaller ring than `source`'s, it holds what a ring of that size would hold: the sinks
-        and the newest. In a larger one, positions that had been evicted stay so. Overflow counters stay, as they belong
-        to no sequence; `source` is not changed.
+        With `source`, `src` are sequences of that cache, and `dst[i]` becomes a copy of its `src[i]`: the rows held,
+        with their positions. If this ring is smaller than `source`'s, it holds the sinks and the newest. If it is
+        larger, evicted positions do not come back. Overflow counters stay, as they belong to no sequence; `source` is
+        not changed.
 
         Args:
             source: another cache on the same device, with the same `num_layers`, `num_heads`, `head_dim` and
                 `sink_positions`, of any `batch_size` and `max_positions`. None, or the cache itself: from its own.
             src, dst: an int, a list of ints, or an int64 or int32 tensor `[n]` (or of no dimension) on the cache's
-                device; equally many, but that an int `src` goes with any list: `copy_sequence(0, [1, 2])`. Those of
-                `dst` must be distinct, which cannot be checked of a tensor without a synchronisation: what becomes of
-                one that is named twice is undefined. A pair of tensors' indices that is out of range does nothing.
-                What is not a tensor is copied to the device; in a graph pass tensors.
+                device, equally many of both. An int `src` also goes with a list: `copy_sequence(0, [1, 2])`. Those of
+                `dst` must be distinct. In a tensor that cannot be checked without a synchronisation: a sequence that is
+                named twice becomes undefined. A pair of tensors' indices that is out of range does nothing. Lists are
+                copied to the device; in a graph pass tensors.
 
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
@@ -380,8 +383,8 @@ class StreamingKVCacheFp16:
     def get_range_raw(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values at chronological indices `[start, end)` of one layer, as the FP16 that is stored.
 
-        Views of the storage where the range lies in consecutive slots, the same ones for every sequence, else copies:
-        until the ring wraps it does, but for what some sequences do not hold, which is zeros. Do not write to them.
+        Views of the storage if the range lies in consecutive slots, the same for every sequence; else copies. Until the
+        ring wraps they are views, unless some sequence holds less: its missing rows are zeros. Do not write to them.
 
         Returns:
             keys, values: FP16 `[B, end - start, H, D]`, or without `B` when it is 1.
@@ -461,10 +464,10 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
 
-        Up to 16 queries that share a KV head (`T * Hq / H`) are answered by kernels that read each key once for 16 of
-        them (8 above head_dim 128, 4 above 256). For more of them, where `T` > 1, others serve, on tensor cores on a
-        GPU; on a CPU from 10 on. On a GPU the only memory beside the answer is the cache's workspace (see `plan`),
-        whatever `T` is. Lengths are read on the device: a call never waits for it, and a graph can capture it.
+        Which kernels: up to 16 queries that share a KV head (`T * Hq / H`) take those that read each key once for 16
+        of them (8 above head_dim 128, 4 above 256). More of them, if `T` > 1, take those for prompts: on tensor cores
+        on a GPU, and on a CPU from 10 queries on. On a GPU the only memory beside the answer is the cache's workspace
+        (see `plan`), whatever `T` is. Lengths are read on the device: a call never waits, and a graph can capture it.
         """
         answer: Tensor | tuple[Tensor, Tensor] = self._calls.attend(
             layer, query, scale, window, softcap, return_lse, out, _rounds(precision), sequences
@@ -490,9 +493,9 @@ class StreamingKVCacheFp16:
         """`append` and `attend` in one: each new position is appended, then attended to by its query.
 
         For one position (`T` = 1) this is one kernel launch, and its answer is bit for bit that of `append` followed
-        by `attend`. For more, each query sees the ring as it stands at its turn, also the positions that later ones of
-        the same call evict; the call may be longer than the ring. Queries of left padding (`new_lengths`) answer zeros
-        with LSE -inf.
+        by `attend`. For more, each query sees the ring as it stands at its turn, so it still sees positions that later
+        ones of the same call evict. The call may be longer than the ring. Queries of left padding (`new_lengths`)
+        answer zeros with LSE -inf.
 
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
