@@ -58,8 +58,8 @@ class StreamingKVCacheFp16:
     Order. Index 0 is the oldest position held by a sequence of a layer. Indices count up in the order of appending,
     also after the ring has wrapped. Layers may be appended to in any order.
 
-    Some of the sequences. With `sequences`, entry i of the call's tensors belongs to sequence `sequences[i]`, and shapes
-    are those of a cache of that many sequences. `sequences` is one of two:
+    Some of the sequences. With `sequences`, entry i of the call's tensors belongs to sequence `sequences[i]`, and
+    shapes are those of a cache of that many sequences. `sequences` is one of two:
 
     - A list of distinct ints. It is checked, and copied to the device at each call.
     - An int64 or int32 tensor `[n]` on the cache's device. It is read there, so it costs nothing and can be captured;
@@ -75,14 +75,14 @@ class StreamingKVCacheFp16:
     GPU. Calls run on the current stream of the cache's device. A cache is used by one stream at a time.
 
     Synchronisation. Calls do not wait for the GPU, with one exception: `len`, `lengths`, `position`, `is_empty`,
-    `get_valid_f32`, `get_range_*`, and `truncate` and `drop_newest` with an int or a list need lengths on the host. They
-    wait if lengths have changed on the device alone: by a replayed graph, by `new_lengths`, or by another tensor of
-    lengths or of sequences.
+    `get_valid_f32`, `get_range_*`, and `truncate` and `drop_newest` with an int or a list need lengths on the host.
+    They wait if lengths have changed on the device alone: by a replayed graph, by `new_lengths`, or by another tensor
+    of lengths or of sequences.
 
     Graphs. A CUDA graph can capture `append`, `append_all`, `gather`, `attend`, `append_attend`, `clear` and
-    `device_lengths`, and with tensors also `truncate`, `drop_newest`, `reset`, `reorder` and `copy_sequence`. Each replay
-    moves the cache on. Lists are copied from the host, which a graph cannot record: calls raise if they get one during
-    capture. The cache must outlive its graphs. The same calls work under `torch.compile(fullgraph=True)`.
+    `device_lengths`, and with tensors also `truncate`, `drop_newest`, `reset`, `reorder` and `copy_sequence`. Each
+    replay moves the cache on. Lists are copied from the host, which a graph cannot record: calls raise if they get one
+    during capture. The cache must outlive its graphs. The same calls work under `torch.compile(fullgraph=True)`.
     """
 
     def __init__(
