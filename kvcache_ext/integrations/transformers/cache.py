@@ -20,8 +20,9 @@ from . import files
 from .files import Progress
 from .graphs import DecodeGraph, replayed
 from .groups import LayerGroup
+from .layer_plan import check_attention, check_takes_a_cache, plan_layers
 from .layers import AbsentLayer, Fp16Layer
-from .model import check_attention, check_takes_a_cache, keep_cache_where_rope_changes, plan_layers
+from .longrope import keep_cache_where_rope_changes
 from .passes import watch
 from .positions import Positions
 from .shared import Shared
@@ -119,7 +120,7 @@ class Fp16Cache(Cache):
             first = plans[indices[0]]
             cache = LayerGroup(
                 len(indices),
-                first.capacity,
+                first.max_positions,
                 first.heads,
                 first.head_dim,
                 batch_size=batch_size,

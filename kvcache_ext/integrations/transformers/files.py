@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ...attention import shown
 from ...files import LayersFile, open_layers, save_layers
+from .layer_plan import LayerPlan, plan_layers
 from .layers import AbsentLayer, Fp16Layer
-from .model import LayerPlan, plan_layers
 
 if TYPE_CHECKING:
     from .cache import Fp16Cache
