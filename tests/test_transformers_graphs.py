@@ -54,7 +54,7 @@ def test_graphs_of_fewer_sequences_than_the_cache_has_room_for(models: Any, devi
         inputs = prompts(batch, 9, device, padded=True)
         cache.reset()
         want = generate(model, inputs, cache, num_beams=beams)
-        slots = weakref.ref(cache._shared.slots(torch.device(device))["sequences"])
+        slots = weakref.ref(cache.shared.sequences_argument(torch.device(device))["sequences"])
         cache.reset()
         with cache.cuda_graphs(model):
             assert torch.equal(generate(model, inputs, cache, num_beams=beams), want)

@@ -118,7 +118,7 @@ def test_wrong_calls(models: Any, device: torch.device, name: str) -> None:
     before = [tensor.clone() for c in cache.caches for tensor in (c.k_cache, c.v_cache, c._state)]
     with pytest.raises(error, match="Fp16Cache"):
         call(cache)
-    assert cache._shared.active == 2 and cache.get_seq_length() == 10
+    assert cache.shared.active == 2 and cache.get_seq_length() == 10
     for old, new in zip(before, (t for c in cache.caches for t in (c.k_cache, c.v_cache, c._state)), strict=True):
         assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
 

@@ -1,4 +1,4 @@
-"""What a cache needs for each layer of a model: heads, head_dim, window and device, read from a model of transformers."""
+"""What a cache needs for each layer of a model of transformers: heads, head_dim, window and device."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import copy
 import functools
 from typing import Any
 
-from .shared import Shared
+from .shared import find_cache
 from .version import cache_argument
 
 
@@ -28,8 +28,8 @@ class KeepsCache:
             return type(self.model).prepare_inputs_for_generation(self.model, *arguments, **options)
 
         inputs, name = prepare(), cache_argument()
-        given: Any = options.get(name)
-        if isinstance(getattr(given, "_shared", None), Shared) and inputs.get(name) is None:
+        given = find_cache([options.get(name)])
+        if given is not None and inputs.get(name) is None:
             given.reset()
             options["next_sequence_length"] = None  # otherwise older releases go on with the newest token alone
             inputs = prepare()

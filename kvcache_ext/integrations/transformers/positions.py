@@ -15,7 +15,7 @@ from torch import Tensor
 
 UNKNOWN = -(2**62)  # no position was seen
 FED_TWICE = 2**62  # a token came again; stays until the sequence is forgotten
-CALLS_A_COPY = 8  # looks between two copies of what a GPU has noticed
+CALLS_PER_COPY = 8  # looks between two copies of what a GPU has noticed
 
 
 def _refuse(what: str) -> NoReturn:
@@ -59,7 +59,7 @@ class Positions:
         self.last.fill_(UNKNOWN)
         self._copy = None
 
-    def take(self, sequences: Tensor) -> None:
+    def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequence `sequences[i]` was."""
         chosen = sequences.to(self.last.device).clamp(0, len(self.last) - 1)
         self.last[: len(chosen)] = self.last[chosen]
@@ -83,12 +83,12 @@ class Positions:
             last.clamp_(min=tokens - 1)
 
     @staticmethod
-    def _of_tokens(position_ids: Any, batch: int, rows: int) -> tuple[Tensor, bool] | None:
+    def _of_tokens(position_ids: Any, batch: int, new_tokens: int) -> tuple[Tensor, bool] | None:
         """`[B or 1, T]`, and whether neighbours may be equal. None where these are no positions that can be compared.
 
         Models of images have several for a token (`[3 or 4, B, T]`), of which the first is equal within an image.
         """
-        if not isinstance(position_ids, Tensor) or position_ids.dim() < 2 or position_ids.shape[-1] != rows:
+        if not isinstance(position_ids, Tensor) or position_ids.dim() < 2 or position_ids.shape[-1] != new_tokens:
             return None
         if position_ids.shape[-2] not in (1, batch):
             return None
@@ -96,9 +96,9 @@ class Positions:
             return position_ids, False
         return (position_ids[0], True) if position_ids.dim() == 3 and len(position_ids) in (3, 4) else None
 
-    def check(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
+    def check(self, position_ids: Any, real: Tensor | None, batch: int, new_tokens: int) -> None:
         """Raises if a token comes again; on a GPU this waits. `real`: bool `[B, T]`, what is no padding; None: all."""
-        found = self._of_tokens(position_ids, batch, rows)
+        found = self._of_tokens(position_ids, batch, new_tokens)
         if found is None:
             return
         positions = found[0].to(self.last.device).expand(batch, -1)
@@ -112,14 +112,14 @@ class Positions:
                     f"{last[sequence]} before"
                 )
 
-    def note(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
+    def note(self, position_ids: Any, real: Tensor | None, batch: int, new_tokens: int) -> None:
         """Remembers what was fed, and that a token came again, without waiting."""
-        found = self._of_tokens(position_ids, batch, rows)
+        found = self._of_tokens(position_ids, batch, new_tokens)
         if found is None:
             return
         last = self.last[:batch]
         positions = found[0].to(last.device).expand(batch, -1)
-        if rows == 1 and real is None:
+        if new_tokens == 1 and real is None:
             first = largest = positions[:, 0]
         else:
             there = positions > UNKNOWN if real is None else real.to(last.device)
@@ -150,7 +150,7 @@ class Positions:
                 return None
             arrived, self._copy = self._copy, None
         self._calls += 1
-        if self._calls % CALLS_A_COPY == 0:
+        if self._calls % CALLS_PER_COPY == 0:
             self._copy = torch.empty(self.last.shape, dtype=torch.int64, device="cpu", pin_memory=True)
             with torch.cuda.device(self.last.device):
                 if self._stream is None:
@@ -161,7 +161,7 @@ class Positions:
         return arrived
 
 
-class Texts:
+class FedTokens:
     """The token ids that were fed to a model without `position_ids`, where they are all known: `[sequences, columns]`.
 
     There a text that is fed twice can be told by itself alone: by new tokens that begin with all that came before.
@@ -192,7 +192,7 @@ class Texts:
         else:
             self.ids = torch.cat([self.ids, ids.to(self.ids.device)], 1)
 
-    def take(self, sequences: Tensor) -> None:
+    def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequence `sequences[i]` was."""
         if self.ids is not None:
             self.ids = self.ids[sequences.to(self.ids.device).clamp(0, len(self.ids) - 1)]
@@ -200,27 +200,3 @@ class Texts:
     def crop(self, left: int) -> None:
         if self.ids is not None:
             self.ids = self.ids[:, :left]
-
-
-def real_tokens(mask: Any, batch: int, rows: int) -> tuple[Tensor | None, bool]:
-    """Which of the new tokens exist, bool `[B, T]` or None for all, as a decoder's `attention_mask` says; and whether
-    that can be told at all."""
-    if isinstance(mask, dict):
-        mask = next((value for value in mask.values() if value is not None), None)
-    if mask is None:
-        return None, True
-    if not isinstance(mask, Tensor) or mask.shape[0] not in (1, batch):
-        return None, False
-    if mask.dim() == 2 and mask.shape[1] >= rows:
-        return mask[:, -rows:].bool().expand(batch, -1), True
-    if mask.dtype == torch.int8 and mask.shape == (batch, 1, 1, rows):  # these, and the next, are `Shared.plan`'s
-        return mask[:, 0, 0].bool(), True
-    if mask.dtype == torch.int32 and mask.shape == (batch, 1, 1, 1):
-        return torch.arange(rows, device=mask.device) >= rows - mask[:, 0, 0], True
-    if mask.dim() == 4 and mask.shape[2] == rows and mask.shape[3] >= rows:  # finished: a token sees itself
-        own = mask[:, 0].diagonal(mask.shape[3] - rows, 1, 2)
-        if own.dtype == torch.bool:
-            return own.expand(batch, -1), True
-        if own.is_floating_point():
-            return (own > torch.finfo(own.dtype).min / 2).expand(batch, -1), True
-    return None, False
