@@ -29,7 +29,7 @@ def attend(
     """The attention function that transformers finds under this attention's name.
 
     `query`: `[B, Hq, T, D]`. `key`, `value`: the same `PendingKeyValues`, or tensors where there is no `Fp16Cache`.
-    `attention_mask`: what `make_mask` answered, or a 4D mask of the caller's. Answers `[B, T, Hq, D]`.
+    `attention_mask`: what `make_mask` returned, or a 4D mask of the caller's. Returns `[B, T, Hq, D]`, and no weights.
     """
     if not isinstance(key, PendingKeyValues):
         return _other_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, options)
@@ -118,7 +118,7 @@ def _masked_attention(
 ) -> Tensor:
     """Attention under a 4D mask: bool, or added to the scores.
 
-    `query`: `[B, Hq, T, D]`. `keys`, `values`: `[B, H, n, D]`. Answers `[B, T, Hq, D]`.
+    `query`: `[B, Hq, T, D]`. `keys`, `values`: `[B, H, n, D]`. Returns `[B, T, Hq, D]`.
     """
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
@@ -159,8 +159,8 @@ def _other_attention(
     plain = softcap is None and s_aux is None
     if not plain and dropout != 0.0:
         raise NotImplementedError(f"{NAME!r} attention has no dropout beside a softcap or sinks; use 'eager'")
-    # `make_mask` answered None, as an Fp16Cache needs no mask here. torch's own causal mask would not do: it is aligned
-    # to the first key, and this one to the last.
+    # Without a mask attention is causal, and the last query sees the last key. torch's causal mask is aligned to the
+    # first query and the first key.
     if mask is None and (not plain or (keys > queries > 1 and _is_causal(module, options))):
         mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     if plain:

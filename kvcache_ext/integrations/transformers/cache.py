@@ -18,9 +18,10 @@ from ...attention import shown
 from ...cache import StreamingKVCacheFp16
 from . import files
 from .build import build
-from .files import Progress
 from .graphs import DecodeGraph, replayed_steps
+from .groups import LayerGroup
 from .layers import AbsentLayer
+from .shared import SharedState
 from .version import CROP_MARGIN, NAME
 
 
@@ -28,7 +29,15 @@ class Fp16Cache(Cache):
     """A transformers `Cache` whose keys and values are FP16 in preallocated memory, for FP32, FP16 and BF16 models.
 
     Make one with `for_model`, and pass it as `past_key_values` to `generate` or to the model.
+
+    Attributes:
+        caches: the `StreamingKVCacheFp16`s, one for all layers of one shape. They may be read and saved.
+        layers: the `Fp16Layer`s, in the model's order.
+        shared: what the layers have in common. It is for this package's own modules.
     """
+
+    shared: SharedState
+    caches: list[LayerGroup]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         raise TypeError(
@@ -38,7 +47,7 @@ class Fp16Cache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp16Cache:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.shared = copy.deepcopy(self.shared, memo)  # first: a layer can be copied only after it
+        new.shared = copy.deepcopy(self.shared, memo)  # first, as a layer can be copied only after it
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return new
 
@@ -97,12 +106,12 @@ class Fp16Cache(Cache):
 
     # Files (see files.py)
 
-    def save(self, path: str | PathLike[str], *, progress: Progress = None) -> None:
-        """Writes all that the cache holds to one file, from which `load` goes on: in another process, on another
-        device, with more room.
+    def save(self, path: str | PathLike[str], *, progress: files.Progress = None) -> None:
+        """Writes all that the cache holds to one file. `load` goes on from it: in another process, on another device,
+        with more room.
 
-        Like `StreamingKVCacheFp16.save`: a safetensors file with checksums, whole or not at all. It holds what is
-        stored, not what could be, and only the sequences in use.
+        Like `StreamingKVCacheFp16.save`: a safetensors file with checksums, written whole or not at all. It has the
+        tokens that are held, of the sequences in use.
 
         Args:
             path: the file. One that is there is replaced.
@@ -110,7 +119,7 @@ class Fp16Cache(Cache):
 
         Raises:
             RuntimeError: a forward pass was broken off, or the current stream is being captured into a graph.
-            ValueError: a mask or a position was wrong, which had not been noticed yet.
+            ValueError: a mask or a position of an earlier step was wrong, and this is the first call to notice.
             TypeError, OSError: the path is wrong, or the file cannot be written. The old one stays.
         """
         files.save(self, path, progress)
@@ -127,7 +136,7 @@ class Fp16Cache(Cache):
         overflow: str | None = None,
         precision: str = "auto",
         compileable: bool = False,
-        progress: Progress = None,
+        progress: files.Progress = None,
     ) -> Fp16Cache:
         """A cache for this model with what `save` wrote: the same text goes on where it was.
 
@@ -149,14 +158,9 @@ class Fp16Cache(Cache):
             NotImplementedError, MemoryError, TypeError: as `for_model`.
             OSError: the file cannot be read.
 
-            The model's attention is as it was, after an error.
+            After an error the model's attention is as it was.
         """
-        options = {
-            "attention": attention,
-            "overflow": overflow,
-            "precision": precision,
-            "compileable": compileable,
-        }
+        options = {"attention": attention, "overflow": overflow, "precision": precision, "compileable": compileable}
         return files.load(cls.for_model, path, model, max_positions, batch_size, progress, options)
 
     # Figures
@@ -170,7 +174,7 @@ class Fp16Cache(Cache):
         return sum(cache.memory_bytes() for cache in self.caches)
 
     def overflow_counts(self) -> Tensor:
-        """Finite values that FP16 could not hold, by layer: int64 on the CPU (so this waits for the device)."""
+        """Finite values that FP16 could not hold, by layer: int64 on the CPU. This waits for the device."""
         self.shared.append_pending()
         counts = {id(cache): cache.overflow_counts().cpu() for cache in self.caches}
         none = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -191,15 +195,14 @@ class Fp16Cache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The columns that a layer has: tokens and padding.
 
-        Raises ValueError where a token was fed twice, and only the device had seen it.
+        Raises ValueError if the device has noticed that a token was fed twice.
         """
         if not is_compiling():
             self.shared.positions.raise_if_fed_twice()
-        length: int = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
-        return length
+        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The number of columns that a mask of this layer has, and the first of them. Asked at each forward pass."""
+        """The number of columns of this layer's mask, and the first of them. transformers asks in each forward pass."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         if is_compiling():
             return sizes
@@ -218,8 +221,8 @@ class Fp16Cache(Cache):
     def check_whole(self) -> None:
         """Raises RuntimeError if the last forward pass was broken off after it had stored something."""
         self._check_layers()
-        forward_pass = self.shared.current_pass  # left behind by one that was interrupted
-        if self.shared.broken_off or (forward_pass is not None and self.layers[0].columns != forward_pass.columns):
+        left_behind = self.shared.current_pass  # by a pass that was interrupted
+        if self.shared.broken_off or (left_behind is not None and self.layers[0].columns != left_behind.columns):
             raise RuntimeError("Fp16Cache: a forward pass was broken off after it had stored its tokens; reset() it")
 
     def _check_layers(self) -> None:
@@ -238,8 +241,7 @@ class Fp16Cache(Cache):
             raise ValueError(
                 f"Fp16Cache: it was made for a model of {len(self.layers)} layers, and this one has a layer {layer_idx}"
             )
-        rows: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return rows
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def offload(self, *args: Any, **kwargs: Any) -> None:
         """Raises NotImplementedError: keys and values stay where they are allocated."""
@@ -259,13 +261,13 @@ class Fp16Cache(Cache):
             layer.columns = layer.first_held = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the newest `-tokens_to_remove` tokens back: assisted decoding's rejected ones.
+        """Takes the newest `-tokens_to_remove` tokens back, such as those that assisted decoding rejects.
 
         Raises:
             ValueError: the number is positive, more than there are tokens, or more than the ring of a sliding window
                 layer can take back (128, once it is full). The cache is unchanged.
             TypeError: it is no integer.
-            RuntimeError: a forward pass was broken off, so that layers hold different tokens.
+            RuntimeError: a forward pass was broken off, and layers hold different tokens.
         """
         try:
             count = -operator.index(tokens_to_remove)
@@ -291,13 +293,13 @@ class Fp16Cache(Cache):
                 )
         shared.raise_deferred_errors(wait=True)
         left = self.layers[0].columns - count
-        if left == 0:  # of sequences that are not in use, too
-            self.reset()
+        if left == 0:
+            self.reset()  # which also clears sequences that are not in use
             return
         for cache in self.caches:
             layer = next(layer for layer in self.layers if layer.cache is cache)
             real = shared.padding.real_columns(layer.window, layer.columns)
-            removed: int | Tensor = count  # an int leaves the host with exact lengths
+            removed: int | Tensor = count  # with an int the host keeps exact lengths
             if real is not None:
                 removed = real[:, left:].sum(1).to(cache.device)
             StreamingKVCacheFp16.drop_newest(cache, removed, **shared.sequences_argument(cache.device))
@@ -312,13 +314,13 @@ class Fp16Cache(Cache):
 
         Raises:
             TypeError, ValueError, IndexError: they are no integers, none, more than `batch_size`, or no sequences in
-                use; the cache is unchanged. (Numbers on a GPU are not looked at, as that would wait for it: there one
-                that is out of range leaves its sequence as it is.)
+                use. The cache is unchanged. (Numbers on a GPU are not checked, as that would wait for it. One that is
+                out of range leaves its sequence as it is.)
         """
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence `repeats` times, beside each other. `batch_size` must have room for them."""
+        """Repeats each sequence `repeats` times, its copies side by side. `batch_size` must have room for them."""
         self.shared.append_pending()
         active = self.shared.active
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
@@ -333,7 +335,7 @@ class Fp16Cache(Cache):
         self._select(torch.arange(active, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
+        """Keeps only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
         self.shared.append_pending()
         active = self.shared.active
         if active is None:
@@ -389,10 +391,10 @@ class Fp16Cache(Cache):
             with cache.cuda_graphs(model):
                 model.generate(**inputs, past_key_values=cache)
 
-        Everything else runs as it always does: more tokens at once, the first of a text, a step without `position_ids`
-        (`generate` passes them) or with an argument that the graph does not know. The token of a one-token step, also
-        where a prompt comes in chunks of one, must not be padding. `compile`: see `DecodeGraph`. On a CPU there is no
-        graph.
+        Everything else runs as it always does: several tokens at once, the first tokens of a text, a step without
+        `position_ids` (`generate` passes them), or one with an argument that the graph does not know. The token of a
+        one-token step must not be padding, also where a prompt comes in chunks of one. `compile`: see `DecodeGraph`. On
+        a CPU there is no graph.
         """
         with replayed_steps(model, self, compile=compile):
             yield

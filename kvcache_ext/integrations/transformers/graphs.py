@@ -37,9 +37,9 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _experts_for_decoding(model: Any, device: torch.device) -> Iterator[None]:
-    """Mixtures of experts by `batched_mm` on a GPU, as `generate` has them while it decodes.
+    """On a GPU, experts are computed by `batched_mm` within, as `generate` has them while it decodes.
 
-    Their default, `grouped_mm`, looks at the device from the host where torch has no kernel for the dtype (FP32).
+    The default, `grouped_mm`, synchronises with the device where torch has no kernel for the dtype (FP32).
     """
     ask = getattr(model, "get_experts_implementation", None)
     before = ask() if ask is not None and device.type != "cpu" else {}
@@ -76,15 +76,15 @@ class DecodeGraph:
         step = cache.decode_graph(model)          # after the prefill
         logits = step(token)                      # token: int64 [B, 1]; logits: [B, 1, vocabulary]
 
-    The logits are overwritten by the next step. A token's position is the number of tokens held, padding not counted,
-    as `generate` has it, unless `position_ids` says otherwise (models whose positions do not begin at 0, such as
-    RoBERTa's, need them). Lengths move on the device; `get_seq_length()` is kept right by counting replays. The cache
-    must outlive this object.
+    The next step overwrites the logits. A token's position is the number of tokens before it, padding not counted, as
+    `generate` has it, unless `position_ids` says otherwise (models whose positions do not begin at 0, such as
+    RoBERTa's, need them). Lengths move on the device; the host counts replays, which keeps `get_seq_length()` right.
+    The cache must outlive this object.
 
-    Capturing runs the step a few times and takes those back, for which the cache must have room. With `compile` the
-    step goes through torch.compile first, which fuses what lies between the matrix products. Mixtures of experts are
-    captured with `batched_mm`, as `generate` has them while it decodes. On a CPU there is no graph: each call is the
-    step itself.
+    Capturing runs the step a few times and takes those steps back. The cache must have room for them. With `compile`
+    the step goes through torch.compile first, which fuses what lies between the matrix products. Mixtures of experts
+    are captured with `batched_mm`, as `generate` has them while it decodes. On a CPU there is no graph: each call runs
+    the step itself.
     """
 
     def __init__(

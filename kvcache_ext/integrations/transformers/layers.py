@@ -30,7 +30,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 def without_gradient(answer: Tensor, source: Tensor) -> Tensor:
-    """`answer`. A backward pass through it raises if `source`, of which it was computed, requires grad."""
+    """Returns `answer`. If `source`, from which it was computed, requires grad, a backward pass through it raises."""
     if source.requires_grad and torch.is_grad_enabled() and not is_compiling():
         return _NoGradient.apply(answer, source)
     return answer
@@ -244,14 +244,14 @@ class Fp16Layer(CacheLayerMixin):
         self._append(key, value)
 
     def gathered_columns(self, new_tokens: int) -> int:
-        """How many columns `append_gather` gives for so many new tokens."""
+        """How many columns `append_gather` returns for so many new tokens."""
         start = 0 if self.window is None else max(self.columns - self.window + 1, 0)
         return self.columns + new_tokens - start
 
     def append_gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends all new tokens, padding too. Answers the columns that `get_mask_sizes` announced.
+        """Appends all new tokens, padding too, and gathers as many columns as `get_mask_sizes` returned.
 
-        `key`, `value`: `[B, H, T, D]`. Answers keys and values `[B, H, columns, D]` in the key's dtype.
+        `key`, `value`: `[B, H, T, D]`. Returns keys and values `[B, H, columns, D]` in the key's dtype.
         """
         new_tokens = key.shape[2]
         self.shared.padding.all_real_from(self.columns, self.window)

@@ -25,8 +25,8 @@ def make_mask(
 ) -> Tensor | None:
     """The mask function that transformers finds under this attention's name.
 
-    For plain patterns it answers None or padding in an integer dtype, else the mask of scaled_dot_product_attention:
-    bool `[B, 1, q, kv]`, or None where that needs none.
+    For a plain pattern of an `Fp16Cache` it returns None, or padding in an integer dtype. For anything else it returns
+    the mask of scaled_dot_product_attention: bool `[B, 1, q, kv]`, or None where that needs none.
     """
     if kv_offset < 0:  # compiled code, and an Fp16Cache: see `offset_of_window`
         window = window_of_offset(kv_offset)

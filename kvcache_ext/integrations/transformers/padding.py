@@ -93,13 +93,13 @@ class Padding:
         return pad(real, (0, missing), value=True) if missing > 0 else real[:, :columns]
 
     def restore(self, window: int | None, real: Tensor) -> None:
-        """What `real_columns` answered once, from a file."""
+        """Records what `real_columns` returned before it was saved to a file."""
         self._real[window] = real
 
     def mask_for(
         self, mask: Tensor, columns: int, new_tokens: int, window: int | None, *, refuse_padding: bool = False
     ) -> Tensor | None:
-        """Checks and records a 2D mask `[B, columns + T]`. Answers what `attend` needs to know of the new tokens.
+        """Checks and records a 2D mask `[B, columns + T]`. Returns what `attend` needs to know of the new tokens.
 
         None: all are real. int32 `[B, 1, 1, 1]`: left padding. int8 `[B, 1, 1, T]`: padding anywhere. See protocol.py.
 

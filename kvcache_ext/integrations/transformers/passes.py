@@ -71,7 +71,7 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
 
 
 def end_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: dict[str, Any]) -> None:
-    """After a pass that went through."""
+    """After a pass that went through: notes the positions or tokens that were fed."""
     shared = cache.shared
     batch, new_tokens = tokens.shape[:2]
     position_ids = options.get("position_ids")
@@ -103,7 +103,7 @@ def _are_ids(tokens: Tensor) -> bool:
 
 
 def break_off(cache: WholeCache) -> None:
-    """After a pass that ended with an error."""
+    """After a pass that ended with an error: notes whether it had stored anything."""
     shared = cache.shared
     forward_pass, shared.current_pass, shared.pending = shared.current_pass, None, None
     columns = {layer.columns for layer in cache.layers}
@@ -117,11 +117,13 @@ def _names_positions(kind: Any) -> bool:
 
 
 def _takes_positions(decoder: nn.Module) -> bool:
+    """Whether the decoder's forward has `position_ids`."""
     kind: Any = type(decoder)
     return _names_positions(kind)
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call, by their names."""
     if not args:
         return kwargs
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
@@ -142,7 +144,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     cache = find_cache((*kwargs.values(), *args))
     if cache is None:
         return
-    options = _named(module, args, kwargs)
+    options = _by_name(module, args, kwargs)
     tokens = _tokens(options)
     if tokens is not None:
         begin_pass(cache, module, tokens, options)
@@ -154,7 +156,7 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         cache = find_cache((kwargs.get("cache"), kwargs.get("past_key_values")))
     else:
         cache = find_cache((*kwargs.values(), *args))
-        options = kwargs if cache is None else _named(module, args, kwargs)
+        options = kwargs if cache is None else _by_name(module, args, kwargs)
     if cache is None:
         return
     tokens = _tokens(options)
@@ -165,7 +167,7 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def watch(model: Any) -> None:
-    """Hooks the model's decoder, once."""
+    """Puts the two hooks on the model's decoder, if they are not there yet."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not isinstance(decoder, nn.Module):
         decoder = model

@@ -1,9 +1,9 @@
-"""Which positions the sequences of a cache were fed, so that a text which is fed twice is noticed.
+"""Notices a text that is fed twice.
 
 `Positions` remembers the largest position that each sequence was fed. A token whose position is not larger comes again:
 a text is fed twice, an earlier text was not forgotten, or `use_cache=False` feeds the whole text at each step. On a
-CPU, and where several tokens come at once, that is an error before anything is stored. One token on a GPU is looked at
-by the device. That error comes some steps later, so that no step waits.
+CPU, and where several tokens come at once, this is an error before anything is stored. One token on a GPU is checked by
+the device. Its error comes some steps later, so no step waits. `FedTokens` is for models without positions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-UNKNOWN = -(2**62)  # no position was seen
-FED_TWICE = 2**62  # a token came again; stays until the sequence is forgotten
-CALLS_PER_COPY = 8  # looks between two copies of what a GPU has noticed
+UNKNOWN = -(2**62)  # no position was fed
+FED_TWICE = 2**62  # a token came again. This stays until the sequence is forgotten.
+CALLS_PER_COPY = 8  # each such call of `raise_if_fed_twice` copies what a GPU has noticed to the host
 
 
 def _refuse(what: str) -> NoReturn:
@@ -33,7 +33,7 @@ class Positions:
     def __init__(self, batch_size: int, device: torch.device) -> None:
         with torch.inference_mode(False):
             self.last = torch.full((batch_size,), UNKNOWN, dtype=torch.int64, device=device)
-        self.paused = False  # while steps run that will be taken back
+        self.paused = False  # True while steps run that will be taken back
         self._connect()
 
     def _connect(self) -> None:
@@ -42,10 +42,11 @@ class Positions:
                 self.last = torch.empty_like(self.last).copy_(self.last)
             self._fed_twice = torch.full((), FED_TWICE, dtype=torch.int64, device=self.last.device)
         self._copy: Tensor | None = None  # of `last`, on its way to the host
-        self._arrived: Any = None
-        self._stream: Any = None
+        self._arrived: Any = None  # the event after that copy
+        self._stream: Any = None  # of the copies
         self._calls = 0
-        for tensor in (self.last, self._fed_twice):  # graphs hold their addresses: see StreamingKVCacheFp16
+        # Dynamo neither guards these nor copies them: captured graphs have their addresses, as StreamingKVCacheFp16's.
+        for tensor in (self.last, self._fed_twice):
             tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,16 +66,17 @@ class Positions:
         self.last[: len(chosen)] = self.last[chosen]
 
     def remove(self, count: int, left: int) -> None:
-        """That the newest `count` columns of every sequence are gone, and so many are left.
+        """Notes that the newest `count` columns of every sequence are gone and `left` are left.
 
-        Some may have been padding, and positions may have had gaps: rather too little is remembered than too much.
+        Some of them may have been padding, and positions may have had gaps. Then the result is too small rather than
+        too large: an error may be missed, and no right call is refused.
         """
         self.last.sub_(count).clamp_(max=left - 1)
 
     def assume(self, batch: int, tokens: int | Tensor) -> None:
-        """That each sequence has so many tokens (an int, or `[B]`), some of which came without positions.
+        """Notes that each sequence has so many tokens (an int, or `[B]`), some of which came without positions.
 
-        Those are taken to count from 0. (Models that count padding, too, are then further on than this.)
+        Those are taken to count from 0. (A model that counts padding, too, has larger ones.)
         """
         last = self.last[:batch]
         if isinstance(tokens, Tensor):
@@ -84,9 +86,9 @@ class Positions:
 
     @staticmethod
     def _of_tokens(position_ids: Any, batch: int, new_tokens: int) -> tuple[Tensor, bool] | None:
-        """`[B or 1, T]`, and whether neighbours may be equal. None where these are no positions that can be compared.
+        """The positions `[B or 1, T]`, and whether neighbours may be equal. None if they cannot be compared.
 
-        Models of images have several for a token (`[3 or 4, B, T]`), of which the first is equal within an image.
+        Models of images have several positions for a token: `[3 or 4, B, T]`. The first is equal within an image.
         """
         if not isinstance(position_ids, Tensor) or position_ids.dim() < 2 or position_ids.shape[-1] != new_tokens:
             return None
@@ -97,7 +99,7 @@ class Positions:
         return (position_ids[0], True) if position_ids.dim() == 3 and len(position_ids) in (3, 4) else None
 
     def check(self, position_ids: Any, real: Tensor | None, batch: int, new_tokens: int) -> None:
-        """Raises if a token comes again; on a GPU this waits. `real`: bool `[B, T]`, what is no padding; None: all."""
+        """Raises if a token comes again. On a GPU this waits. `real`: which tokens are, bool `[B, T]`; None: all."""
         found = self._of_tokens(position_ids, batch, new_tokens)
         if found is None:
             return
@@ -113,7 +115,7 @@ class Positions:
                 )
 
     def note(self, position_ids: Any, real: Tensor | None, batch: int, new_tokens: int) -> None:
-        """Remembers what was fed, and that a token came again, without waiting."""
+        """Notes the positions that were fed, and whether a token came again. This does not wait."""
         found = self._of_tokens(position_ids, batch, new_tokens)
         if found is None:
             return
@@ -129,7 +131,7 @@ class Positions:
         torch.where(again, self._fed_twice, largest, out=last)
 
     def raise_if_fed_twice(self, *, wait: bool = False) -> None:
-        """What the device has noticed by now; with `wait`, all that it was given to look at."""
+        """Raises if the device has noticed a token that came again. With `wait`, all that was fed is checked."""
         if self.paused or (self.last.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if wait:
@@ -139,10 +141,10 @@ class Positions:
             _refuse("a token came at a position that was fed before")
 
     def _latest_copy(self) -> Tensor | None:
-        """A copy of `last` that has arrived, if one has. Now and then the next one is sent for.
+        """A copy of `last` that has arrived, or None. Every few calls another one is begun.
 
-        It goes through a stream of its own: on the steps' stream it would hold up the step after it, by some 20 us. It
-        may be read while a step changes `last`. What that step noticed is then in the next copy.
+        The copy has a stream of its own. On the steps' stream it would delay the next step by some 20 us. It may run
+        while a step changes `last`: what that step noticed is then in the next copy.
         """
         arrived = None
         if self._copy is not None:
@@ -162,9 +164,9 @@ class Positions:
 
 
 class FedTokens:
-    """The token ids that were fed to a model without `position_ids`, where they are all known: `[sequences, columns]`.
+    """The token ids that were fed to a model without `position_ids`: `[sequences, columns]`. None: not all are known.
 
-    There a text that is fed twice can be told by itself alone: by new tokens that begin with all that came before.
+    Without positions a text that is fed twice shows by its tokens alone: the new ones begin with all that came before.
     """
 
     def __init__(self) -> None:
@@ -182,7 +184,7 @@ class FedTokens:
             _refuse(f"{ids.shape[1]} tokens begin with the {fed.shape[1]} that were fed before")
 
     def note(self, ids: Tensor | None, columns: int) -> None:
-        """After `ids` were fed, so that there are so many columns."""
+        """Notes that `ids` were fed, after which there are so many columns. `ids`: None if they are unknown."""
         before = 0 if self.ids is None else self.ids.shape[1]
         known = ids is not None and before + ids.shape[1] == columns
         if not known or ids is None:

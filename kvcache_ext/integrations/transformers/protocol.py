@@ -1,43 +1,45 @@
-"""How an `Fp16Cache` and transformers talk: all that travels through transformers' code in disguise.
+"""Fp16Cache's protocol with transformers: all that travels in disguise, and a diagram of a forward pass.
 
-A forward pass takes a mask, lengths, keys and values from place to place. Between those places lies code of
-transformers, which hands on only what it knows: ints, tensors, masks. What it does not know travels as one of those.
-This file defines all five disguises; nothing else is disguised.
+The cache's own code stands at both ends of a forward pass: where masks are made, and where attention is computed.
+transformers' code lies between. It hands on only what it knows: ints, masks, keys and values. The cache needs more to
+arrive than that, so some of these are not what they seem. This file defines them all; the reason stands at each.
 
     model.generate / model(...)      attention_mask: none, 2D [B, columns + T], or 4D
         |
         v
-    decoder -- hook: passes.begin_pass      looks at positions and masks before anything is stored
+    decoder -- hook: passes.begin_pass      checks positions and masks before anything is stored
         |
-        |   create_causal_mask of transformers, once for each kind of layer  (a 4D mask skips this and goes to [4])
+        |   create_causal_mask of transformers, once for each kind of layer (a 4D mask skips this and goes to attend)
         |     |
-        |     |-- asks Fp16Layer.get_mask_sizes(T)             how many columns will there be?
-        |     |     answers   kv_length = TaggedLength         [1] eager: the layer rides on the int
+        |     |-- calls Fp16Layer.get_seq_length()             returns the columns so far: q_offset
+        |     |-- calls Fp16Layer.get_mask_sizes(T)
+        |     |     returns   kv_length: a TaggedLength        [1] eager: the int says which layer it is of
         |     |     or        kv_offset < 0                    [2] compiled: the window is sent as an offset
         |     |
-        |     `-- asks masks.make_mask(kv_length, kv_offset, mask_function, 2D mask)
-        |           is_plain(mask_function)?                   [3] the pattern is told by its closure
-        |           yes: layer.mask_for(2D mask), which looks up and records padding (padding.py), answers
+        |     `-- calls masks.make_mask(q_offset, kv_length, kv_offset, mask_function, 2D mask)
+        |           is_plain(mask_function)?                   [3] a pattern is recognised by its closures
+        |           yes: layer.mask_for(2D mask) has padding.py check and record the mask. It returns
         |                     None                             no padding among the new tokens
-        |                     int32 [B, 1, 1, 1]               [4] how many new tokens are real: left padding
-        |                     int8  [B, 1, 1, T]               [4] which new tokens are real: padding anywhere
-        |           no: answers bool [B, 1, T, columns]        the 4D mask of the pattern
+        |                     int32 [B, 1, 1, 1]               [4] left padding: how many new tokens are real
+        |                     int8  [B, 1, 1, T]               [4] padding anywhere: which new tokens are real
+        |           no: returns bool [B, 1, T, columns]        the 4D mask of the pattern
         v
     each layer of the model
-        |-- Fp16Layer.update(key, value)
-        |     answers         PendingKeyValues, twice          [5] stands in for the key and for the value
+        |-- calls Fp16Layer.update(key, value)
+        |     returns         PendingKeyValues, twice          [5] in place of the key and of the value
         |
-        `-- attention.attend(query, PendingKeyValues, PendingKeyValues, mask)
-              None, int32, int8:  layer.append_attend -> StreamingKVCacheFp16.append_attend(new_lengths) -> kernel
+        `-- calls attention.attend(query, PendingKeyValues, PendingKeyValues, mask)
+              None, int32, int8:  layer.append_attend -> StreamingKVCacheFp16.append_attend(new_lengths=) -> kernel
               bool, float:        layer.append_gather, then torch's attention under the mask
         |
         v
-    decoder -- hook: passes.end_pass        remembers the positions that were fed
+    decoder -- hook: passes.end_pass        records the positions that were fed
 
-T: new tokens of the call. Columns: tokens of a text with its padding, as transformers counts them.
+T: new tokens of the call. Columns: tokens of a text with its padding, as transformers counts them. Real: not padding.
 
-With `attention=None` the model keeps its own attention. There are no disguises then: `get_mask_sizes` answers plain
-ints, and `update` appends and answers gathered keys and values.
+Two ways are shorter. A replayed CUDA graph has no mask in it: graphs.py calls `Padding.mask_for` before the replay.
+With `attention=None` the model keeps its own attention and nothing is in disguise: `get_mask_sizes` returns plain ints,
+and `update` appends and returns gathered keys and values.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ from .version import NAME
 
 
 class Layer(Protocol):
-    """What is asked of the layer in a disguise, once that is opened: see `Fp16Layer`."""
+    """`Fp16Layer`, as far as `make_mask`, `attend` and this file call it. It cannot be imported: it imports this."""
 
     window: int | None
 
@@ -81,12 +83,13 @@ class Layer(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-# [1] The layer, on the int that says how many columns a mask has. transformers gives a mask function sizes and a 2D
-# mask, and not the cache. But it hands the int on as the object that it is.
+# [1] The layer, as an attribute of an int. `make_mask` must know which layer, and so which cache, it makes a mask for.
+# transformers gives it sizes and a 2D mask, but no cache. It does hand on the very object that `get_mask_sizes`
+# returns.
 
 
 class TaggedLength(int):
-    """A number of columns that also says which layer it was asked of."""
+    """A number of columns that also says which layer they are of."""
 
     layer: Layer
 
@@ -97,24 +100,26 @@ class TaggedLength(int):
         return tagged
 
 
-# [2] The window, as a negative offset. torch.compile makes a plain int of a `TaggedLength`, so in compiled code the
-# layer cannot come along. The offset of the first column can. It is never negative with any other cache, which tells
-# `make_mask` that the question is about an `Fp16Cache`.
+# [2] The window, as a negative offset. An int subclass does not survive tracing, so in compiled code `TaggedLength`
+# cannot be used. The offset of the first column takes its place. Other caches have no negative ones, so `make_mask`
+# knows that an `Fp16Cache` was asked. A 2D mask in compiled code is an error, so `make_mask` needs no more than the
+# window.
 
 
 def offset_of_window(window: int | None) -> int:
+    """The offset that stands for a window. Always negative."""
     return -1 - (window or 0)
 
 
 def window_of_offset(kv_offset: int) -> int | None:
-    """The window that a negative offset stands for."""
+    """The window that a negative offset stands for; None: full attention."""
     return (-1 - kv_offset) or None
 
 
-# [3] The pattern. transformers describes it by a function of indices, composed of closures, and does not say which
-# pattern it is. The cache's attention is causal, or sliding, by itself. So it must know whether the function is one of
-# these two and nothing more. A causal one is always the same object. A sliding one is made anew by each call: it is
-# compared with one that is made here, closure by closure.
+# [3] The pattern, as a function. The kernels are causal or sliding by themselves, so these two patterns need no mask.
+# transformers does not name a pattern: it passes a function of indices, composed of closures. The causal one is always
+# the same object. A sliding one is made anew each time, so it is compared, closure by closure, with one that is made
+# here.
 
 _SLIDING = sliding_window_causal_mask_function(1)
 
@@ -139,16 +144,16 @@ def is_plain(mask_function: Any, window: int | None) -> bool:
 
 
 def is_plain_in_compiled_code(mask_function: Callable[..., Any], window: int | None) -> bool:
-    """`is_plain` as far as the compiler lets one look: closures cannot be opened there."""
+    """`is_plain` where masks were asked for by compiled code. The compiler cannot open closures: the name must do."""
     if window is not None and is_compiling():
         return mask_function.__name__ == "and_mask"
     return is_plain(mask_function, window)  # (not compiling: the compiler has given up on the code around)
 
 
-# [4] Padding, as a mask of an integer dtype. The kernels need no mask: they take the number of new tokens to append for
-# each sequence. That number has to come from `make_mask` to `attend`, and only a mask does. It has four dimensions,
-# because transformers hands a 4D mask on untouched. It is int32 or int8, which tells it from real masks: those are bool
-# or floating point.
+# [4] Padding, as a mask of an integer dtype. The kernels take no mask but the number of new tokens to append to each
+# sequence. It must get from `make_mask` to `attend`, and only a mask does. This one has four dimensions, since
+# transformers hands those on untouched. It is int32 or int8, while masks of transformers and of callers are bool or
+# floating point.
 
 
 def mask_of_left_padding(real: Tensor) -> Tensor:
@@ -162,22 +167,23 @@ def mask_of_padding(real: Tensor) -> Tensor:
 
 
 def is_padding_mask(mask: Tensor) -> bool:
+    """Whether this is one of the two, by its dtype."""
     return mask.dtype in (torch.int8, torch.int32)
 
 
 def counts_of(mask: Tensor, batch: int) -> Tensor | None:
-    """int32 `[B]`, the argument of `mask_of_left_padding` summed up; None if this is no such mask."""
+    """int32 `[B]`: the counts in a `mask_of_left_padding`; None if this is no such mask."""
     return mask.flatten() if mask.dtype == torch.int32 and mask.shape == (batch, 1, 1, 1) else None
 
 
 def flags_of(mask: Tensor, batch: int, new_tokens: int) -> Tensor | None:
-    """int8 `[B, T]`, the argument of `mask_of_padding`; None if this is no such mask."""
+    """int8 `[B, T]`: the flags in a `mask_of_padding`; None if this is no such mask."""
     return mask[:, 0, 0] if mask.dtype == torch.int8 and mask.shape == (batch, 1, 1, new_tokens) else None
 
 
-# [5] New keys and values. A model's layer calls `update` and gives what it returns to the attention as key and value.
-# To append and attend in one call, the attention needs the layer and its new keys and values. So `update` returns an
-# object that holds all three, twice: as the key and as the value.
+# [5] New keys and values, and their layer, as one object in place of a key and a value. A kernel appends and attends in
+# one call, so `attend` needs all three. A model's layer gives its attention no cache, only what `update` returns: a key
+# and a value. So `update` returns this object as both.
 
 
 class PendingKeyValues:
