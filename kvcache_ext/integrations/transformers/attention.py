@@ -134,8 +134,8 @@ def _masked_attention(
     lowest = torch.finfo(scores.dtype).min
     scores = scores + (torch.where(mask, 0.0, lowest) if mask.dtype == torch.bool else mask.float())
     if s_aux is not None:
-        beside = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, beside], -1)
+        sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1)[..., : keys.shape[2]]
     return (weights @ values.float()).to(query.dtype).transpose(1, 2).contiguous()
 

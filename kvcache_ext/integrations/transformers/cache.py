@@ -20,6 +20,7 @@ from . import files
 from .build import build
 from .graphs import DecodeGraph, replayed_steps
 from .groups import LayerGroup
+from .layer_plan import model_type_of
 from .layers import AbsentLayer
 from .shared import SharedState
 from .version import CROP_MARGIN, NAME
@@ -101,7 +102,7 @@ class Fp16Cache(Cache):
         Cache.__init__(self, layers=layers)
         self.shared = shared
         self.caches = shared.caches
-        self.model_type = str(model.config.get_text_config(decoder=True).model_type)
+        self.model_type = model_type_of(model)
         return self
 
     # Files (see files.py)
@@ -162,8 +163,6 @@ class Fp16Cache(Cache):
         """
         options = {"attention": attention, "overflow": overflow, "precision": precision, "compileable": compileable}
         return files.load(cls.for_model, path, model, max_positions, batch_size, progress, options)
-
-    # Figures
 
     @property
     def batch_size(self) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...attention import shown
 from ...files import LayersFile, open_layers, save_layers
-from .layer_plan import LayerPlan, plan_layers
+from .layer_plan import LayerPlan, model_type_of, plan_layers
 from .layers import AbsentLayer, Fp16Layer
 from .shared import WholeCache
 
@@ -36,10 +36,6 @@ KINDS = ("attention", "absent")
 
 def _padding_name(window: int | None) -> str:
     return "padding.full" if window is None else f"padding.{window}"
-
-
-def _model_type(model: Any) -> str:
-    return str(model.config.get_text_config(decoder=True).model_type)
 
 
 def save(cache: WholeCache, path: Any, progress: Progress) -> None:
@@ -84,7 +80,7 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
 
 
 class _Saved:
-    """What a file says of the whole cache."""
+    """What a file says about the whole cache: see the head of this file."""
 
     def __init__(self, path: Any, file: LayersFile) -> None:
         self.path = path
@@ -105,26 +101,26 @@ class _Saved:
             )
 
     def check_fits(self, model_type: str, plans: list[LayerPlan], file: LayersFile) -> None:
-        """Raises unless it is a cache of this model's layers."""
+        """Raises ValueError unless the file is of a model with these layers."""
 
-        def differ(what: str, there: object, here: object) -> None:
+        def check_equal(what: str, there: object, here: object) -> None:
             if there != here:
                 raise ValueError(
                     f"Fp16Cache.load: {self.path} is of another model: {what} {there} in the file and {here} in this "
                     "one"
                 )
 
-        differ("its model_type is", repr(self.model_type), repr(model_type))
-        differ("the number of its layers is", len(self.layers), len(plans))
+        check_equal("its model_type is", repr(self.model_type), repr(model_type))
+        check_equal("the number of its layers is", len(self.layers), len(plans))
         shapes = iter(file.layers)
         for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
-            differ(f"layer {i} is", layer["kind"], "attention" if plan.present else "absent")
+            check_equal(f"layer {i} is", layer["kind"], "attention" if plan.present else "absent")
             if not plan.present:
                 continue
-            differ(f"the window of layer {i} is", layer["window"], plan.window)
+            check_equal(f"the window of layer {i} is", layer["window"], plan.window)
             shape = next(shapes)
-            differ(f"the key/value heads of layer {i} are", shape.num_heads, plan.heads)
-            differ(f"the head_dim of layer {i} is", shape.head_dim, plan.head_dim)
+            check_equal(f"the key/value heads of layer {i} are", shape.num_heads, plan.heads)
+            check_equal(f"the head_dim of layer {i} is", shape.head_dim, plan.head_dim)
 
 
 def load(
@@ -141,7 +137,7 @@ def load(
         saved = _Saved(path, file)
         positions = saved.max_positions if max_positions is None else max_positions
         plans, _ = plan_layers(model, positions)
-        saved.check_fits(_model_type(model), plans, file)
+        saved.check_fits(model_type_of(model), plans, file)
         batch = saved.batch_size if batch_size is None else batch_size
         if isinstance(batch, int) and batch < (saved.sequences or 1):
             raise ValueError(

@@ -29,6 +29,10 @@ class LayerPlan:
         return self.device, self.max_positions, self.heads, self.head_dim, self.window
 
 
+def model_type_of(model: Any) -> str:
+    return str(model.config.get_text_config(decoder=True).model_type)
+
+
 def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
     """A plan for each layer, and the configuration in which the model's attention is set.
 

@@ -94,7 +94,7 @@ class Fp16Layer(CacheLayerMixin):
         self.shared.append_pending()
         if self.columns == 0:
             return None
-        return self._gather(self.columns - self.gathered_columns(0), self.columns, torch.float16)[which]
+        return self._gather(self._first_visible(), self.columns, torch.float16)[which]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the cache is there from the beginning."""
@@ -110,8 +110,8 @@ class Fp16Layer(CacheLayerMixin):
         return self.shared.max_positions if self.bounded else -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        offset = 0 if self.window is None else max(self.columns - self.window + 1, 0)
-        length = self.columns + query_length - offset
+        """How many columns a mask of the next `query_length` tokens has, and the first of them: see protocol.py."""
+        length, offset = self.gathered_columns(query_length), self._first_visible()
         if not self.shared.own_attention:
             return length, offset
         if is_compiling():
@@ -209,7 +209,7 @@ class Fp16Layer(CacheLayerMixin):
         return pending, pending
 
     def drop_pending(self) -> None:
-        """Attention has taken what `update` handed out, or nobody may."""
+        """Forgets what `update` handed out: attention has taken it, or it was used in a wrong place."""
         self.shared.pending = None
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
@@ -245,8 +245,11 @@ class Fp16Layer(CacheLayerMixin):
 
     def gathered_columns(self, new_tokens: int) -> int:
         """How many columns `append_gather` returns for so many new tokens."""
-        start = 0 if self.window is None else max(self.columns - self.window + 1, 0)
-        return self.columns + new_tokens - start
+        return self.columns + new_tokens - self._first_visible()
+
+    def _first_visible(self) -> int:
+        """The first column that the next token sees."""
+        return 0 if self.window is None else max(self.columns - self.window + 1, 0)
 
     def append_gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends all new tokens, padding too, and gathers as many columns as `get_mask_sizes` returned.
@@ -256,7 +259,7 @@ class Fp16Layer(CacheLayerMixin):
         new_tokens = key.shape[2]
         self.shared.padding.all_real_from(self.columns, self.window)
         before = self.columns
-        start = before + new_tokens - self.gathered_columns(new_tokens)
+        start = self._first_visible()
         new_key, new_value = _of_one_dtype(key.detach().transpose(1, 2), value.detach().transpose(1, 2))
         if before + new_tokens - start <= self.cache.max_positions:
             self._append(new_key, new_value)
@@ -283,8 +286,8 @@ class Fp16Layer(CacheLayerMixin):
         if real is not None:
             real = real.to(self.cache.device)
             indices = torch.where(real, real.cumsum(1) - 1 - oldest_held, -1)[:, start:].contiguous()
-        elif self.first_held:  # (of texts that had padding once, fewer are gone than this)
-            indices = indices - oldest_held
+        elif self.first_held:
+            indices = indices - oldest_held  # `first_held` would not do: see there
         shape = (batch, self.cache.num_heads, stop - start, self.cache.head_dim)
         keys, values = (torch.empty(shape, dtype=dtype, device=self.cache.device) for _ in range(2))
         out = keys.transpose(1, 2), values.transpose(1, 2)
