@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-__version__ = "0.1.0"
+from .version import __version__
 
 try:
     from ._extension import build_info

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import __version__
+from .version import __version__
 
 _VARIABLES = (
     "KVCACHE_EXT_CUDA",

@@ -25,8 +25,7 @@ import torch
 from conftest import ROOT, Backend, assert_same_bits, make_cache, needs_gpu
 from saved import LateBuffers, assert_same_held, contents, fill, header_of, held, peak_memory, rows
 
-import kvcache_ext
-from kvcache_ext import StreamingKVCacheFp16, memory
+from kvcache_ext import StreamingKVCacheFp16, memory, version
 from kvcache_ext.files import transfer
 from kvcache_ext.tensors import CacheTensors
 
@@ -315,7 +314,7 @@ def test_a_file_of_version_1(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     loaded = StreamingKVCacheFp16.load(path, device="cpu")
     assert repr(loaded) == repr(cache)
     assert_same_held(loaded, cache)
-    monkeypatch.setattr(kvcache_ext, "__version__", "0.1.0")
+    monkeypatch.setattr(version, "__version__", "0.1.0")
     cache.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 

@@ -44,7 +44,7 @@ def test_the_text_goes_on(
     other = make_model(family, device)
     loaded = Fp16Cache.load(tmp_path / "text", other, max_positions=333, batch_size=5, attention=ours)
     assert loaded.batch_size == 5 and loaded.get_seq_length() == cache.get_seq_length() == 11 + tokens
-    assert loaded.caches[0].overflow == "inf" and loaded._shared.max_positions == 333
+    assert loaded.caches[0].overflow == "inf" and loaded.shared.max_positions == 333
     for layer, old in zip(loaded.layers, cache.layers, strict=True):
         assert torch.equal(layer.keys, old.keys) and torch.equal(layer.values, old.values)
         assert layer.window == old.window and layer.columns == old.columns

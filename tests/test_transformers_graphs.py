@@ -47,21 +47,21 @@ def test_decode_graph(models: Any, device: torch.device, family: str) -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_graphs_of_fewer_sequences_than_the_cache_has_room_for(models: Any, device: torch.device, beams: int) -> None:
-    """Whose slots the graph has the address of: they must not go away, whatever happens to the cache meanwhile."""
+    """The graph has the address of their numbers, which must not go away, whatever happens to the cache meanwhile."""
     model = models("llama")
     cache = Fp16Cache.for_model(model, 64, 8)
     for batch in (2, 1, 2):  # each captures anew
         inputs = prompts(batch, 9, device, padded=True)
         cache.reset()
         want = generate(model, inputs, cache, num_beams=beams)
-        slots = weakref.ref(cache._shared.slots(torch.device(device))["sequences"])
+        sequences = weakref.ref(cache.shared.sequences_argument(torch.device(device))["sequences"])
         cache.reset()
         with cache.cuda_graphs(model):
             assert torch.equal(generate(model, inputs, cache, num_beams=beams), want)
             cache.reset()
             noise = [torch.full((n,), 7, dtype=torch.int64, device=device) for n in range(1, 9)]  # in what was freed
             assert torch.equal(generate(model, inputs, cache, num_beams=beams), want)
-        assert slots() is not None and len(noise) == 8
+        assert sequences() is not None and len(noise) == 8
 
 
 def test_graphs_are_used(models: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def test_copies_of_a_model_and_its_cache_belong_together(models: Any, device: to
     want = generate(model, inputs, cache)
     assert torch.equal(generate(other, inputs, of_other)[:, :7], want[:, :7])
     of_third, third = copy.deepcopy((cache, model))
-    assert third.config is not model.config and of_third._shared.config is model.config
+    assert third.config is not model.config and of_third.shared.config is model.config
 
 
 @pytest.mark.parametrize("attention", [NAME, None])

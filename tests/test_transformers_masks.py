@@ -18,7 +18,7 @@ from llms import (
     prompts,
 )
 
-from kvcache_ext.integrations.transformers import Fp16Cache, shared
+from kvcache_ext.integrations.transformers import Fp16Cache, padding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +122,7 @@ def test_masks_looked_at_a_step_later(
     models: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, counted: dict[str, int]
 ) -> None:
     """What a GPU does so as not to wait, here on any device: the same tokens, and errors at the next step."""
-    monkeypatch.setattr(shared.Shared, "looks_late", staticmethod(lambda mask: True))
+    monkeypatch.setattr(padding.Padding, "defers_checks", staticmethod(lambda mask: True))
     for family in ("llama", "gemma3"):
         model = models(family)
         inputs = prompts(3, 14, device, padded=True)

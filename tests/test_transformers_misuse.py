@@ -181,7 +181,7 @@ def test_one_token_that_was_fed_before_in_compiled_code(models: Any, device: tor
 
     for place in (6, 7, 8):
         run(place)
-    assert cache._shared.positions is not None and cache._shared.positions.last.tolist() == [8, 8]
+    assert cache.shared.positions.last.tolist() == [8, 8]
     run(8)
     with pytest.raises(ValueError, match=AGAIN):
         cache.crop(-1)
@@ -207,7 +207,7 @@ def test_positions_that_are_right(models: Any, device: torch.device, attention: 
     logits_of(model, cache, **more, attention_mask=mask)
     for again in (cache, *kept):  # fed once, and to the copies not yet
         if again is not cache:
-            again._shared.config = model.config
+            again.shared.config = model.config
             logits_of(model, again, **more, attention_mask=mask)
         with pytest.raises(ValueError, match=AGAIN):
             logits_of(model, again, **more, attention_mask=torch.cat([mask, mask[:, -4:]], 1))
@@ -561,7 +561,7 @@ def test_a_cache_that_a_pass_left_empty(models: Any, device: torch.device) -> No
     with pytest.raises(NotImplementedError, match="stored nothing in it"):
         logits_of(model, cache, **prompts(1, 3, device))
     model.model.layers = inner
-    assert cache._shared.positions is not None and int(cache._shared.positions.last.max()) == UNKNOWN
+    assert int(cache.shared.positions.last.max()) == UNKNOWN
 
 
 # Found by a hostile tester
@@ -646,7 +646,7 @@ def test_several_tokens_that_were_fed_before_in_compiled_code(models: Any, devic
     places = torch.arange(7, device=device)[None]
     logits_of(step, cache, **options, position_ids=places)
     logits_of(step, cache, **options, position_ids=places + 7)
-    assert cache._shared.positions is not None and cache._shared.positions.last.tolist() == [13]
+    assert cache.shared.positions.last.tolist() == [13]
     logits_of(step, cache, **options, position_ids=places + 7)
     with pytest.raises(ValueError, match=AGAIN):
         cache.crop(-1)

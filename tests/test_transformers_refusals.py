@@ -115,11 +115,13 @@ def test_wrong_calls(models: Any, device: torch.device, name: str) -> None:
     model = models("llama")
     cache = Fp16Cache.for_model(model, 30, 4)
     logits_of(model, cache, **prompts(2, 10, device))
-    before = [tensor.clone() for c in cache.caches for tensor in c.tensors[:3]]
+    before = [tensor.clone() for c in cache.caches for tensor in (c.k_cache, c.v_cache, c.tensors.state)]
     with pytest.raises(error, match="Fp16Cache"):
         call(cache)
-    assert cache._shared.active == 2 and cache.get_seq_length() == 10
-    for old, new in zip(before, (t for c in cache.caches for t in c.tensors[:3]), strict=True):
+    assert cache.shared.active == 2 and cache.get_seq_length() == 10
+    for old, new in zip(
+        before, (t for c in cache.caches for t in (c.k_cache, c.v_cache, c.tensors.state)), strict=True
+    ):
         assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
 
 

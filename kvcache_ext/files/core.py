@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,15 +20,14 @@ from .paths import (
     refuse_capture,
 )
 from .reading import OpenFile
-from .rows import Selection
+from .rows import Cache, Selection
 from .writing import write
 
-if TYPE_CHECKING:
-    from ..cache import StreamingKVCacheFp16
+C = TypeVar("C", bound=Cache)
 
 
 def save(
-    cache: StreamingKVCacheFp16,
+    cache: Cache,
     path: Any,
     sequences: Sequence[int] | Tensor | None,
     progress: bool | Progress | None,
@@ -55,12 +54,12 @@ def save(
 
 
 def load(
-    cls: type[StreamingKVCacheFp16],
+    cls: Callable[..., C],
     path: Any,
     device: torch.device | str | int,
     max_positions: int | None,
     progress: bool | Progress | None,
-) -> StreamingKVCacheFp16:
+) -> C:
     """See `StreamingKVCacheFp16.load`."""
     source = checked_path("load", path)
     check_progress("load", progress)
@@ -90,7 +89,7 @@ def load(
 
 
 def load_sequences(
-    cache: StreamingKVCacheFp16, path: Any, sequences: Sequence[int] | Tensor, progress: bool | Progress | None
+    cache: Cache, path: Any, sequences: Sequence[int] | Tensor, progress: bool | Progress | None
 ) -> None:
     """See `StreamingKVCacheFp16.load_sequences`."""
     op = "load_sequences"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,10 @@ from .layout import (
 )
 from .paths import Progress, check_progress, check_target, checked_path, refuse_capture
 from .reading import OpenFile
-from .rows import Selection
+from .rows import Cache, Selection
 from .writing import write
 
-if TYPE_CHECKING:
-    from ..cache import StreamingKVCacheFp16
-
-LayerOf = tuple["StreamingKVCacheFp16", int]  # a layer of a cache, by its number there
+LayerOf = tuple[Cache, int]  # a layer of a cache, by its number there
 
 
 def _selected(op: str, layers: Sequence[LayerOf], sequences: int) -> Selection:

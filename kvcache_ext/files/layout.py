@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import version
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -200,12 +202,10 @@ class Layout:
 
     def header(self) -> bytes:
         """With the eight bytes before it that tell its length."""
-        from .. import __version__
-
         metadata = {
             "format": self.kind.format,
             "version": str(self.kind.version),
-            "writer": f"kvcache_ext {__version__}",
+            "writer": f"kvcache_ext {version.__version__}",
             **self._settings(),
         }
         text = json.dumps({"__metadata__": metadata, **self.entries()}, separators=(",", ":")).encode()

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..cache import StreamingKVCacheFp16
+from ..tensors import CacheTensors
 
 Matrix = Sequence[Sequence[int]]  # [layer][sequence]
 Piece = tuple[int, int, int]  # the number of a storage, or NOWHERE; the first byte in it; bytes
 Block = list[Piece]
 NOWHERE = -1  # of bytes of a file that no cache has room for
+
+
+class Cache(Protocol):
+    """What files need of a `StreamingKVCacheFp16`. It cannot be imported here, as it imports this package."""
+
+    num_layers: int
+    batch_size: int
+    num_heads: int
+    head_dim: int
+    sink_positions: int
+    device: torch.device
+    tensors: CacheTensors
+    native: Any
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def overflow(self) -> str: ...
 
 
 def _runs(seen: int, first: int, slots: int, sinks: int) -> Iterator[tuple[int, int]]:
@@ -37,16 +55,16 @@ class Selection:
     `sequences[j]`. The layers may belong to different caches, on different devices.
     """
 
-    def __init__(self, layers: Sequence[tuple[StreamingKVCacheFp16, int]], sequences: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[tuple[Cache, int]], sequences: Sequence[int]) -> None:
         self.layers = list(layers)
         self.sequences = list(sequences)
-        self.caches: list[StreamingKVCacheFp16] = []
+        self.caches: list[Cache] = []
         for cache, _ in self.layers:
             if not any(cache is other for other in self.caches):
                 self.caches.append(cache)
 
     @classmethod
-    def of_cache(cls, cache: StreamingKVCacheFp16, sequences: Sequence[int] | None = None) -> Selection:
+    def of_cache(cls, cache: Cache, sequences: Sequence[int] | None = None) -> Selection:
         """All layers of one cache. `sequences`: None means all."""
         chosen = range(cache.batch_size) if sequences is None else sequences
         return cls([(cache, layer) for layer in range(cache.num_layers)], chosen)
@@ -60,14 +78,14 @@ class Selection:
         for cache in self.caches:
             cache.native.check_in_place(op)
 
-    def _of(self, cache: StreamingKVCacheFp16) -> tuple[list[int], list[int]]:
+    def _of(self, cache: Cache) -> tuple[list[int], list[int]]:
         """The cache's layers: their numbers in the file, and in the cache."""
         pairs = [(i, layer) for i, (other, layer) in enumerate(self.layers) if other is cache]
         return [i for i, _ in pairs], [layer for _, layer in pairs]
 
     def storages(self) -> list[Tensor]:
         """Bytes: keys of the first cache, its values, keys of the second, ..."""
-        return [t.view(torch.uint8).view(-1) for cache in self.caches for t in (cache.k_cache, cache.v_cache)]
+        return [t.view(torch.uint8).view(-1) for cache in self.caches for t in cache.tensors[:2]]
 
     def read_state(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """seen and first `[layer][sequence]`, overflow counts `[layer]`. Waits for the devices' current streams."""

@@ -17,14 +17,12 @@ from transformers.cache_utils import Cache
 from ...cache import StreamingKVCacheFp16
 from ...errors import shown
 from . import files
-from .files import Progress
-from .graphs import DecodeGraph, replayed
+from .build import build
+from .graphs import DecodeGraph, replayed_steps
 from .groups import LayerGroup
-from .layers import AbsentLayer, Fp16Layer
-from .model import check_attention, check_takes_a_cache, keep_cache_where_rope_changes, plan_layers
-from .passes import watch
-from .positions import Positions
-from .shared import Shared
+from .layer_plan import model_type_of
+from .layers import AbsentLayer
+from .shared import SharedState
 from .version import CROP_MARGIN, NAME
 
 
@@ -32,31 +30,30 @@ class Fp16Cache(Cache):
     """A transformers `Cache` whose keys and values are FP16 in preallocated memory, for FP32, FP16 and BF16 models.
 
     Make one with `for_model`, and pass it as `past_key_values` to `generate` or to the model.
+
+    Attributes:
+        caches: the `StreamingKVCacheFp16`s, one for all layers of one shape. They may be read and saved.
+        layers: the `Fp16Layer`s, in the model's order.
+        shared: what the layers have in common. It is for this package's own modules.
     """
+
+    shared: SharedState
+    caches: list[LayerGroup]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         raise TypeError(
             "Fp16Cache: make one with Fp16Cache.for_model(model, max_positions), or with Fp16Cache.load(path, model)"
         )
 
-    @classmethod
-    def _of(cls, layers: list[Fp16Layer], caches: list[LayerGroup], shared: Shared) -> Fp16Cache:
-        self = cls.__new__(cls)
-        Cache.__init__(self, layers=layers)
-        self.caches = caches
-        self._shared = shared
-        shared.storage = Storage(caches)
-        return self
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp16Cache:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new._shared = copy.deepcopy(self._shared, memo)  # first: layers are copied along with it alone
+        new.shared = copy.deepcopy(self.shared, memo)  # first, as a layer can be copied only after it
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self._shared.settle()
+        self.shared.append_pending()
         return super().__reduce_ex__(protocol)
 
     @classmethod
@@ -92,66 +89,30 @@ class Fp16Cache(Cache):
             MemoryError: it does not fit.
             TypeError, ValueError: an argument is wrong; the model is FP64.
         """
-        if attention not in (None, NAME):
-            raise ValueError(f"Fp16Cache: attention must be {NAME!r} or None, got {attention!r}")
-        if precision not in ("auto", "fp32", "fp16"):
-            raise ValueError(f"Fp16Cache: precision must be 'auto', 'fp32' or 'fp16', got {precision!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-            raise TypeError(f"Fp16Cache: batch_size must be an int, got {shown(batch_size)}")
-        if batch_size < 1:
-            raise ValueError(f"Fp16Cache: batch_size must be at least 1, got {batch_size}")
-        if not isinstance(overflow, str) or overflow not in ("saturate", "inf"):
-            raise ValueError(f"Fp16Cache: overflow must be 'saturate' or 'inf', got {shown(overflow)}")
-        plans, config = plan_layers(model, max_positions)
-        check_takes_a_cache(model)
-        here = [plan for plan in plans if plan.present]
-        if attention is not None:
-            check_attention(model, here)
-        members: dict[tuple[Any, ...], list[int]] = {}
-        for i, plan in enumerate(plans):
-            if plan.present:
-                members.setdefault(plan.group, []).append(i)
-        shared = Shared(batch_size, max_positions, config, precision, compileable, layer_count=len(plans))
-        shared.positions = Positions(batch_size, here[0].device)
-        layers: list[Fp16Layer | None] = [None] * len(plans)
-        caches = []
-        for indices in members.values():
-            first = plans[indices[0]]
-            cache = LayerGroup(
-                len(indices),
-                first.capacity,
-                first.heads,
-                first.head_dim,
-                batch_size=batch_size,
-                device=first.device,
-                overflow=overflow,
-            )
-            caches.append(cache)
-            for position, i in enumerate(indices):
-                layers[i] = Fp16Layer(shared, cache, position, plans[i].window)
-        beside = next(layer for layer in layers if layer is not None)
-        whole = [layer or AbsentLayer(beside, plan.window) for layer, plan in zip(layers, plans, strict=True)]
-        if attention is not None:
-            model.set_attn_implementation(NAME)
-            if config._attn_implementation != NAME:
-                raise NotImplementedError(
-                    f"Fp16Cache: the attention of {type(model).__name__} cannot be set; make the cache with "
-                    "attention=None, which gives the model gathered keys and values"
-                )
-        watch(model)
-        keep_cache_where_rope_changes(model)
-        self = cls._of(whole, caches, shared)
-        self.model_type = str(model.config.get_text_config(decoder=True).model_type)
+        layers, shared = build(
+            model,
+            max_positions,
+            batch_size,
+            attention=attention,
+            overflow=overflow,
+            precision=precision,
+            compileable=compileable,
+        )
+        self = cls.__new__(cls)
+        Cache.__init__(self, layers=layers)
+        self.shared = shared
+        self.caches = shared.caches
+        self.model_type = model_type_of(model)
         return self
 
     # Files (see files.py)
 
-    def save(self, path: str | PathLike[str], *, progress: Progress = None) -> None:
-        """Writes all that the cache holds to one file, from which `load` goes on: in another process, on another
-        device, with more room.
+    def save(self, path: str | PathLike[str], *, progress: files.Progress = None) -> None:
+        """Writes all that the cache holds to one file. `load` goes on from it: in another process, on another device,
+        with more room.
 
-        Like `StreamingKVCacheFp16.save`: a safetensors file with checksums, whole or not at all. It holds what is
-        stored, not what could be, and only the sequences in use.
+        Like `StreamingKVCacheFp16.save`: a safetensors file with checksums, written whole or not at all. It has the
+        tokens that are held, of the sequences in use.
 
         Args:
             path: the file. One that is there is replaced.
@@ -159,7 +120,7 @@ class Fp16Cache(Cache):
 
         Raises:
             RuntimeError: a forward pass was broken off, or the current stream is being captured into a graph.
-            ValueError: a mask or a position was wrong, which had not been noticed yet.
+            ValueError: a mask or a position of an earlier step was wrong, and this is the first call to notice.
             TypeError, OSError: the path is wrong, or the file cannot be written. The old one stays.
         """
         files.save(self, path, progress)
@@ -176,7 +137,7 @@ class Fp16Cache(Cache):
         overflow: str | None = None,
         precision: str = "auto",
         compileable: bool = False,
-        progress: Progress = None,
+        progress: files.Progress = None,
     ) -> Fp16Cache:
         """A cache for this model with what `save` wrote: the same text goes on where it was.
 
@@ -198,29 +159,22 @@ class Fp16Cache(Cache):
             NotImplementedError, MemoryError, TypeError: as `for_model`.
             OSError: the file cannot be read.
 
-            The model's attention is as it was, after an error.
+            After an error the model's attention is as it was.
         """
-        options = {
-            "attention": attention,
-            "overflow": overflow,
-            "precision": precision,
-            "compileable": compileable,
-        }
-        return files.load(cls, path, model, max_positions, batch_size, progress, options)
-
-    # Figures
+        options = {"attention": attention, "overflow": overflow, "precision": precision, "compileable": compileable}
+        return files.load(cls.for_model, path, model, max_positions, batch_size, progress, options)
 
     @property
     def batch_size(self) -> int:
-        return self._shared.batch_size
+        return self.shared.batch_size
 
     def memory_bytes(self) -> int:
         """Bytes of keys and values, all layers together."""
         return sum(cache.memory_bytes() for cache in self.caches)
 
     def overflow_counts(self) -> Tensor:
-        """Finite values that FP16 could not hold, by layer: int64 on the CPU (so this waits for the device)."""
-        self._shared.settle()
+        """Finite values that FP16 could not hold, by layer: int64 on the CPU. This waits for the device."""
+        self.shared.append_pending()
         counts = {id(cache): cache.overflow_counts().cpu() for cache in self.caches}
         none = torch.zeros((), dtype=torch.int64, device="cpu")
         return torch.stack(
@@ -230,7 +184,7 @@ class Fp16Cache(Cache):
     def __repr__(self) -> str:
         windows = sorted({layer.window for layer in self.layers if layer.window is not None})
         return (
-            f"Fp16Cache({len(self.layers)} layers, max_positions={self._shared.max_positions}, "
+            f"Fp16Cache({len(self.layers)} layers, max_positions={self.shared.max_positions}, "
             f"batch_size={self.batch_size}, windows={windows}, {self.memory_bytes() / 1e6:.1f} MB, "
             f"{self.layers[0].columns} tokens)"
         )
@@ -240,19 +194,18 @@ class Fp16Cache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The columns that a layer has: tokens and padding.
 
-        Raises ValueError where a token was fed twice, and only the device had seen it.
+        Raises ValueError if the device has noticed that a token was fed twice.
         """
-        if not is_compiling() and self._shared.positions is not None:
-            self._shared.positions.raise_if_fed_twice()
-        length: int = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
-        return length
+        if not is_compiling():
+            self.shared.positions.raise_if_fed_twice()
+        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The number of columns that a mask of this layer has, and the first of them. Asked at each forward pass."""
+        """The number of columns of this layer's mask, and the first of them. transformers asks in each forward pass."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         if is_compiling():
             return sizes
-        self._shared.settle()
+        self.shared.append_pending()
         self._check_layers()
         if query_length == 0:
             self.refuse_no_tokens()
@@ -267,8 +220,8 @@ class Fp16Cache(Cache):
     def check_whole(self) -> None:
         """Raises RuntimeError if the last forward pass was broken off after it had stored something."""
         self._check_layers()
-        passing = self._shared.passing  # left behind by one that was interrupted
-        if self._shared.broken_off or (passing is not None and self.layers[0].columns != passing.columns):
+        left_behind = self.shared.current_pass  # by a pass that was interrupted
+        if self.shared.broken_off or (left_behind is not None and self.layers[0].columns != left_behind.columns):
             raise RuntimeError("Fp16Cache: a forward pass was broken off after it had stored its tokens; reset() it")
 
     def _check_layers(self) -> None:
@@ -287,8 +240,7 @@ class Fp16Cache(Cache):
             raise ValueError(
                 f"Fp16Cache: it was made for a model of {len(self.layers)} layers, and this one has a layer {layer_idx}"
             )
-        rows: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return rows
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def offload(self, *args: Any, **kwargs: Any) -> None:
         """Raises NotImplementedError: keys and values stay where they are allocated."""
@@ -298,28 +250,23 @@ class Fp16Cache(Cache):
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
-        shared = self._shared
-        shared.handed_out = shared.passing = None
+        shared = self.shared
+        shared.pending = shared.current_pass = None
         shared.broken_off = False
-        shared.texts.forget()
-        for cache in self.caches:
-            StreamingKVCacheFp16.clear(cache)
-        for layer in self.layers:
-            layer.columns = layer.first = 0
-        shared.records.clear()
+        shared.forget_tokens()
+        shared.padding.forget()
         shared.active = None
-        shared.late.clear()
-        if shared.positions is not None:
-            shared.positions.forget()
+        for layer in self.layers:
+            layer.columns = layer.first_held = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the newest `-tokens_to_remove` tokens back: assisted decoding's rejected ones.
+        """Takes the newest `-tokens_to_remove` tokens back, such as those that assisted decoding rejects.
 
         Raises:
             ValueError: the number is positive, more than there are tokens, or more than the ring of a sliding window
                 layer can take back (128, once it is full). The cache is unchanged.
             TypeError: it is no integer.
-            RuntimeError: a forward pass was broken off, so that layers hold different tokens.
+            RuntimeError: a forward pass was broken off, and layers hold different tokens.
         """
         try:
             count = -operator.index(tokens_to_remove)
@@ -331,52 +278,50 @@ class Fp16Cache(Cache):
             )
         if count == 0:
             return
-        self._shared.settle()
+        shared = self.shared
+        shared.append_pending()
         self.check_whole()
         for layer in self.layers:
             left = layer.columns - count
             if left < 0:
                 raise ValueError(f"Fp16Cache: crop({tokens_to_remove}) of {layer.columns} tokens")
-            if layer.window is not None and layer.first > max(left - layer.window + 1, 0):
+            if layer.window is not None and layer.first_held > max(left - layer.window + 1, 0):
                 raise ValueError(
                     f"Fp16Cache: crop({tokens_to_remove}): a full ring of a sliding window layer can take back "
                     f"{CROP_MARGIN} tokens; reset() the cache and prefill the text anew"
                 )
-        shared = self._shared
-        shared.raise_if_late(wait=True)
+        shared.raise_deferred_errors(wait=True)
         left = self.layers[0].columns - count
-        if left == 0:  # of slots that are not in use, too
-            self.reset()
+        if left == 0:
+            self.reset()  # which also clears sequences that are not in use
             return
         for cache in self.caches:
             layer = next(layer for layer in self.layers if layer.cache is cache)
-            removed: int | Tensor = count  # an int leaves the host with exact lengths
-            record = shared.records.get(layer.window)
-            if record is not None:
-                record = record[:, : layer.columns]  # more, after a call that was refused
-                removed = (record[:, left:].sum(1) + count - max(record.shape[1] - left, 0)).to(cache.device)
-            StreamingKVCacheFp16.drop_newest(cache, removed, **shared.slots(cache.device))
+            real = shared.padding.real_columns(layer.window, layer.columns)
+            removed: int | Tensor = count  # with an int the host keeps exact lengths
+            if real is not None:
+                removed = real[:, left:].sum(1).to(cache.device)
+            StreamingKVCacheFp16.drop_newest(cache, removed, **shared.sequences_argument(cache.device))
         for layer in self.layers:
             layer.columns = left
-            shared.all_held_from(left, layer.window)
-        shared.texts.crop(left)
-        if shared.positions is not None:
-            shared.positions.remove(count, left)
+            shared.padding.all_real_from(left, layer.window)
+        shared.fed_tokens.crop(left)
+        shared.positions.remove(count, left)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was. `beam_idx`: integers `[n]`.
 
         Raises:
             TypeError, ValueError, IndexError: they are no integers, none, more than `batch_size`, or no sequences in
-                use; the cache is unchanged. (Numbers on a GPU are not looked at, as that would wait for it: there one
-                that is out of range leaves its sequence as it is.)
+                use. The cache is unchanged. (Numbers on a GPU are not checked, as that would wait for it. One that is
+                out of range leaves its sequence as it is.)
         """
-        self._take(beam_idx)
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence `repeats` times, beside each other. `batch_size` must have room for them."""
-        self._shared.settle()
-        active = self._shared.active
+        """Repeats each sequence `repeats` times, its copies side by side. `batch_size` must have room for them."""
+        self.shared.append_pending()
+        active = self.shared.active
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"Fp16Cache: repeats must be an integer, at least 1, got {shown(repeats)}")
         if active is None:
@@ -386,12 +331,12 @@ class Fp16Cache(Cache):
                 f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
                 f"got {self.batch_size}"
             )
-        self._take(torch.arange(active, device="cpu").repeat_interleave(repeats))
+        self._select(torch.arange(active, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
-        self._shared.settle()
-        active = self._shared.active
+        """Keeps only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
+        self.shared.append_pending()
+        active = self.shared.active
         if active is None:
             return
         try:
@@ -400,39 +345,37 @@ class Fp16Cache(Cache):
             raise TypeError(f"Fp16Cache: indices of sequences must be integers [n], got {shown(indices)}") from None
         if chosen.dtype == torch.bool and chosen.shape == (active,):
             chosen = chosen.nonzero()[:, 0]
-        self._take(chosen)
+        self._select(chosen)
 
-    def _take(self, indices: Tensor) -> None:
-        shared = self._shared
-        shared.settle()
+    def _select(self, sequences: Tensor) -> None:
+        """Sequence i becomes what sequence `sequences[i]` was. Only these are in use then."""
+        shared = self.shared
+        shared.append_pending()
         if shared.active is None:
             return
-        if not isinstance(indices, Tensor):
-            indices = torch.tensor(indices, device="cpu")
-        if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+        if not isinstance(sequences, Tensor):
+            sequences = torch.tensor(sequences, device="cpu")
+        if sequences.dim() != 1 or sequences.dtype not in (torch.int64, torch.int32):
             raise TypeError(
-                f"Fp16Cache: indices of sequences must be integers [n], got {indices.dtype} {list(indices.shape)}"
+                f"Fp16Cache: indices of sequences must be integers [n], got {sequences.dtype} {list(sequences.shape)}"
             )
-        if not 1 <= len(indices) <= self.batch_size:
+        if not 1 <= len(sequences) <= self.batch_size:
             raise ValueError(
-                f"Fp16Cache: 1 to batch_size={self.batch_size} sequences can be chosen, got {len(indices)}"
+                f"Fp16Cache: 1 to batch_size={self.batch_size} sequences can be chosen, got {len(sequences)}"
             )
-        if indices.is_cpu and not bool(((indices >= 0) & (indices < shared.active)).all()):
+        if sequences.is_cpu and not bool(((sequences >= 0) & (sequences < shared.active)).all()):
             raise IndexError(
                 f"Fp16Cache: indices of sequences must be from 0 to {shared.active - 1}, as {shared.active} are in "
-                f"use, got {indices.tolist()[:8]}"
+                f"use, got {sequences.tolist()[:8]}"
             )
-        rest = torch.arange(len(indices), self.batch_size, device=indices.device)
-        whole = torch.cat([indices.long(), rest])
+        rest = torch.arange(len(sequences), self.batch_size, device=sequences.device)
+        all_sequences = torch.cat([sequences.long(), rest])
         for cache in self.caches:
-            StreamingKVCacheFp16.reorder(cache, whole.to(cache.device))
-        shared.texts.take(indices)
-        if shared.positions is not None:
-            shared.positions.take(indices)
-        for window, record in shared.records.items():
-            if record is not None:
-                shared.records[window] = record[indices.to(record.device)]
-        shared.active = len(indices)
+            StreamingKVCacheFp16.reorder(cache, all_sequences.to(cache.device))
+        shared.fed_tokens.select(sequences)
+        shared.positions.select(sequences)
+        shared.padding.select(sequences)
+        shared.active = len(sequences)
 
     # CUDA graphs
 
@@ -447,21 +390,10 @@ class Fp16Cache(Cache):
             with cache.cuda_graphs(model):
                 model.generate(**inputs, past_key_values=cache)
 
-        Everything else runs as it always does: more tokens at once, the first of a text, a step without `position_ids`
-        (`generate` passes them) or with an argument that the graph does not know. The token of a one-token step, also
-        where a prompt comes in chunks of one, must not be padding. `compile`: see `DecodeGraph`. On a CPU there is no
-        graph.
+        Everything else runs as it always does: several tokens at once, the first tokens of a text, a step without
+        `position_ids` (`generate` passes them), or one with an argument that the graph does not know. The token of a
+        one-token step must not be padding, also where a prompt comes in chunks of one. `compile`: see `DecodeGraph`. On
+        a CPU there is no graph.
         """
-        with replayed(model, self, compile=compile):
+        with replayed_steps(model, self, compile=compile):
             yield
-
-
-class Storage:
-    """What `Shared` asks of all caches."""
-
-    def __init__(self, caches: list[LayerGroup]) -> None:
-        self.caches = caches
-
-    def clear(self) -> None:
-        for cache in self.caches:
-            StreamingKVCacheFp16.clear(cache)

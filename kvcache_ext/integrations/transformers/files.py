@@ -1,15 +1,17 @@
 """Saving a whole `Fp16Cache` to one file, and loading it for a model.
 
 The file is one of several caches (`kvcache_ext/files`): keys and values of each layer in the model's order, whatever
-caches hold them. Beside them:
+caches hold them. Beside them it has:
 
-- `__metadata__["cache"]`: JSON. What the whole cache was (`max_positions`, `batch_size`, `overflow`), what it holds
-  (`columns`, tokens and padding; `sequences`, those in use, or null), the model's `model_type`, and `layers`: for each
-  layer its `kind`, and what that kind needs. "attention" has a `window` (or null) and `first`, the columns that may be
-  gone from its ring; "absent" is a layer that another stage of a pipeline has, and has no keys and values in the file.
-  Other kinds may come. A reader that does not know one refuses the file.
-- tensors `padding.WINDOW` (`padding.full` for layers without a window), bool `[sequences, columns or fewer]`: which
-  columns are stored, where some were padding. Columns beyond are stored.
+- `__metadata__["cache"]`: JSON.
+  - `max_positions`, `batch_size`, `overflow`: what the cache was made with.
+  - `columns`: tokens and padding that it holds. `sequences`: those in use, or null.
+  - `model_type`: the model's.
+  - `layers`: for each layer its `kind`, and what that kind needs. "attention" has a `window` (or null) and `first`: the
+    columns before that one may be gone from its ring. "absent" is a layer that another stage of a pipeline has; it has
+    no keys and values in the file. Other kinds may come. A reader that does not know one refuses the file.
+- tensors `padding.WINDOW` (`padding.full` for layers without a window), bool `[sequences, n]`, where there may be
+  padding: which of the first `n` columns are real. Padding is not stored. Columns from `n` on are real.
 - tensor `positions`, int64 `[sequences]`: the largest position that each sequence was fed.
 """
 
@@ -17,18 +19,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ...errors import shown
 from ...files import LayersFile, open_layers, save_layers
+from .layer_plan import LayerPlan, model_type_of, plan_layers
 from .layers import AbsentLayer, Fp16Layer
-from .model import LayerPlan, plan_layers
+from .shared import WholeCache
 
-if TYPE_CHECKING:
-    from .cache import Fp16Cache
-
+NewCache = TypeVar("NewCache", bound=WholeCache)
 Progress = bool | Callable[[int, int], object] | None
 KINDS = ("attention", "absent")
 
@@ -37,41 +38,37 @@ def _padding_name(window: int | None) -> str:
     return "padding.full" if window is None else f"padding.{window}"
 
 
-def _model_type(model: Any) -> str:
-    return str(model.config.get_text_config(decoder=True).model_type)
-
-
-def save(cache: Fp16Cache, path: Any, progress: Progress) -> None:
+def save(cache: WholeCache, path: Any, progress: Progress) -> None:
     """See `Fp16Cache.save`."""
-    shared = cache._shared
-    shared.settle()
+    shared = cache.shared
+    shared.append_pending()
     cache.check_whole()
-    shared.raise_if_late(wait=True)
+    shared.raise_deferred_errors(wait=True)
     layers: list[dict[str, Any]] = []
     stored = []
     for layer in cache.layers:
         if isinstance(layer, AbsentLayer):
             layers.append({"kind": "absent"})
         else:
-            layers.append({"kind": "attention", "window": layer.window, "first": layer.first})
+            layers.append({"kind": "attention", "window": layer.window, "first": layer.first_held})
             stored.append((layer.cache, layer.index))
+    columns = cache.get_seq_length()
     described = {
         "model_type": cache.model_type,
         "max_positions": shared.max_positions,
         "batch_size": shared.batch_size,
         "overflow": cache.caches[0].overflow,
-        "columns": cache.get_seq_length(),
+        "columns": columns,
         "sequences": shared.active,
         "layers": layers,
     }
     sequences = shared.active or 1
-    tensors: dict[str, Tensor] = {
-        _padding_name(window): record[:, : described["columns"]]
-        for window, record in shared.records.items()
-        if record is not None
-    }
-    if shared.positions is not None:
-        tensors["positions"] = shared.positions.last[:sequences]
+    tensors: dict[str, Tensor] = {}
+    for window in shared.padding.windows():
+        real = shared.padding.real_columns(window, columns)
+        if real is not None:
+            tensors[_padding_name(window)] = real
+    tensors["positions"] = shared.positions.last[:sequences]
     save_layers(
         path,
         stored,
@@ -83,7 +80,7 @@ def save(cache: Fp16Cache, path: Any, progress: Progress) -> None:
 
 
 class _Saved:
-    """What a file says of the whole cache."""
+    """What a file says about the whole cache: see the head of this file."""
 
     def __init__(self, path: Any, file: LayersFile) -> None:
         self.path = path
@@ -104,43 +101,43 @@ class _Saved:
             )
 
     def check_fits(self, model_type: str, plans: list[LayerPlan], file: LayersFile) -> None:
-        """Raises unless it is a cache of this model's layers."""
+        """Raises ValueError unless the file is of a model with these layers."""
 
-        def differ(what: str, there: object, here: object) -> None:
+        def check_equal(what: str, there: object, here: object) -> None:
             if there != here:
                 raise ValueError(
                     f"Fp16Cache.load: {self.path} is of another model: {what} {there} in the file and {here} in this "
                     "one"
                 )
 
-        differ("its model_type is", repr(self.model_type), repr(model_type))
-        differ("the number of its layers is", len(self.layers), len(plans))
+        check_equal("its model_type is", repr(self.model_type), repr(model_type))
+        check_equal("the number of its layers is", len(self.layers), len(plans))
         shapes = iter(file.layers)
         for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
-            differ(f"layer {i} is", layer["kind"], "attention" if plan.present else "absent")
+            check_equal(f"layer {i} is", layer["kind"], "attention" if plan.present else "absent")
             if not plan.present:
                 continue
-            differ(f"the window of layer {i} is", layer["window"], plan.window)
+            check_equal(f"the window of layer {i} is", layer["window"], plan.window)
             shape = next(shapes)
-            differ(f"the key/value heads of layer {i} are", shape.num_heads, plan.heads)
-            differ(f"the head_dim of layer {i} is", shape.head_dim, plan.head_dim)
+            check_equal(f"the key/value heads of layer {i} are", shape.num_heads, plan.heads)
+            check_equal(f"the head_dim of layer {i} is", shape.head_dim, plan.head_dim)
 
 
 def load(
-    cls: type[Fp16Cache],
+    for_model: Callable[..., NewCache],
     path: Any,
     model: Any,
     max_positions: int | None,
     batch_size: int | None,
     progress: Progress,
     options: dict[str, Any],
-) -> Fp16Cache:
-    """See `Fp16Cache.load`. `options`: what `for_model` takes beside these."""
+) -> NewCache:
+    """See `Fp16Cache.load`. `for_model` makes the cache; `options` are its other arguments."""
     with open_layers(path) as file:
         saved = _Saved(path, file)
-        slots = saved.max_positions if max_positions is None else max_positions
-        plans, _ = plan_layers(model, slots)
-        saved.check_fits(_model_type(model), plans, file)
+        positions = saved.max_positions if max_positions is None else max_positions
+        plans, _ = plan_layers(model, positions)
+        saved.check_fits(model_type_of(model), plans, file)
         batch = saved.batch_size if batch_size is None else batch_size
         if isinstance(batch, int) and batch < (saved.sequences or 1):
             raise ValueError(
@@ -151,10 +148,11 @@ def load(
             options["overflow"] = saved.overflow
         before = model.config._attn_implementation
         try:
-            cache = cls.for_model(model, slots, batch, **options)
-            if cache._shared.bounded and saved.columns > slots:
+            cache = for_model(model, positions, batch, **options)
+            if cache.shared.bounded and saved.columns > positions:
                 raise ValueError(
-                    f"Fp16Cache.load: {path} holds {saved.columns} tokens, which do not fit into max_positions={slots}"
+                    f"Fp16Cache.load: {path} holds {saved.columns} tokens, which do not fit into "
+                    f"max_positions={positions}"
                 )
             present: list[Fp16Layer] = [layer for layer in cache.layers if not isinstance(layer, AbsentLayer)]
             file.load([(layer.cache, layer.index) for layer in present], fresh=True, progress=progress)
@@ -162,16 +160,16 @@ def load(
             if model.config._attn_implementation != before:
                 model.set_attn_implementation(before)
             raise
-        shared = cache._shared
+        shared = cache.shared
         shared.active = saved.sequences
         here = [layer for layer in saved.layers if layer["kind"] == "attention"]
         for layer, described in zip(present, here, strict=True):
             layer.columns = saved.columns
-            layer.first = max(int(described["first"]), saved.columns - layer.cache.max_positions, 0)
-            padding = file.tensors.get(_padding_name(layer.window))
-            if padding is not None:
-                shared.records[layer.window] = padding.to(layer.device)
-        if shared.positions is not None and "positions" in file.tensors:
+            layer.first_held = max(int(described["first"]), saved.columns - layer.cache.max_positions, 0)
+            real = file.tensors.get(_padding_name(layer.window))
+            if real is not None:
+                shared.padding.restore(layer.window, real.to(layer.device))
+        if "positions" in file.tensors:
             last = file.tensors["positions"]
             shared.positions.last[: len(last)].copy_(last)
         return cache

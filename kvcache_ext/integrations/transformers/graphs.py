@@ -7,20 +7,18 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .positions import Positions
+from .shared import WholeCache
 from .version import NAME, cache_argument
 
-if TYPE_CHECKING:
-    from .cache import Fp16Cache
-
-# Steps before the captured one. Compiled code is there at the third: lengths are constants to the first, and not to the
-# second.
+# Steps before the captured one. torch.compile takes lengths for constants at the first step, and compiles anew at the
+# second. So the third is the first that only runs compiled code.
 WARM_UPS = 3
 
 
@@ -39,9 +37,9 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _experts_for_decoding(model: Any, device: torch.device) -> Iterator[None]:
-    """Mixtures of experts by `batched_mm` on a GPU, as `generate` has them while it decodes.
+    """On a GPU, experts are computed by `batched_mm` within, as `generate` has them while it decodes.
 
-    Their default, `grouped_mm`, looks at the device from the host where torch has no kernel for the dtype (FP32).
+    The default, `grouped_mm`, synchronises with the device where torch has no kernel for the dtype (FP32).
     """
     ask = getattr(model, "get_experts_implementation", None)
     before = ask() if ask is not None and device.type != "cpu" else {}
@@ -56,18 +54,15 @@ def _experts_for_decoding(model: Any, device: torch.device) -> Iterator[None]:
 
 
 def asks_for_router_logits(model: Any) -> bool:
-    """Whether the configuration does, of a mixture of experts: the loss that comes with them cannot be captured."""
-    config: Any = getattr(model, "config", None)  # a function that calls the model has none
+    """Whether a mixture of experts is configured to return router logits. The loss that it adds cannot be captured."""
+    config: Any = getattr(model, "config", None)  # `model` may be a function that calls a model
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return bool(getattr(text, "output_router_logits", False))
 
 
 @contextmanager
-def _unwatched(positions: Positions | None) -> Iterator[None]:
-    """While steps run that are taken back, all of them at one position."""
-    if positions is None:
-        yield
-        return
+def _unchecked(positions: Positions) -> Iterator[None]:
+    """Positions are not checked within: all warm-up steps run at one position, and are taken back."""
     positions.paused = True
     try:
         yield
@@ -81,26 +76,26 @@ class DecodeGraph:
         step = cache.decode_graph(model)          # after the prefill
         logits = step(token)                      # token: int64 [B, 1]; logits: [B, 1, vocabulary]
 
-    The logits are overwritten by the next step. A token's position is the number of tokens held, padding not counted,
-    as `generate` has it, unless `position_ids` says otherwise (models whose positions do not begin at 0, such as
-    RoBERTa's, need them). Lengths move on the device; `get_seq_length()` is kept right by counting replays. The cache
-    must outlive this object.
+    The next step overwrites the logits. A token's position is the number of tokens before it, padding not counted, as
+    `generate` has it, unless `position_ids` says otherwise (models whose positions do not begin at 0, such as
+    RoBERTa's, need them). Lengths move on the device; the host counts replays, which keeps `get_seq_length()` right.
+    The cache must outlive this object.
 
-    Capturing runs the step a few times and takes those back, for which the cache must have room. With `compile` the
-    step goes through torch.compile first, which fuses what lies between the matrix products. Mixtures of experts are
-    captured with `batched_mm`, as `generate` has them while it decodes. On a CPU there is no graph: each call is the
-    step itself.
+    Capturing runs the step a few times and takes those steps back. The cache must have room for them. With `compile`
+    the step goes through torch.compile first, which fuses what lies between the matrix products. Mixtures of experts
+    are captured with `batched_mm`, as `generate` has them while it decodes. On a CPU there is no graph: each call runs
+    the step itself.
     """
 
     def __init__(
         self,
         model: Any,
-        cache: Fp16Cache,
+        cache: WholeCache,
         *,
         compile: bool = False,
         forward: Callable[..., Any] | None = None,
     ) -> None:
-        shared = cache._shared
+        shared = cache.shared
         if not shared.own_attention:
             used = shared.config._attn_implementation
             raise ValueError(f"DecodeGraph: the model's attention must be {NAME!r}, got {used!r}")
@@ -121,7 +116,7 @@ class DecodeGraph:
         self._ids = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(self._batch, 1, dtype=torch.int64, device=device)
         self._graph: Any = None
-        self._out: Any = None  # of the step: its tensors are the graph's, and overwritten by the next one
+        self._out: Any = None  # what the latest step returned: the graph's own tensors, which the next step overwrites
         if device.type == "cuda":
             with torch.cuda.device(device), _experts_for_decoding(model, device):
                 self._capture(device)
@@ -142,143 +137,144 @@ class DecodeGraph:
         return _copied(self._out)
 
     @staticmethod
-    def has_room(cache: Fp16Cache) -> bool:
+    def has_room(cache: WholeCache) -> bool:
         """Whether the cache has room for the steps that capturing takes."""
         return all(not at.bounded or at.columns + WARM_UPS <= at.cache.max_positions for at in cache.layers)
 
     def serves(self, input_ids: Tensor) -> bool:
-        return self._cache._shared.active == self._batch and input_ids.shape == self._ids.shape
+        """Whether these ids have the shape of the captured step."""
+        return self._cache.shared.active == self._batch and input_ids.shape == self._ids.shape
 
     def _capture(self, device: torch.device) -> None:
-        layers = self._cache.layers
+        cache, layers, shared = self._cache, self._cache.layers, self._cache.shared
         for layer in layers:
-            layer._check(self._batch, WARM_UPS)
-        self._cache._shared.passing = None  # what runs here is no part of a pass that may have asked for this graph
-        counts = [cache.overflow_counts() for cache in self._cache.caches]
-        positions = self._cache._shared.positions
-        fed = None if positions is None else positions.last.clone()
-        self._positions.copy_(self._held())
+            layer.check_room(self._batch, WARM_UPS)
+        # The pass under way, which may have asked for this graph, does not include the steps that run here.
+        shared.current_pass = None
+        counts = [group.overflow_counts() for group in cache.caches]
+        positions = shared.positions
+        fed = positions.last.clone()
+        self._positions.copy_(self._next_positions())
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), _unwatched(positions):
+        with torch.cuda.stream(stream), _unchecked(positions):
             for _ in range(WARM_UPS):
                 self._step()
         torch.cuda.current_stream(device).wait_stream(stream)
-        with _unwatched(positions):
-            self._cache.crop(-WARM_UPS)
-        if positions is not None:
-            positions.last.copy_(fed)
-        for cache, count in zip(self._cache.caches, counts, strict=True):
-            cache.tensors.overflow_counts.copy_(count)
-        before = [(layer.columns, layer.first) for layer in layers]
+        with _unchecked(positions):
+            cache.crop(-WARM_UPS)
+        positions.last.copy_(fed)
+        for group, count in zip(cache.caches, counts, strict=True):
+            group.tensors.overflow_counts.copy_(count)
+        before = [(layer.columns, layer.first_held) for layer in layers]
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph):
                 self._step()
-        finally:  # a capture runs nothing on the device
-            for layer, (columns, first) in zip(layers, before, strict=True):
-                layer.columns, layer.first = columns, first
+        finally:  # a capture runs nothing on the device, so the layers hold what they held
+            for layer, (columns, first_held) in zip(layers, before, strict=True):
+                layer.columns, layer.first_held = columns, first_held
 
-    def _held(self) -> Tensor:
-        """How many tokens each sequence has: the next one's position, `[B, 1]`."""
+    def _next_positions(self) -> Tensor:
+        """The position of each sequence's next token, `[B, 1]`: how many tokens it has."""
         return self._cache.caches[0].cache_seqlens[self._cache.layers[0].index, : self._batch, None]
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        shared = self._cache._shared
+        shared = self._cache.shared
         if not self.serves(input_ids):
             raise ValueError(
                 f"DecodeGraph: it steps {self._batch} sequences by one token each, got input_ids of shape "
                 f"{list(input_ids.shape)} and a cache that holds {shared.active}"
             )
-        shared.settle()
-        if shared.positions is not None:
-            shared.positions.raise_if_fed_twice()
+        shared.append_pending()
+        shared.positions.raise_if_fed_twice()
         for layer in self._cache.layers:
-            layer._check(self._batch, 1)
+            layer.check_room(self._batch, 1)
         self._ids.copy_(input_ids)
-        self._positions.copy_(self._held() if position_ids is None else position_ids)
+        self._positions.copy_(self._next_positions() if position_ids is None else position_ids)
         if self._graph is None:
             self._step()
             return self._logits()
         self._graph.replay()
         for layer in self._cache.layers:
-            layer._advance(1)
+            layer.advance(1)
         return self._logits()
 
 
-class StandIn:
-    """What a model has as its `forward` for a while. A copy of the model has its own again."""
+class PatchedForward:
+    """A model's `forward` within `replayed_steps`: replays one-token steps, and runs the original for all others."""
 
-    def __init__(self, model: Any, own: Any, original: Callable[..., Any], call: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original, updated=())  # generate() reads the signature to know what to pass
-        self.model, self.own, self.call = model, own, call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+    def __init__(self, model: Any, cache: WholeCache, *, compile: bool) -> None:
+        self.model, self.cache, self.compile = model, cache, compile
+        self.original: Callable[..., Any] = model.forward
+        self.previous: Any = model.__dict__.get("forward")  # set on the model itself before, or None
+        self.graph: DecodeGraph | None = None
+        self.cache_names = {cache_argument(), "past_key_values"}  # all versions understand the old name
+        functools.update_wrapper(self, self.original, updated=())  # generate() reads the signature
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.own is not None:
-            return copy.deepcopy(self.own, memo)
+        """A copy of the model has its own forward again."""
+        if self.previous is not None:
+            return copy.deepcopy(self.previous, memo)
         model = copy.deepcopy(self.model, memo)
         return MethodType(type(model).forward, model)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args or not self._can_replay(kwargs):
+            return self.original(*args, **kwargs)
+        cache, ids, mask = self.cache, kwargs["input_ids"], kwargs.get("attention_mask")
+        if self.graph is None or not self.graph.serves(ids):
+            if not DecodeGraph.has_room(cache):
+                return self.original(*args, **kwargs)
+            self.graph = DecodeGraph(self.model, cache, compile=self.compile, forward=self.original)
+        if mask is not None:  # the captured step has none: it is checked and recorded here
+            mask = mask.to(ids.device).expand(len(ids), -1)
+            columns = cache.get_seq_length()
+            for window in {layer.window for layer in cache.layers}:
+                cache.shared.padding.mask_for(mask, columns, 1, window, refuse_padding=True)
+        self.graph(ids, kwargs["position_ids"])
+        return self.graph.output()
 
-@contextmanager
-def replayed(model: Any, cache: Fp16Cache, *, compile: bool) -> Iterator[None]:
-    """See `Fp16Cache.cuda_graphs`."""
-    graph: DecodeGraph | None = None
-    names = {cache_argument(), "past_key_values"}  # the old one is understood by all versions
-    original, own = model.forward, model.__dict__.get("forward")
-
-    def replayable(kwargs: dict[str, Any]) -> bool:
-        ids, mask, places = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        given = [kwargs[name] for name in names if kwargs.get(name) is not None]
-        if len(given) != 1 or given[0] is not cache or not cache._shared.own_attention:
+    def _can_replay(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the captured step computes what this call asks for."""
+        shared, model = self.cache.shared, self.model
+        ids, mask, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        given = [kwargs[name] for name in self.cache_names if kwargs.get(name) is not None]
+        if len(given) != 1 or given[0] is not self.cache or not shared.own_attention:
             return False
-        if not isinstance(ids, Tensor) or tuple(ids.shape) != (cache._shared.active, 1):
+        if not isinstance(ids, Tensor) or tuple(ids.shape) != (shared.active, 1):
             return False
         if kwargs.get("use_cache") is None and getattr(model.config, "use_cache", True) is False:
             return False
-        if not isinstance(places, Tensor) or places.dim() != 2:  # some models have several for a token
+        if not isinstance(positions, Tensor) or positions.dim() != 2:  # some models have several for a token
             return False
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return False
         if asks_for_router_logits(model) and kwargs.get("output_router_logits") is not False:
             return False
-        for name, value in kwargs.items():
-            if name in names or name in ("input_ids", "attention_mask", "position_ids") or value is None:
-                continue
-            if name in ("use_cache", "return_dict"):
-                known = value is True
-            elif name == "logits_to_keep":  # of one token's logits
-                known = isinstance(value, int)
-            else:
-                known = value is False and name.startswith("output_")
-            if not known:
-                return False
-        return True
+        known = {"input_ids", "attention_mask", "position_ids", *self.cache_names}
+        return all(
+            name in known or value is None or self._is_as_captured(name, value) for name, value in kwargs.items()
+        )
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal graph
-        if args or not replayable(kwargs):
-            return original(*args, **kwargs)
-        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        if graph is None or not graph.serves(ids):
-            if not DecodeGraph.has_room(cache):
-                return original(*args, **kwargs)
-            graph = DecodeGraph(model, cache, compile=compile, forward=original)
-        if mask is not None:
-            mask = mask.to(ids.device).expand(len(ids), -1)
-            for window in {layer.window for layer in cache.layers}:
-                cache._shared.plan(mask, cache.get_seq_length(), 1, window, no_padding=True)
-        graph(ids, kwargs["position_ids"])
-        return graph.output()
+    @staticmethod
+    def _is_as_captured(name: str, value: Any) -> bool:
+        if name in ("use_cache", "return_dict"):
+            return value is True
+        if name == "logits_to_keep":  # of one token's logits
+            return isinstance(value, int)
+        return value is False and name.startswith("output_")
 
-    model.forward = StandIn(model, own, original, forward)
+
+@contextmanager
+def replayed_steps(model: Any, cache: WholeCache, *, compile: bool) -> Iterator[None]:
+    """See `Fp16Cache.cuda_graphs`."""
+    patched = PatchedForward(model, cache, compile=compile)
+    model.forward = patched
     try:
         yield
     finally:
         del model.forward
-        if own is not None:
-            model.forward = own
-    cache._shared.raise_if_late(wait=True)
+        if patched.previous is not None:
+            model.forward = patched.previous
+    cache.shared.raise_deferred_errors(wait=True)

@@ -1,4 +1,4 @@
-"""The storage of layers of one shape, which only its `Fp16Cache` changes."""
+"""The `StreamingKVCacheFp16` of layers of one shape."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ...cache import StreamingKVCacheFp16
 
 
 class LayerGroup(StreamingKVCacheFp16):
-    """The storage of layers of one shape. Everybody may read it; only its `Fp16Cache` changes it.
+    """The storage of layers of one shape. Everybody may read it. Only its `Fp16Cache` changes it.
 
-    An `Fp16Cache` counts the tokens of each layer. What was appended to a group past it would be counted by nobody.
+    An `Fp16Cache` counts the tokens of each layer. It would not count what others append. So the methods that change a
+    cache are errors here, and the `Fp16Cache` calls those of `StreamingKVCacheFp16`.
     """
 
 

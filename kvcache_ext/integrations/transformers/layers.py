@@ -12,13 +12,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...cache import StreamingKVCacheFp16
 from .groups import LayerGroup
-from .masks import Columns
-from .shared import Shared
-from .version import CROP_MARGIN, NAME
+from .protocol import PendingKeyValues, TaggedLength, mask_of_left_padding, offset_of_window
+from .shared import SharedState
+from .version import CROP_MARGIN
 
 
 class _NoGradient(torch.autograd.Function):
-    """Lets a forward pass be, and says that there is no backward one, instead of leaving out a part of the gradient."""
+    """Its backward pass is an error. Without it, a part of the gradient would be missing silently."""
 
     @staticmethod
     def forward(ctx: Any, answer: Tensor, source: Tensor) -> Tensor:
@@ -30,45 +30,14 @@ class _NoGradient(torch.autograd.Function):
 
 
 def without_gradient(answer: Tensor, source: Tensor) -> Tensor:
+    """Returns `answer`. If `source`, from which it was computed, requires grad, a backward pass through it raises."""
     if source.requires_grad and torch.is_grad_enabled() and not is_compiling():
         return _NoGradient.apply(answer, source)
     return answer
 
 
-class NewRows:
-    """The new keys and values of a layer on their way from `update` to `attend`, in the place of both."""
-
-    def __init__(self, layer: Fp16Layer, key: Tensor, value: Tensor) -> None:
-        self.layer = layer
-        self.new_key = key
-        self.new_value = value
-        self.of_a_pass = not is_compiling() and layer.shared.passing is not None
-        self.appended = False
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse()
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> NoReturn:
-        for value in (*arguments, *(options or {}).values()):
-            for each in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(each, NewRows):
-                    each._refuse()
-        raise RuntimeError("Fp16Cache: keys and values of a layer were used in a place that is not known")
-
-    def _refuse(self) -> NoReturn:
-        self.layer.shared.handed_out = None  # not to be appended, after this error
-        raise RuntimeError(
-            f"Fp16Cache: this model uses keys and values elsewhere than in the attention named {NAME!r}, or was not "
-            "set to it; make the cache with for_model for this very model, or with attention=None, which gives it "
-            "gathered keys and values"
-        )
-
-
 def _of_one_dtype(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast rotated keys are FP32 and values are not."""
+    """Both in the wider of their dtypes: under autocast rotated keys are FP32 and values are not."""
     dtype = torch.promote_types(key.dtype, value.dtype)
     return key.to(dtype), value.to(dtype)
 
@@ -78,18 +47,19 @@ class Fp16Layer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, shared: Shared, cache: LayerGroup, index: int, window: int | None) -> None:
+    def __init__(self, shared: SharedState, cache: LayerGroup, index: int, window: int | None) -> None:
         self.shared = shared
         self.cache = cache
-        self.index = index
+        self.index = index  # of this layer in `cache`
         self.window = window
         self.is_sliding = window is not None
         self.is_compileable = shared.compileable
-        # A window's ring forgets what no query can see; only a shorter one has an end.
+        # Whether max_positions is the end. A ring that holds a whole window goes round: no query sees what it forgets.
         self.bounded = window is None or cache.max_positions < window + CROP_MARGIN
         shared.bounded = shared.bounded or self.bounded
         self.columns = 0  # that have gone through this layer, padding included
-        self.first = 0  # at most this many of the oldest columns are gone from the ring (fewer where some were padding)
+        # The ring holds all columns from this one on. Of texts with padding it may hold older ones, too.
+        self.first_held = 0
         self.dtype, self.device, self.batch_size = torch.float16, cache.device, shared.batch_size
 
     def __repr__(self) -> str:
@@ -108,12 +78,12 @@ class Fp16Layer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether it holds something: models ask that, to tell the first pass of a text from the others."""
+        """Whether it holds something. Models ask this to tell a text's first pass from the others."""
         return self.columns > 0
 
     @property
     def keys(self) -> Tensor | None:
-        """A copy of what it holds: FP16 `[B, H, n, D]`, zeros in padding. Of a window what the next token sees."""
+        """A copy of what it holds: FP16 `[B, H, n, D]`, zeros in padding. With a window: what the next token sees."""
         return self._held(0)
 
     @property
@@ -121,10 +91,10 @@ class Fp16Layer(CacheLayerMixin):
         return self._held(1)
 
     def _held(self, which: int) -> Tensor | None:
-        self.shared.settle()
+        self.shared.append_pending()
         if self.columns == 0:
             return None
-        return self._gather(self.columns - self.gathered(0), self.columns, torch.float16)[which]
+        return self._gather(self._first_visible(), self.columns, torch.float16)[which]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the cache is there from the beginning."""
@@ -133,37 +103,49 @@ class Fp16Layer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         if not is_compiling():
-            self.shared.settle()
+            self.shared.append_pending()
         return self.columns
 
     def get_max_length(self) -> int:
         return self.shared.max_positions if self.bounded else -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        offset = 0 if self.window is None else max(self.columns - self.window + 1, 0)
-        length = self.columns + query_length - offset
+        """How many columns a mask of the next `query_length` tokens has, and the first of them: see protocol.py."""
+        length, offset = self.gathered_columns(query_length), self._first_visible()
         if not self.shared.own_attention:
             return length, offset
-        if is_compiling():  # where `Columns` cannot pass; an offset that no other cache has says that it is ours
-            return length, -1 - (self.window or 0)
-        columns = Columns(length)
-        columns.shared, columns.window = self.shared, self.window
-        return columns, offset
+        if is_compiling():
+            return length, offset_of_window(self.window)
+        return TaggedLength.of(self, length), offset
 
-    def _check(self, batch: int, rows: int) -> None:
-        """For all layers, so that the first of them refuses what a later one has no room for."""
-        if self.shared.bounded and self.columns + rows > self.shared.max_positions:
+    def mask_for(self, attention_mask: Tensor | None, columns: int, new_tokens: int) -> Tensor | None:
+        """What a 2D mask `[B, columns + T]` means for this layer: see protocol.py."""
+        shared = self.shared
+        if attention_mask is None:
+            shared.raise_deferred_errors()
+            return None
+        if shared.compileable and new_tokens == 1:
+            shared.padding.record_last_column(attention_mask, columns, self.window)
+            # Of the same dtype and shape at every step, and without looking: what compiled code needs.
+            return mask_of_left_padding(attention_mask[:, -1:])
+        if columns:
+            shared.use_sequences(attention_mask.shape[0], columns)
+        return shared.padding.mask_for(attention_mask, columns, new_tokens, self.window)
+
+    def check_room(self, batch: int, new_tokens: int) -> None:
+        """Raises if any layer has no room for so many new tokens, so before the first layer has stored them."""
+        if self.shared.bounded and self.columns + new_tokens > self.shared.max_positions:
             raise ValueError(
-                f"Fp16Cache: {self.columns} tokens are in the cache and {rows} more do not fit into "
+                f"Fp16Cache: {self.columns} tokens are in the cache and {new_tokens} more do not fit into "
                 f"max_positions={self.shared.max_positions}; make a larger cache, or reset() this one"
             )
-        self.shared.use_batch(batch, self.columns)
+        self.shared.use_sequences(batch, self.columns)
 
-    def _advance(self, rows: int) -> None:
-        self.columns += rows
-        self.first = max(self.first, self.columns - self.cache.max_positions)
+    def advance(self, new_tokens: int) -> None:
+        self.columns += new_tokens
+        self.first_held = max(self.first_held, self.columns - self.cache.max_positions)
 
-    # With this attention
+    # What `attend` calls, besides `append_gather`
 
     def append_attend(
         self,
@@ -178,12 +160,12 @@ class Fp16Layer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """`query` `[B, T, Hq, D]`, `key`, `value` `[B, T, H, D]`: the answer, and the LSE if it is wanted.
 
-        `update` has checked that there is room.
+        `new_lengths`: int32 `[B]`, how many of the last new tokens are real; None: all. `update` has checked the room.
         """
-        rows = query.shape[1]
+        new_tokens = query.shape[1]
         key, value = _of_one_dtype(key, value)
         if new_lengths is None:
-            self.shared.all_held_from(self.columns, self.window)
+            self.shared.padding.all_real_from(self.columns, self.window)
         precision = self.shared.precision
         if precision == "auto":
             precision = "fp32" if query.dtype == torch.float32 else "fp16"
@@ -199,28 +181,39 @@ class Fp16Layer(CacheLayerMixin):
             softcap=softcap,
             return_lse=return_lse,
             precision=precision,
-            **self.shared.slots(self.device),
+            **self.shared.sequences_argument(self.device),
         )
-        self._advance(rows)
+        self.advance(new_tokens)
         return answer if isinstance(answer, tuple) else (answer, None)
 
-    # With any other
+    # New keys and values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The new keys and values, `[B, H, T, D]`: handed on to this attention, or appended and all gathered."""
+        """What a model's layer does with its new keys and values `[B, H, T, D]`.
+
+        With this attention it gets a `PendingKeyValues`, twice, to hand to `attend`. With any other they are appended,
+        and it gets all keys and values, gathered, in the dtype that came in.
+        """
+        shared = self.shared
         if is_compiling():
-            self._check(key_states.shape[0], key_states.shape[2])
-            rows = NewRows(self, key_states, value_states) if self.shared.own_attention else None
-            return (rows, rows) if rows is not None else self.append_gather(key_states, value_states)
-        self.shared.settle()
-        self._check_new(key_states, value_states)
-        if not self.shared.own_attention:
+            self.check_room(key_states.shape[0], key_states.shape[2])
+        else:
+            shared.append_pending()
+            self._check_new(key_states, value_states)
+        if not shared.own_attention:
             return self.append_gather(key_states, value_states)
-        self.shared.handed_out = NewRows(self, key_states, value_states)
-        return self.shared.handed_out, self.shared.handed_out
+        in_pass = not is_compiling() and shared.current_pass is not None
+        pending = PendingKeyValues(self, key_states, value_states, in_pass=in_pass)
+        if not is_compiling():
+            shared.pending = pending
+        return pending, pending
+
+    def drop_pending(self) -> None:
+        """Forgets what `update` handed out: attention has taken it, or it was used in a wrong place."""
+        self.shared.pending = None
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
-        """Before anything of a layer is stored, and in a forward pass also whether it is the layer's turn."""
+        """Raises before anything of a layer is stored: wrong shapes, no room, or not this layer's turn in the pass."""
         heads, head_dim = self.cache.num_heads, self.cache.head_dim
         for name, tensor in (("keys", key), ("values", value)):
             if tensor.dim() != 4 or tensor.shape[1] != heads or tensor.shape[3] != head_dim:
@@ -228,77 +221,81 @@ class Fp16Layer(CacheLayerMixin):
                     f"Fp16Cache: {name} of a layer must be [B, {heads}, T, {head_dim}], as the cache was made for such "
                     f"heads, got {list(tensor.shape)}"
                 )
-        rows = key.shape[2]
-        self._check(key.shape[0], rows)
-        passing = self.shared.passing
-        if passing is None:
+        new_tokens = key.shape[2]
+        self.check_room(key.shape[0], new_tokens)
+        begun = self.shared.current_pass
+        if begun is None:
             return
-        if self.columns != passing.columns or rows != (passing.rows or rows):
+        if self.columns != begun.columns or new_tokens != (begun.new_tokens or new_tokens):
+            others = "" if begun.new_tokens is None else f", and those of {begun.new_tokens} to layers before it"
             raise RuntimeError(
-                f"Fp16Cache: a forward pass that began with {passing.columns} tokens hands keys and values of {rows} "
-                f"more to a layer that holds {self.columns}"
-                + ("" if passing.rows is None else f", and those of {passing.rows} to layers before it")
-                + ": only a text's own keys and values, of each layer once, can be stored, and none of an image or an "
-                "encoder; reset() the cache"
+                f"Fp16Cache: a forward pass that began with {begun.columns} tokens hands keys and values of "
+                f"{new_tokens} more to a layer that holds {self.columns}{others}: only a text's own keys and values, "
+                "of each layer once, can be stored, and none of an image or an encoder; reset() the cache"
             )
-        passing.rows = rows
+        begun.new_tokens = new_tokens
 
-    def append_rows(self, rows: NewRows) -> None:
-        """Appends what was handed out, and attended to by nobody: a past made by hand."""
-        rows.appended = True
-        key, value = _of_one_dtype(rows.new_key.detach().transpose(1, 2), rows.new_value.detach().transpose(1, 2))
-        self.shared.all_held_from(self.columns, self.window)
+    def append_pending(self, pending: PendingKeyValues) -> None:
+        """Appends what `update` handed out and no attention took: a past made by hand."""
+        pending.appended = True
+        new_key, new_value = (x.detach().transpose(1, 2) for x in (pending.new_key, pending.new_value))
+        key, value = _of_one_dtype(new_key, new_value)
+        self.shared.padding.all_real_from(self.columns, self.window)
         self._append(key, value)
 
-    def gathered(self, rows: int) -> int:
-        """How many columns `append_gather` gives for so many new rows."""
-        start = 0 if self.window is None else max(self.columns - self.window + 1, 0)
-        return self.columns + rows - start
+    def gathered_columns(self, new_tokens: int) -> int:
+        """How many columns `append_gather` returns for so many new tokens."""
+        return self.columns + new_tokens - self._first_visible()
+
+    def _first_visible(self) -> int:
+        """The first column that the next token sees."""
+        return 0 if self.window is None else max(self.columns - self.window + 1, 0)
 
     def append_gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends every row; the columns that `get_mask_sizes` spoke of, `[B, H, kv, D]` of the key's dtype."""
-        rows = key.shape[2]
-        self.shared.all_held_from(self.columns, self.window)
+        """Appends all new tokens, padding too, and gathers as many columns as `get_mask_sizes` returned.
+
+        `key`, `value`: `[B, H, T, D]`. Returns keys and values `[B, H, columns, D]` in the key's dtype.
+        """
+        new_tokens = key.shape[2]
+        self.shared.padding.all_real_from(self.columns, self.window)
         before = self.columns
-        start = before + rows - self.gathered(rows)
+        start = self._first_visible()
         new_key, new_value = _of_one_dtype(key.detach().transpose(1, 2), value.detach().transpose(1, 2))
-        if before + rows - start <= self.cache.max_positions:
+        if before + new_tokens - start <= self.cache.max_positions:
             self._append(new_key, new_value)
             keys, values = self._gather(start, self.columns, key.dtype)
         else:  # more than the ring can hold at once
             parts = [self._gather(start, before, key.dtype)]
-            for begin in range(0, rows, self.cache.max_positions):
-                part = slice(begin, min(begin + self.cache.max_positions, rows))
+            for begin in range(0, new_tokens, self.cache.max_positions):
+                part = slice(begin, min(begin + self.cache.max_positions, new_tokens))
                 self._append(new_key[:, part], new_value[:, part])
                 parts.append(self._gather(before + part.start, before + part.stop, key.dtype))
             keys, values = (torch.cat(x, 2) for x in zip(*parts, strict=True))
         return without_gradient(keys, key), without_gradient(values, value)
 
     def _append(self, key: Tensor, value: Tensor) -> None:
-        StreamingKVCacheFp16.append(self.cache, self.index, key, value, **self.shared.slots(self.device))
-        self._advance(key.shape[1])
+        StreamingKVCacheFp16.append(self.cache, self.index, key, value, **self.shared.sequences_argument(self.device))
+        self.advance(key.shape[1])
 
     def _gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Columns `[start, stop)`, contiguous `[B, H, n, D]`; zeros where a column was padding."""
+        """Columns `[start, stop)`, contiguous `[B, H, n, D]`; zeros where a column is padding."""
         batch = self.shared.active or 1
         indices = torch.arange(start, stop, device=self.cache.device)
-        record = self.shared.records.get(self.window)
-        start_held = self.cache.tensors.state[1, self.index, :batch, None]
-        if record is None:
-            if self.first:  # of texts that had padding once fewer are gone
-                indices = indices - start_held
-        else:
-            held = record[:, :stop].to(self.cache.device)
-            if held.shape[1] < stop:
-                held = torch.nn.functional.pad(held, (0, stop - held.shape[1]), value=True)
-            indices = torch.where(held, held.cumsum(1) - 1 - start_held, -1)[:, start:].contiguous()
+        real = self.shared.padding.real_columns(self.window, stop)
+        oldest_held = self.cache.tensors.state[1, self.index, :batch, None]
+        if real is not None:
+            real = real.to(self.cache.device)
+            indices = torch.where(real, real.cumsum(1) - 1 - oldest_held, -1)[:, start:].contiguous()
+        elif self.first_held:
+            indices = indices - oldest_held  # `first_held` would not do: see there
         shape = (batch, self.cache.num_heads, stop - start, self.cache.head_dim)
         keys, values = (torch.empty(shape, dtype=dtype, device=self.cache.device) for _ in range(2))
         out = keys.transpose(1, 2), values.transpose(1, 2)
-        self.cache.gather(self.index, indices, dtype=dtype, out=out, **self.shared.slots(self.device))
+        sequences = self.shared.sequences_argument(self.device)
+        self.cache.gather(self.index, indices, dtype=dtype, out=out, **sequences)
         return keys, values
 
-    # The rest of what transformers may call on a layer is done for whole groups of them, by the cache.
+    # The cache does the rest of what transformers may call on a layer: its layers share their memory.
 
     def _by_the_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("Fp16Cache: layers share their storage; call this on the cache")
@@ -314,7 +311,7 @@ class Fp16Layer(CacheLayerMixin):
 
 
 class AbsentLayer(Fp16Layer):
-    """A layer that this model has not: another stage of a pipeline has it. Counts what a layer beside it holds."""
+    """A layer that another stage of a pipeline has. It has no memory, and the counts of a layer that is `beside` it."""
 
     def __init__(self, beside: Fp16Layer, window: int | None) -> None:
         self.beside = beside
@@ -331,11 +328,11 @@ class AbsentLayer(Fp16Layer):
     def columns(self, value: int) -> None: ...
 
     @property
-    def first(self) -> int:  # type: ignore[override]
+    def first_held(self) -> int:  # type: ignore[override]
         return 0
 
-    @first.setter
-    def first(self, value: int) -> None: ...
+    @first_held.setter
+    def first_held(self, value: int) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(

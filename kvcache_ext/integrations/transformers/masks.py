@@ -1,4 +1,4 @@
-"""The masks that transformers asks for: none for plain patterns, what padding means, or a whole 4D mask."""
+"""The masks that transformers asks for. How they travel: see protocol.py."""
 
 from __future__ import annotations
 
@@ -7,39 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .shared import Shared
-
-
-class Columns(int):
-    """A number of columns, and whose they are: how `make_mask`, which is not told, learns of the cache."""
-
-    shared: Shared
-    window: int | None
-
-
-_SLIDING = sliding_window_causal_mask_function(1)
-
-
-def _closed_over(function: Any) -> Any:
-    return function.__closure__[0].cell_contents
-
-
-def _is_plain(mask_function: Any, window: int | None) -> bool:
-    """Whether a pattern is the causal one, or with a window the causal one within it."""
-    if window is None:
-        return mask_function is causal_mask_function
-    if getattr(mask_function, "__code__", None) is not _SLIDING.__code__:
-        return False
-    parts, known = _closed_over(mask_function), _closed_over(_SLIDING)
-    return (
-        len(parts) == 2
-        and getattr(parts[0], "__code__", None) is known[0].__code__
-        and _closed_over(parts[0]) == window
-        and parts[1] is causal_mask_function
-    )
+from .protocol import TaggedLength, counts_of, flags_of, is_plain, is_plain_in_compiled_code, window_of_offset
 
 
 def make_mask(
@@ -53,14 +23,15 @@ def make_mask(
     local_size: int | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """The mask that transformers gets for this attention: see the head of this file."""
-    if kv_offset < 0:  # ours, asked for its sizes by compiled code: see `Fp16Layer.get_mask_sizes`
-        window = -1 - kv_offset
-        if is_compiling() and local_size is not None:
-            plain = mask_function.__name__ == "and_mask"  # closures are out of sight here
-        else:  # (not compiling: where the compiler has given up on the code around)
-            plain = _is_plain(mask_function, local_size)
-        if plain and attention_mask is None and window == (local_size or 0):
+    """The mask function that transformers finds under this attention's name.
+
+    For a plain pattern of an `Fp16Cache` it returns None, or padding in an integer dtype. For anything else it returns
+    the mask of scaled_dot_product_attention: bool `[B, 1, q, kv]`, or None where that needs none.
+    """
+    if kv_offset < 0:  # compiled code, and an Fp16Cache: see `offset_of_window`
+        window = window_of_offset(kv_offset)
+        plain = is_plain_in_compiled_code(mask_function, local_size)
+        if plain and attention_mask is None and window == local_size:
             return None
         if not plain or attention_mask is not None:
             raise RuntimeError(
@@ -70,40 +41,13 @@ def make_mask(
             )
         kv_offset = max(q_offset - window + 1, 0) if window else 0
         options["allow_is_causal_skip"] = False
-    if not isinstance(kv_length, Columns):
-        return _other_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, options
-        )
-    shared, seen = kv_length.shared, int(q_offset)
-    if not _is_plain(mask_function, local_size) or local_size != kv_length.window:
-        # (The second: some models ask for masks that no layer will use, and so of no layer's window.)
+    elif isinstance(kv_length, TaggedLength):
+        layer = kv_length.layer
+        # (The second condition: some models ask for masks of a window that no layer has.)
+        if is_plain(mask_function, local_size) and local_size == layer.window:
+            mask = None if attention_mask is None else attention_mask.expand(batch_size, -1)
+            return layer.mask_for(mask, int(q_offset), q_length)
         options["allow_is_causal_skip"] = False
-        return _other_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, options
-        )
-    if attention_mask is None:
-        shared.raise_if_late()
-        return None
-    if shared.compileable and q_length == 1:
-        attention_mask = attention_mask.expand(batch_size, -1)
-        shared.note_last(attention_mask, seen, kv_length.window)
-        # The same for every step, so that the compiled code is: what the last column says, without looking.
-        return attention_mask[:, -1:].to(torch.int32)[:, None, None].contiguous()
-    return shared.plan(attention_mask.expand(batch_size, -1), seen, q_length, kv_length.window)
-
-
-def _other_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int,
-    kv_offset: int,
-    mask_function: Any,
-    attention_mask: Tensor | None,
-    local_size: int | None,
-    options: dict[str, Any],
-) -> Tensor | None:
-    """The mask of scaled_dot_product_attention: bool `[B, 1, q, kv]`, or None where it needs none."""
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -115,3 +59,32 @@ def _other_mask(
         local_size=local_size,
         **options,
     )
+
+
+def real_tokens(mask: Any, batch: int, new_tokens: int) -> tuple[Tensor | None, bool]:
+    """Reads a decoder's `attention_mask` of any kind.
+
+    Returns:
+        Which of the new tokens are real, bool `[B, T]` or None for all; and whether the mask could be read.
+    """
+    if isinstance(mask, dict):
+        mask = next((value for value in mask.values() if value is not None), None)
+    if mask is None:
+        return None, True
+    if not isinstance(mask, Tensor) or mask.shape[0] not in (1, batch):
+        return None, False
+    if mask.dim() == 2 and mask.shape[1] >= new_tokens:
+        return mask[:, -new_tokens:].bool().expand(batch, -1), True
+    flags = flags_of(mask, batch, new_tokens)
+    if flags is not None:
+        return flags.bool(), True
+    counts = counts_of(mask, batch)
+    if counts is not None:
+        return torch.arange(new_tokens, device=mask.device) >= new_tokens - counts[:, None], True
+    if mask.dim() == 4 and mask.shape[2] == new_tokens and mask.shape[3] >= new_tokens:
+        own = mask[:, 0].diagonal(mask.shape[3] - new_tokens, 1, 2)  # a real token sees itself
+        if own.dtype == torch.bool:
+            return own.expand(batch, -1), True
+        if own.is_floating_point():
+            return (own > torch.finfo(own.dtype).min / 2).expand(batch, -1), True
+    return None, False

@@ -1,9 +1,9 @@
-"""Which positions the sequences of a cache were fed, so that a text which is fed twice is noticed.
+"""Notices a text that is fed twice.
 
 `Positions` remembers the largest position that each sequence was fed. A token whose position is not larger comes again:
 a text is fed twice, an earlier text was not forgotten, or `use_cache=False` feeds the whole text at each step. On a
-CPU, and where several tokens come at once, that is an error before anything is stored. One token on a GPU is looked at
-by the device. That error comes some steps later, so that no step waits.
+CPU, and where several tokens come at once, this is an error before anything is stored. One token on a GPU is checked by
+the device. Its error comes some steps later, so no step waits. `FedTokens` is for models without positions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-UNKNOWN = -(2**62)  # no position was seen
-FED_TWICE = 2**62  # a token came again; stays until the sequence is forgotten
-CALLS_A_COPY = 8  # looks between two copies of what a GPU has noticed
+UNKNOWN = -(2**62)  # no position was fed
+FED_TWICE = 2**62  # a token came again. This stays until the sequence is forgotten.
+CALLS_PER_COPY = 8  # each such call of `raise_if_fed_twice` copies what a GPU has noticed to the host
 
 
 def _refuse(what: str) -> NoReturn:
@@ -33,7 +33,7 @@ class Positions:
     def __init__(self, batch_size: int, device: torch.device) -> None:
         with torch.inference_mode(False):
             self.last = torch.full((batch_size,), UNKNOWN, dtype=torch.int64, device=device)
-        self.paused = False  # while steps run that will be taken back
+        self.paused = False  # True while steps run that will be taken back
         self._connect()
 
     def _connect(self) -> None:
@@ -42,10 +42,11 @@ class Positions:
                 self.last = torch.empty_like(self.last).copy_(self.last)
             self._fed_twice = torch.full((), FED_TWICE, dtype=torch.int64, device=self.last.device)
         self._copy: Tensor | None = None  # of `last`, on its way to the host
-        self._arrived: Any = None
-        self._stream: Any = None
+        self._arrived: Any = None  # the event after that copy
+        self._stream: Any = None  # of the copies
         self._calls = 0
-        for tensor in (self.last, self._fed_twice):  # graphs hold their addresses: see StreamingKVCacheFp16
+        # Dynamo neither guards these nor copies them: captured graphs have their addresses, as StreamingKVCacheFp16's.
+        for tensor in (self.last, self._fed_twice):
             tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,22 +60,23 @@ class Positions:
         self.last.fill_(UNKNOWN)
         self._copy = None
 
-    def take(self, sequences: Tensor) -> None:
+    def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequence `sequences[i]` was."""
         chosen = sequences.to(self.last.device).clamp(0, len(self.last) - 1)
         self.last[: len(chosen)] = self.last[chosen]
 
     def remove(self, count: int, left: int) -> None:
-        """That the newest `count` columns of every sequence are gone, and so many are left.
+        """Notes that the newest `count` columns of every sequence are gone and `left` are left.
 
-        Some may have been padding, and positions may have had gaps: rather too little is remembered than too much.
+        Some of them may have been padding, and positions may have had gaps. Then the result is too small rather than
+        too large: an error may be missed, and no right call is refused.
         """
         self.last.sub_(count).clamp_(max=left - 1)
 
     def assume(self, batch: int, tokens: int | Tensor) -> None:
-        """That each sequence has so many tokens (an int, or `[B]`), some of which came without positions.
+        """Notes that each sequence has so many tokens (an int, or `[B]`), some of which came without positions.
 
-        Those are taken to count from 0. (Models that count padding, too, are then further on than this.)
+        Those are taken to count from 0. (A model that counts padding, too, has larger ones.)
         """
         last = self.last[:batch]
         if isinstance(tokens, Tensor):
@@ -83,12 +85,12 @@ class Positions:
             last.clamp_(min=tokens - 1)
 
     @staticmethod
-    def _of_tokens(position_ids: Any, batch: int, rows: int) -> tuple[Tensor, bool] | None:
-        """`[B or 1, T]`, and whether neighbours may be equal. None where these are no positions that can be compared.
+    def _of_tokens(position_ids: Any, batch: int, new_tokens: int) -> tuple[Tensor, bool] | None:
+        """The positions `[B or 1, T]`, and whether neighbours may be equal. None if they cannot be compared.
 
-        Models of images have several for a token (`[3 or 4, B, T]`), of which the first is equal within an image.
+        Models of images have several positions for a token: `[3 or 4, B, T]`. The first is equal within an image.
         """
-        if not isinstance(position_ids, Tensor) or position_ids.dim() < 2 or position_ids.shape[-1] != rows:
+        if not isinstance(position_ids, Tensor) or position_ids.dim() < 2 or position_ids.shape[-1] != new_tokens:
             return None
         if position_ids.shape[-2] not in (1, batch):
             return None
@@ -96,9 +98,9 @@ class Positions:
             return position_ids, False
         return (position_ids[0], True) if position_ids.dim() == 3 and len(position_ids) in (3, 4) else None
 
-    def check(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
-        """Raises if a token comes again; on a GPU this waits. `real`: bool `[B, T]`, what is no padding; None: all."""
-        found = self._of_tokens(position_ids, batch, rows)
+    def check(self, position_ids: Any, real: Tensor | None, batch: int, new_tokens: int) -> None:
+        """Raises if a token comes again. On a GPU this waits. `real`: which tokens are, bool `[B, T]`; None: all."""
+        found = self._of_tokens(position_ids, batch, new_tokens)
         if found is None:
             return
         positions = found[0].to(self.last.device).expand(batch, -1)
@@ -112,14 +114,14 @@ class Positions:
                     f"{last[sequence]} before"
                 )
 
-    def note(self, position_ids: Any, real: Tensor | None, batch: int, rows: int) -> None:
-        """Remembers what was fed, and that a token came again, without waiting."""
-        found = self._of_tokens(position_ids, batch, rows)
+    def note(self, position_ids: Any, real: Tensor | None, batch: int, new_tokens: int) -> None:
+        """Notes the positions that were fed, and whether a token came again. This does not wait."""
+        found = self._of_tokens(position_ids, batch, new_tokens)
         if found is None:
             return
         last = self.last[:batch]
         positions = found[0].to(last.device).expand(batch, -1)
-        if rows == 1 and real is None:
+        if new_tokens == 1 and real is None:
             first = largest = positions[:, 0]
         else:
             there = positions > UNKNOWN if real is None else real.to(last.device)
@@ -129,7 +131,7 @@ class Positions:
         torch.where(again, self._fed_twice, largest, out=last)
 
     def raise_if_fed_twice(self, *, wait: bool = False) -> None:
-        """What the device has noticed by now; with `wait`, all that it was given to look at."""
+        """Raises if the device has noticed a token that came again. With `wait`, all that was fed is checked."""
         if self.paused or (self.last.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if wait:
@@ -139,10 +141,10 @@ class Positions:
             _refuse("a token came at a position that was fed before")
 
     def _latest_copy(self) -> Tensor | None:
-        """A copy of `last` that has arrived, if one has. Now and then the next one is sent for.
+        """A copy of `last` that has arrived, or None. Every few calls another one is begun.
 
-        It goes through a stream of its own: on the steps' stream it would hold up the step after it, by some 20 us. It
-        may be read while a step changes `last`. What that step noticed is then in the next copy.
+        The copy has a stream of its own. On the steps' stream it would delay the next step by some 20 us. It may run
+        while a step changes `last`: what that step noticed is then in the next copy.
         """
         arrived = None
         if self._copy is not None:
@@ -150,7 +152,7 @@ class Positions:
                 return None
             arrived, self._copy = self._copy, None
         self._calls += 1
-        if self._calls % CALLS_A_COPY == 0:
+        if self._calls % CALLS_PER_COPY == 0:
             self._copy = torch.empty(self.last.shape, dtype=torch.int64, device="cpu", pin_memory=True)
             with torch.cuda.device(self.last.device):
                 if self._stream is None:
@@ -161,10 +163,10 @@ class Positions:
         return arrived
 
 
-class Texts:
-    """The token ids that were fed to a model without `position_ids`, where they are all known: `[sequences, columns]`.
+class FedTokens:
+    """The token ids that were fed to a model without `position_ids`: `[sequences, columns]`. None: not all are known.
 
-    There a text that is fed twice can be told by itself alone: by new tokens that begin with all that came before.
+    Without positions a text that is fed twice shows by its tokens alone: the new ones begin with all that came before.
     """
 
     def __init__(self) -> None:
@@ -182,7 +184,7 @@ class Texts:
             _refuse(f"{ids.shape[1]} tokens begin with the {fed.shape[1]} that were fed before")
 
     def note(self, ids: Tensor | None, columns: int) -> None:
-        """After `ids` were fed, so that there are so many columns."""
+        """Notes that `ids` were fed, after which there are so many columns. `ids`: None if they are unknown."""
         before = 0 if self.ids is None else self.ids.shape[1]
         known = ids is not None and before + ids.shape[1] == columns
         if not known or ids is None:
@@ -192,7 +194,7 @@ class Texts:
         else:
             self.ids = torch.cat([self.ids, ids.to(self.ids.device)], 1)
 
-    def take(self, sequences: Tensor) -> None:
+    def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequence `sequences[i]` was."""
         if self.ids is not None:
             self.ids = self.ids[sequences.to(self.ids.device).clamp(0, len(self.ids) - 1)]
@@ -200,27 +202,3 @@ class Texts:
     def crop(self, left: int) -> None:
         if self.ids is not None:
             self.ids = self.ids[:, :left]
-
-
-def real_tokens(mask: Any, batch: int, rows: int) -> tuple[Tensor | None, bool]:
-    """Which of the new tokens exist, bool `[B, T]` or None for all, as a decoder's `attention_mask` says; and whether
-    that can be told at all."""
-    if isinstance(mask, dict):
-        mask = next((value for value in mask.values() if value is not None), None)
-    if mask is None:
-        return None, True
-    if not isinstance(mask, Tensor) or mask.shape[0] not in (1, batch):
-        return None, False
-    if mask.dim() == 2 and mask.shape[1] >= rows:
-        return mask[:, -rows:].bool().expand(batch, -1), True
-    if mask.dtype == torch.int8 and mask.shape == (batch, 1, 1, rows):  # these, and the next, are `Shared.plan`'s
-        return mask[:, 0, 0].bool(), True
-    if mask.dtype == torch.int32 and mask.shape == (batch, 1, 1, 1):
-        return torch.arange(rows, device=mask.device) >= rows - mask[:, 0, 0], True
-    if mask.dim() == 4 and mask.shape[2] == rows and mask.shape[3] >= rows:  # finished: a token sees itself
-        own = mask[:, 0].diagonal(mask.shape[3] - rows, 1, 2)
-        if own.dtype == torch.bool:
-            return own.expand(batch, -1), True
-        if own.is_floating_point():
-            return (own > torch.finfo(own.dtype).min / 2).expand(batch, -1), True
-    return None, False

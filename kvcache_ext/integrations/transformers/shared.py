@@ -1,125 +1,80 @@
-"""What all layers of a cache share: the sequences in use, and which tokens were padding."""
+"""What the layers of one cache have in common."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from transformers.cache_utils import Cache
 
-from .positions import Positions, Texts
+from ...cache import StreamingKVCacheFp16
+from .groups import LayerGroup
+from .padding import Padding
+from .positions import FedTokens, Positions
+from .protocol import PendingKeyValues
 from .version import NAME
 
-if TYPE_CHECKING:
-    from .cache import Storage
-    from .layers import NewRows
-
-
-class LateCheck:
-    """Looks at a flag on the device without waiting for it: a raised one is noticed a step later."""
-
-    def __init__(self) -> None:
-        self._flag: Tensor | None = None
-        self._done: Any = None
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy begins without a flag: events cannot be copied
-        return LateCheck, ()
-
-    def raise_if_bad(self) -> None:
-        if self._flag is None:
-            return
-        if self._done is not None:
-            self._done.synchronize()  # of the step before; the device has the latest step still to do
-        flag, self._flag = self._flag, None
-        if flag.item():
-            _mask_changed()
-
-    def post(self, bad: Tensor) -> None:
-        if not bad.is_cuda:
-            self._flag = bad
-            return
-        self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-        self._flag.copy_(bad, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(bad.device))
-
-
-def _mask_changed() -> NoReturn:
-    raise ValueError(
-        "Fp16Cache: attention_mask says something else of the tokens in the cache than it did when they were appended "
-        "(padding is not stored, so it cannot come back, and what is stored cannot be hidden by a 2D mask); pass the "
-        "mask of the whole text, old and new, or reset() the cache (a prompt with a mask of its own pattern, such as "
-        "one with images in it, is stored with its padding: for padded ones make the cache with attention=None)"
-    )
-
-
-def check_columns(mask: Tensor, held: int, new: int) -> None:
-    """Whether a 2D mask is of the whole text: what the cache holds, and so many new tokens."""
-    if mask.shape[1] == held + new:
-        return
-    again = "; with use_cache=False the whole text comes again at each step: leave it out"
-    raise ValueError(
-        f"Fp16Cache: attention_mask has {mask.shape[1]} columns, and the cache holds {held} tokens and gets {new} "
-        "more: pass the mask of the whole text, old and new, or None if nothing is padding; reset() the cache first "
-        f"if this is another text{again if mask.shape[1] == new == held + 1 else ''}"
-    )
-
 
 @dataclass
-class Pass:
+class ForwardPass:
     """A forward pass under way."""
 
-    columns: int  # that every layer had when it began
-    rows: int | None = None  # new tokens, as the first layer got them
+    columns: int  # of every layer, when the pass began
+    new_tokens: int | None = None  # as the first layer got them; None before that
 
 
 @dataclass
-class Shared:
-    """What the layers of one cache have in common. (Not the cache itself: a cycle would keep its memory alive.)"""
+class SharedState:
+    """What the layers of one cache have in common.
+
+    Neither the layers nor the `Fp16Cache` are in here: such a reference cycle would keep their memory alive.
+    """
 
     batch_size: int
     max_positions: int
-    config: Any  # of the model's attention modules: says which attention is in use
-    precision: str
+    config: Any  # of the model's attention modules: names the attention in use
+    precision: str  # "auto", "fp32" or "fp16"
     compileable: bool
+    positions: Positions  # that the sequences were fed
     layer_count: int = 0
-    bounded: bool = False  # whether some layer has room for max_positions tokens and no more
+    caches: list[LayerGroup] = field(default_factory=list)
+    bounded: bool = False  # whether some layer ends at max_positions tokens
     active: int | None = None  # sequences in use; None before the first tokens
-    # Which columns the layers with each window hold: bool [active, n]. None: all of them. Columns beyond n are held.
-    records: dict[int | None, Tensor | None] = field(default_factory=dict)
-    # By device and number of them; never let go, as a captured graph has their address.
-    sequences: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
-    late: dict[int | None, LateCheck] = field(default_factory=dict)
-    storage: Storage | None = None
-    positions: Positions | None = None  # that the sequences were fed
-    texts: Texts = field(default_factory=Texts)
-    passing: Pass | None = None  # the forward pass under way, where it is known
+    padding: Padding = field(default_factory=Padding)
+    fed_tokens: FedTokens = field(default_factory=FedTokens)
+    # The forward pass under way. None where there is none, or none that the hooks know of.
+    current_pass: ForwardPass | None = None
     broken_off: bool = False  # a pass ended with an error after it had stored something
-    handed_out: NewRows | None = None  # by `update`, and not yet attended to
+    pending: PendingKeyValues | None = None  # `update` handed these out, and nobody has attended to them yet
+    # The `sequences` argument of calls, by device and number. Kept for ever: captured graphs have their addresses.
+    _first_sequences: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        new = Shared.__new__(Shared)
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedState:
+        new = SharedState.__new__(SharedState)
         memo[id(self)] = new
-        # The model's, whose attention may be changed later; or its copy's, where that has been copied before.
+        # The configuration is the model's own, as its attention may be changed later. Where a copy of the model was
+        # made before, it is that copy's.
         new.config = memo.get(id(self.config), self.config)
-        self.settle()
+        self.append_pending()
         rest = {name: value for name, value in self.__dict__.items() if name != "config"}
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in rest.items()})
         return new
 
     @property
     def own_attention(self) -> bool:
+        """Whether the model is set to this package's attention."""
         return self.config._attn_implementation == NAME
 
-    def use_batch(self, batch: int, held: int) -> None:
-        """That a layer which holds so many tokens gets some of so many sequences."""
-        if self.active == batch:
+    def use_sequences(self, count: int, columns: int) -> None:
+        """Notes that a layer with so many columns gets new tokens of so many sequences; raises if that cannot be."""
+        if self.active == count:
             return
-        if self.active is not None and held:
-            times, rest = divmod(batch, self.active)
+        if self.active is not None and columns:
+            times, rest = divmod(count, self.active)
             repeat_hint = ""
             if rest == 0 and times > 1:
                 repeat_hint = (
@@ -127,113 +82,76 @@ class Shared:
                     "(num_return_sequences, num_beams)"
                 )
             raise ValueError(
-                f"Fp16Cache: it holds {self.active} sequences, and these are {batch}; reset() it to begin anew"
+                f"Fp16Cache: it holds {self.active} sequences, and these are {count}; reset() it to begin anew"
                 + repeat_hint
             )
-        if batch > self.batch_size:
+        if count > self.batch_size:
             raise ValueError(
-                f"Fp16Cache: {batch} sequences need batch_size={batch} or more at construction, got {self.batch_size} "
+                f"Fp16Cache: {count} sequences need batch_size={count} or more at construction, got {self.batch_size} "
                 "(beam search and num_return_sequences multiply the batch)"
             )
-        if self.active is not None and self.storage is not None:
-            self.storage.clear()  # of a pass that was broken off in its first layer
-            self.texts.forget()
-            if self.positions is not None:
-                self.positions.forget()
-        self.active = batch
+        if self.active is not None:
+            self.forget_tokens()  # of a pass that was broken off in its first layer
+        self.active = count
 
-    def has_padding(self) -> bool:
-        """Whether padding is known of."""
-        return any(record is not None for record in self.records.values())
+    def forget_tokens(self) -> None:
+        for cache in self.caches:
+            StreamingKVCacheFp16.clear(cache)
+        self.fed_tokens.forget()
+        self.positions.forget()
 
-    def settle(self) -> None:
-        """Appends rows that `update` handed out to somebody who is no model's attention: a past made by hand.
+    def append_pending(self) -> None:
+        """Appends what `update` handed out and no attention took: a past made by hand.
 
-        Those of a forward pass that was broken off before its attention are dropped.
+        What a forward pass left behind, because it was broken off before its attention, is dropped.
         """
-        rows, self.handed_out = self.handed_out, None
-        if rows is not None and not rows.of_a_pass:
-            rows.layer.append_rows(rows)
+        pending, self.pending = self.pending, None
+        if pending is not None and not pending.in_pass:
+            pending.layer.append_pending(pending)
 
-    def slots(self, device: torch.device) -> dict[str, Any]:
-        """The batch slots in use, as the cache's methods take them; nothing where all of them are."""
+    def sequences_argument(self, device: torch.device) -> dict[str, Any]:
+        """The argument that names the sequences in use to a `StreamingKVCacheFp16`; none where all are in use."""
         if self.active == self.batch_size:
             return {}
         key = device, self.active or 0
-        if key not in self.sequences:
-            self.sequences[key] = torch.arange(key[1], device=device)
-        return {"sequences": self.sequences[key]}
+        if key not in self._first_sequences:
+            self._first_sequences[key] = torch.arange(key[1], device=device)
+        return {"sequences": self._first_sequences[key]}
 
-    def raise_if_late(self, *, wait: bool = False) -> None:
-        """Whether a mask that has been looked at since the last step was wrong; with `wait` also any position."""
+    def raise_deferred_errors(self, *, wait: bool = False) -> None:
+        """Raises if a mask of an earlier step was wrong. With `wait`, also if a position was."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
-        for late in self.late.values():
-            late.raise_if_bad()
-        if wait and self.positions is not None:
+        self.padding.raise_if_failed()
+        if wait:
             self.positions.raise_if_fed_twice(wait=True)
 
-    def plan(self, mask: Tensor, seen: int, new: int, window: int | None, *, no_padding: bool = False) -> Tensor | None:
-        """What a 2D mask `[B, seen + new]` means for the layers with this window.
 
-        None: all new tokens exist. int32 `[B, 1, 1, 1]`: the last so many of each sequence do. int8 `[B, 1, 1, new]`:
-        these do. (Four dimensions, because transformers takes those for a finished mask and passes them on.)
+class WholeCache(Protocol):
+    """`Fp16Cache`, for the modules that cache.py imports: they cannot import it back."""
 
-        On a GPU several tokens cost one synchronisation; one token costs none, and a mask that does not fit is then
-        noticed at the next step. With `no_padding` a new token that does not exist is an error too.
-        """
-        if seen:
-            self.use_batch(mask.shape[0], seen)
-        late = self.late.setdefault(window, LateCheck())
-        late.raise_if_bad()
-        check_columns(mask, seen, new)
-        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "Fp16Cache: an attention_mask cannot be captured into a CUDA graph, as it grows with the text; pass "
-                "attention_mask=None (new tokens of a decode step are never padding)"
-            )
-        mask = mask.bool()
-        keep = mask[:, seen:]
-        record = self.records.get(window) if seen else None  # of nothing: of a call that was refused
-        recorded = 0 if record is None else min(record.shape[1], seen)
-        same = mask[:, recorded:seen].all()
-        if record is not None:
-            same = same & (mask[:, :recorded] == record[:, :recorded].to(mask.device)).all()
-        if self.looks_late(mask) and new == 1:
-            late.post(~(same & keep.all()) if no_padding else ~same)
-            self.records[window] = mask.clone()
-            return keep.to(torch.int32)[:, None, None]
-        padded_left = (keep[:, 1:] >= keep[:, :-1]).all()
-        same_, all_old, all_new, left = torch.stack([same, mask[:, :seen].all(), keep.all(), padded_left]).tolist()
-        if not same_ or (no_padding and not all_new):
-            _mask_changed()
-        self.records[window] = None if all_old and all_new else mask.clone()
-        if all_new:
-            return None
-        if left:
-            return keep.sum(1, dtype=torch.int32)[:, None, None, None]
-        return keep.to(torch.int8)[:, None, None]
+    shared: SharedState
+    caches: list[LayerGroup]
+    layers: list[Any]  # of Fp16Layer, which imports this module
+    model_type: str
 
-    @staticmethod
-    def looks_late(mask: Tensor) -> bool:
-        """Whether looking at a mask on the host costs a synchronisation."""
-        return mask.is_cuda
+    @property
+    def batch_size(self) -> int: ...
 
-    def note_last(self, mask: Tensor, seen: int, window: int | None) -> None:
-        """Records what a 2D mask says of a single new token, without looking at the rest."""
-        if is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        record = self.records.get(window) if seen else None
-        before = mask.new_ones(mask.shape[0], seen, dtype=torch.bool)
-        if record is not None:
-            known = record[:, :seen]
-            before[:, : known.shape[1]] = known.to(mask.device)
-        self.records[window] = torch.cat([before, mask[:, -1:].bool()], 1)
+    def get_seq_length(self, layer_idx: int = 0) -> int: ...
 
-    def all_held_from(self, column: int, window: int | None) -> None:
-        """That from this column on, the layers with this window hold all that came."""
-        if is_compiling():  # no mask has been planned for it; and a record that grows would mean compiling anew
-            return
-        record = self.records.get(window)
-        if record is not None:
-            self.records[window] = record[:, :column] if column else None
+    def check_whole(self) -> None: ...
+
+    def refuse_no_tokens(self) -> NoReturn: ...
+
+    def crop(self, tokens_to_remove: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def find_cache(values: Iterable[Any]) -> Any:
+    """The `Fp16Cache` among these values, or None."""
+    for value in values:
+        if isinstance(value, Cache) and isinstance(getattr(value, "shared", None), SharedState):
+            return value
+    return None

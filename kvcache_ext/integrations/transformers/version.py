@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-NAME = "kvcache_ext"  # of the attention; transformers treats names with "flash", "sdpa" or "flex_attention" specially
+# The name of the attention. transformers treats names with "flash", "sdpa" or "flex_attention" in them specially.
+NAME = "kvcache_ext"
 OLDEST, NEWEST = (5, 17), (5, 24)  # the releases of transformers that this is written for and tested with
 CROP_MARGIN = 128  # tokens that `crop` can take back from a sliding window layer
 
@@ -15,13 +16,14 @@ def _release(version: str) -> tuple[int, int]:
 
 
 def cache_argument() -> str:
-    """What models call the cache that they are given and that their answer names."""
+    """The name of a cache among a model's arguments, and in what it returns."""
     import transformers
 
     return "cache" if _release(transformers.__version__) >= (5, 24) else "past_key_values"
 
 
 def check_version() -> None:
+    """Raises ImportError unless transformers is there, in a release that this is written for."""
     wanted = f"kvcache_ext.integrations.transformers needs transformers {OLDEST[0]}.{OLDEST[1]} to "
     wanted += f"{NEWEST[0]}.{NEWEST[1]}"
     install = f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'"

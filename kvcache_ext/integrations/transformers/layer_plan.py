@@ -1,36 +1,43 @@
-"""What a model is made of: the shape, window and device of each of its layers."""
+"""What a cache needs for each layer of a model of transformers: heads, head_dim, window and device."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .shared import Shared
-from .version import CROP_MARGIN, NAME, cache_argument
+from .version import CROP_MARGIN, NAME
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    device: torch.device
-    capacity: int
-    heads: int
+    """What a cache needs for one layer."""
+
+    device: torch.device  # where the layer computes
+    max_positions: int  # of its ring
+    heads: int  # key/value heads
     head_dim: int
-    window: int | None
-    present: bool = True  # else another stage of a pipeline has this layer
+    window: int | None  # sliding window, in tokens; None: full attention
+    present: bool = True  # False: another stage of a pipeline has this layer
 
     @property
     def group(self) -> tuple[Any, ...]:
-        # The window too, though it changes no storage: layers with equal windows hold the same tokens.
-        return self.device, self.capacity, self.heads, self.head_dim, self.window
+        """Layers with equal groups share one `StreamingKVCacheFp16`."""
+        # The window changes no shape. But only layers with equal windows hold the same tokens.
+        return self.device, self.max_positions, self.heads, self.head_dim, self.window
+
+
+def model_type_of(model: Any) -> str:
+    return str(model.config.get_text_config(decoder=True).model_type)
 
 
 def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
-    """What each layer needs, and the configuration that its attention looks at; raises where a cache cannot serve."""
+    """A plan for each layer, and the configuration in which the model's attention is set.
+
+    Raises NotImplementedError, TypeError or ValueError if such a cache cannot serve this model.
+    """
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -54,7 +61,7 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
         raise TypeError(f"Fp16Cache: {name} is an FP64 model; FP32, FP16 and BF16 models can have such a cache")
     modules, present = _attention_modules(model, text.num_hidden_layers)
     per_stack = getattr(text, "num_layers_per_stack", None)
-    if per_stack:  # HrmText goes through fewer modules several times, each time with cache layers of their own
+    if per_stack:  # HrmText runs fewer modules several times. Each run has cache layers of its own.
         modules = {i: modules[i % per_stack] for i in range(text.num_hidden_layers) if i % per_stack in modules}
         present = set(modules)
     plans = []
@@ -66,15 +73,15 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
             )
         heads, head_dim = _shape(name, i, layer_configs[i], modules.get(i))
         window = None
-        capacity = max_positions
+        ring = max_positions
         if layer_type == "sliding_attention":
             window = layer_configs[i].sliding_window
             if window is None:
                 raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has a sliding window of no size")
-            capacity = min(max_positions, window + CROP_MARGIN)
+            ring = min(max_positions, window + CROP_MARGIN)
         here = i in present or not present
         device = _device(model, modules.get(i)) if here else torch.device("cpu")
-        plans.append(LayerPlan(device, capacity, heads, head_dim, window, here))
+        plans.append(LayerPlan(device, ring, heads, head_dim, window, here))
     plans += [plans[i] for i in _repeated_layers(name, text)]
     if not any(plan.present for plan in plans):
         raise NotImplementedError(f"Fp16Cache: {name} has no layers")
@@ -83,7 +90,7 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
 
 
 def _value(config: Any, name: str, default: Any = None) -> Any:
-    """An attribute of a configuration; one that differs from layer to layer counts as absent."""
+    """An attribute of a configuration. One that differs between layers counts as absent."""
     try:
         return getattr(config, name, default)
     except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError
@@ -91,13 +98,13 @@ def _value(config: Any, name: str, default: Any = None) -> Any:
 
 
 def _layer_configs(text: Any) -> list[Any]:
-    """The configuration of each layer, where layers may differ; else the model's, for each."""
+    """The configuration of each layer: its own where layers may differ, else the model's."""
     per_layer = _value(text, "per_layer_config")
     return [text if per_layer is None else per_layer[i] for i in range(text.num_hidden_layers)]
 
 
 def _shape(name: str, index: int, config: Any, module: Any) -> tuple[int, int]:
-    """Heads and head_dim of the keys and values that a layer caches."""
+    """Heads and head_dim of the keys and values of a layer."""
     if not isinstance(getattr(config, "num_attention_heads", None), int):
         raise NotImplementedError(f"Fp16Cache: {name} names no num_attention_heads: it has no attention of this kind")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -109,7 +116,7 @@ def _shape(name: str, index: int, config: Any, module: Any) -> tuple[int, int]:
     sizes = [getattr(getattr(module, part, None), "out_features", None) for part in ("k_proj", "v_proj")]
     if isinstance(sizes[0], int) and sizes[0] % head_dim == 0:
         heads = sizes[0] // head_dim
-    elif getattr(module, "new_decoder_architecture", False):  # Falcon's, which repeats its keys to all heads
+    elif getattr(module, "new_decoder_architecture", False):  # Falcon's: keys are repeated to all heads
         heads = config.num_attention_heads
     elif isinstance(getattr(module, "num_kv_heads", None), int):  # Falcon
         heads = module.num_kv_heads
@@ -119,7 +126,7 @@ def _shape(name: str, index: int, config: Any, module: Any) -> tuple[int, int]:
 
 
 def _repeated_layers(name: str, text: Any) -> list[int]:
-    """The layers that a looped model goes through again, in the order in which it appends cache layers for that."""
+    """The layers that a looped model runs again. In this order it appends cache layers for them."""
     if hasattr(text, "n_recurrent_loops"):  # Dory
         if text.recurrent_kv_cache_mode == "last_loop":
             raise NotImplementedError(
@@ -149,7 +156,7 @@ def _layer_types(text: Any, layer_configs: list[Any]) -> list[str]:
 
 
 def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int]]:
-    """The attention module of each layer, as far as they are to be found, and the layers that the model has."""
+    """The attention modules that are found, by layer, and the layers that the model has."""
     root = model.get_decoder() if hasattr(model, "get_decoder") else model
     found: dict[int, Any] = {}
     present: set[int] = set()
@@ -163,7 +170,7 @@ def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int
 
 
 def _device(model: Any, module: Any) -> torch.device:
-    """Where a layer computes: accelerate's hooks know, on the module, on one within it, or on one around it."""
+    """Where a layer computes. accelerate's hooks know it: on the module, on one within it, or on one around it."""
     hooked = [] if module is None else [module, *module.modules(), *_around(model, module)]
     devices = (getattr(getattr(each, "_hf_hook", None), "execution_device", None) for each in hooked)
     device = next((device for device in devices if device is not None), None)
@@ -183,43 +190,8 @@ def _around(model: Any, module: Any) -> list[Any]:
     return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)] if name else []
 
 
-class KeepsCache:
-    """`prepare_inputs_for_generation` of a model with longrope, whose text may outgrow its first set of frequencies.
-
-    At that token transformers lets go of the cache that it was given and goes on in one of its own. Here the cache
-    forgets the text instead, and goes on holding it: the whole text is fed anew either way.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        functools.update_wrapper(self, type(model).prepare_inputs_for_generation, updated=())  # generate reads it
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        def prepare() -> Any:
-            return type(self.model).prepare_inputs_for_generation(self.model, *arguments, **options)
-
-        inputs, name = prepare(), cache_argument()
-        given: Any = options.get(name)
-        if isinstance(getattr(given, "_shared", None), Shared) and inputs.get(name) is None:
-            given.reset()
-            options["next_sequence_length"] = None  # or older releases go on with the newest token alone
-            inputs = prepare()
-            inputs[name] = given
-        return inputs
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeepsCache:
-        return KeepsCache(copy.deepcopy(self.model, memo))
-
-
-def keep_cache_where_rope_changes(model: Any) -> None:
-    if hasattr(getattr(model, "config", None), "original_max_position_embeddings") and hasattr(
-        model, "prepare_inputs_for_generation"
-    ):
-        model.prepare_inputs_for_generation = KeepsCache(model)
-
-
 def check_takes_a_cache(model: Any) -> None:
-    """Some models know other kinds of memory, and would take this one without a word."""
+    """Raises if the model's forward has no argument for a cache: such models would ignore it silently."""
     parameters = inspect.signature(model.forward).parameters
     if not {"cache", "past_key_values"} & set(parameters) and len(parameters) > 2:
         raise NotImplementedError(
@@ -228,6 +200,7 @@ def check_takes_a_cache(model: Any) -> None:
 
 
 def check_attention(model: Any, plans: list[LayerPlan]) -> None:
+    """Raises if this package's attention cannot serve the model."""
     instead = "make the cache with attention=None, which gives the model gathered keys and values"
     for i, plan in enumerate(plans):
         if plan.head_dim % 8 or plan.head_dim > 512:

@@ -1,0 +1,88 @@
+"""Making the layers of an `Fp16Cache` for a model, and setting the model up for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import shown
+from .groups import LayerGroup
+from .layer_plan import LayerPlan, check_attention, check_takes_a_cache, plan_layers
+from .layers import AbsentLayer, Fp16Layer
+from .longrope import keep_cache_where_rope_changes
+from .passes import watch
+from .positions import Positions
+from .shared import SharedState
+from .version import NAME
+
+
+def build(
+    model: Any,
+    max_positions: int,
+    batch_size: int,
+    *,
+    attention: str | None,
+    overflow: str,
+    precision: str,
+    compileable: bool,
+) -> tuple[list[Fp16Layer], SharedState]:
+    """See `Fp16Cache.for_model`."""
+    if attention not in (None, NAME):
+        raise ValueError(f"Fp16Cache: attention must be {NAME!r} or None, got {attention!r}")
+    if precision not in ("auto", "fp32", "fp16"):
+        raise ValueError(f"Fp16Cache: precision must be 'auto', 'fp32' or 'fp16', got {precision!r}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"Fp16Cache: batch_size must be an int, got {shown(batch_size)}")
+    if batch_size < 1:
+        raise ValueError(f"Fp16Cache: batch_size must be at least 1, got {batch_size}")
+    if not isinstance(overflow, str) or overflow not in ("saturate", "inf"):
+        raise ValueError(f"Fp16Cache: overflow must be 'saturate' or 'inf', got {shown(overflow)}")
+    plans, config = plan_layers(model, max_positions)
+    check_takes_a_cache(model)
+    present = [plan for plan in plans if plan.present]
+    if attention is not None:
+        check_attention(model, present)
+    shared = SharedState(
+        batch_size,
+        max_positions,
+        config,
+        precision,
+        compileable,
+        positions=Positions(batch_size, present[0].device),
+        layer_count=len(plans),
+    )
+    layers = _make_layers(plans, shared, overflow)
+    if attention is not None:
+        model.set_attn_implementation(NAME)
+        if config._attn_implementation != NAME:
+            raise NotImplementedError(
+                f"Fp16Cache: the attention of {type(model).__name__} cannot be set; make the cache with "
+                "attention=None, which gives the model gathered keys and values"
+            )
+    watch(model)
+    keep_cache_where_rope_changes(model)
+    return layers, shared
+
+
+def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> list[Fp16Layer]:
+    """The layers in the model's order. Their `StreamingKVCacheFp16`s, one for each group, are put into `shared`."""
+    members: dict[tuple[Any, ...], list[int]] = {}
+    for i, plan in enumerate(plans):
+        if plan.present:
+            members.setdefault(plan.group, []).append(i)
+    layers: dict[int, Fp16Layer] = {}
+    for indices in members.values():
+        plan = plans[indices[0]]
+        cache = LayerGroup(
+            len(indices),
+            plan.max_positions,
+            plan.heads,
+            plan.head_dim,
+            batch_size=shared.batch_size,
+            device=plan.device,
+            overflow=overflow,
+        )
+        shared.caches.append(cache)
+        for index_in_cache, i in enumerate(indices):
+            layers[i] = Fp16Layer(shared, cache, index_in_cache, plan.window)
+    beside = layers[min(layers)]
+    return [layers.get(i) or AbsentLayer(beside, plan.window) for i, plan in enumerate(plans)]
