@@ -1,4 +1,5 @@
-## make test             build what changed and run the tests
+## make test             build what changed and run the tests (minutes), on all cores where pytest-xdist is there
+## make test-all         with the tests that it leaves out: long ones, and most cases of the emulated GPU kernels
 ## make bench            build, then GPU-015: fill the cache of a 7B model, read it back, decode with it (a rehearsal without a GPU)
 ## make bench-all        every benchmark, then the report drawn from their results
 ## make report           draw the tables and charts from bench/results
@@ -27,12 +28,12 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help build test bench bench-all report check-kernels check-cuda-build soak sanitize check-barriers lint format typecheck install-hooks clean
+.PHONY: help build test test-all bench bench-all report check-kernels check-cuda-build soak sanitize check-barriers lint format typecheck install-hooks clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
-build test bench bench-all report check-kernels check-cuda-build soak sanitize check-barriers lint format typecheck install-hooks:
+build test test-all bench bench-all report check-kernels check-cuda-build soak sanitize check-barriers lint format typecheck install-hooks:
 	@$(PYTHON) tools/bootstrap.py --torch="$(TORCH)" $@ -- $(ARGS)
 
 clean:

@@ -53,12 +53,80 @@ def pytest_report_header() -> str:
     return f"kvcache_ext: {build_info.reason}; GPU: {gpu}"
 
 
+# Which tests run. Without --all some are left out, and a last line says so.
+
+EMULATED_SHARE = 4  # of the emulated kernels' cases of a test one in so many runs
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="also what `make test` leaves out: long tests, most emulated cases"
+    )
+
+
+def left_out(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Long tests, and of each test's cases on the emulated GPU kernels all but every fourth, the first included."""
+    out = {item for item in items if item.get_closest_marker("long") is not None}
+    counts: dict[str, int] = {}
+    for item in items:
+        if "emulated" in item.nodeid.partition("[")[2]:
+            name = item.nodeid.partition("[")[0]
+            if counts.get(name, 0) % EMULATED_SHARE != 0:
+                out.add(item)
+            counts[name] = counts.get(name, 0) + 1
+    return out
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.all or any("::" in argument for argument in config.args):
+        return
+    out = left_out(items)
+    config.hook.pytest_deselected(items=list(out))
+    items[:] = [item for item in items if item not in out]
+    config.stash[LEFT_OUT] = len(out)
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: to the process that prints
+        session.config.workeroutput["left out"] = session.config.stash.get(LEFT_OUT, 0)
+        session.config.workeroutput["notes"] = NOTES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[LEFT_OUT] = output.get("left out", 0)
+    NOTES.extend(output.get("notes", []))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(len(os.sched_getaffinity(0)), 14)
+
+
 NOTES: list[str] = []  # what tests have to say, printed at the end
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     for note in NOTES:
         terminalreporter.write_line(note)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line: what was not run."""
+    if hasattr(config, "workeroutput") or config.option.collectonly:
+        return
+    missing = []
+    if config.stash.get(LEFT_OUT, 0):
+        count = config.stash[LEFT_OUT]
+        missing.append(f"{count:,} long tests and cases of emulated kernels (`make test-all` runs them)")
+    if not HAS_GPU:
+        missing.append("what needs a GPU (`make test` on a machine that has one)")
+    if missing:
+        print(f"not run: {'; '.join(missing)}")
 
 
 BACKENDS = [*CPU_BACKENDS] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [])

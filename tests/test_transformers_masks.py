@@ -182,7 +182,7 @@ def test_padding_of_single_tokens_is_known_in_a_compileable_cache(models: Any, d
         logits_of(model, cache, input_ids=ids[:, :2], attention_mask=torch.nn.functional.pad(hides, (0, 1), value=1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_masks_in_code_that_is_compiled_in_parts(models: Any, device: torch.device, family: str) -> None:
     """Where the compiler gives up on the code around the masks, they are refused as in one piece; none is served."""

@@ -195,7 +195,7 @@ def test_autocast(models: Any, device: torch.device, family: str, attention: str
         assert tokens.shape == (2, 44) and torch.equal(tokens[:, 20], got[:, -1].argmax(-1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_generation(models: Any, device: torch.device, counted: dict[str, int]) -> None:
     """`generate` compiles the model by itself for a cache that says it may; padded, and in one graph without breaks."""
     torch._dynamo.reset()

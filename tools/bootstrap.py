@@ -46,7 +46,8 @@ class Target:
     """What a target needs, and the programs that it runs once that is there."""
 
     extras: tuple[str, ...]  # of pyproject.toml
-    programs: tuple[tuple[str, ...], ...] = ()  # "{args}" is replaced by ARGS, "{c++}" by every C++ and CUDA file
+    # "{args}" is replaced by ARGS, "{c++}" by every C++ and CUDA file, "{parallel}" by pytest-xdist's options
+    programs: tuple[tuple[str, ...], ...] = ()
     torch: bool = True
     build: bool = False
     optional: tuple[str, ...] = ()  # extras that are installed where that is possible, and else done without
@@ -70,9 +71,14 @@ BENCHMARKS = (
 )
 REPORT = ("python", "bench/report.py")
 
+FOR_TESTS = ("parallel", "transformers")
+
 TARGETS = {
     "build": Target((), build=True),
-    "test": Target(("test",), (("python", "-m", "pytest", "{args}"),), build=True, optional=("transformers",)),
+    "test": Target(("test",), (("python", "-m", "pytest", "{parallel}", "{args}"),), build=True, optional=FOR_TESTS),
+    "test-all": Target(
+        ("test",), (("python", "-m", "pytest", "--all", "{parallel}", "{args}"),), build=True, optional=FOR_TESTS
+    ),
     "bench": Target(("bench",), (("python", "bench/gpu015.py", "{args}"),), build=True, optional=("transformers",)),
     "bench-all": Target(
         ("bench",),
@@ -303,6 +309,7 @@ def choose_interpreter(target: Target, torch_requirement: str) -> Interpreter:
     if missing:
         chosen.install(missing)
     chosen.install_optional(target)
+    chosen = Interpreter.probe(chosen.path) or chosen  # with what is installed by now
     say(f"using {chosen.path}{f' with torch {chosen.torch}' if chosen.torch else ''}")
     return chosen
 
@@ -338,11 +345,16 @@ def build(chosen: Interpreter) -> None:
 def run_programs(target: Target, arguments: list[str], chosen: Interpreter) -> int:
     """Runs them all, also after one has failed; the first exit code that is not 0."""
     environment = chosen.environment()
+    parallel: list[str] = []
+    if not chosen.lacks(["pytest-xdist"]) and not any(word.startswith("-n") for word in arguments):
+        parallel = ["-n", "auto", "--dist", "worksteal"]  # a process a core (tests/conftest.py), of one thread each
     first_failure = 0
     for words in target.programs:
         command: list[str] = []
         for word in words:
-            command += {"{args}": arguments, "{c++}": cxx_files()}.get(word, [word])
+            command += {"{args}": arguments, "{c++}": cxx_files(), "{parallel}": parallel}.get(word, [word])
+        if "{parallel}" in words:
+            environment.setdefault("OMP_NUM_THREADS", "1")
         shown = shlex.join(command)
         shown = shown if len(shown) <= 100 else f"{shown[:100]} ..."
         say(f"running {shown}")

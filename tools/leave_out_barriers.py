@@ -70,7 +70,7 @@ def missed(left_out: Barrier | None) -> str:
             "OMP_NUM_THREADS": "1",
             "UBSAN_OPTIONS": "abort_on_error=1",  # the emulator's; else its end would look like that of failing tests
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "emulated", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "--all", "-q", "-x", "-k", "emulated", "-p", "no:cacheprovider"]
         command += [str(ROOT / "tests" / test) for test in tests]
         try:
             result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=LONGEST)
