@@ -6,7 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "devices.h"
+#include "backend.h"
 
 namespace kvc {
 namespace {
@@ -56,12 +56,7 @@ std::shared_ptr<HostLengths> HostLengths::of(const at::Tensor& state) {
   return found == registry().end() ? nullptr : found->second.lock();
 }
 
-uint64_t HostLengths::capture() const {
-#if defined(KVC_WITH_CUDA)
-  if (state_.is_cuda()) return capture_cuda(state_.device());
-#endif
-  return 0;
-}
+uint64_t HostLengths::capture() const { return graph_capture(state_.device()); }
 
 bool HostLengths::settled(int64_t layer) const {
   return last_attention_capture_ != 0 && last_appended_layer_ != layer && capture() == last_attention_capture_;

@@ -13,7 +13,7 @@
 #if defined(KVC_WITH_CUDA)
 #include "../kernels/launch.h"
 #endif
-#include "devices.h"
+#include "backend.h"
 #include "ops.h"
 
 namespace py = pybind11;

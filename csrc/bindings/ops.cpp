@@ -4,43 +4,25 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include "devices.h"
+#include "backend.h"
 
 namespace kvc {
 namespace {
 
+// Runs an op on the cache's device.
 template <typename Params>
-void run(const char* op, const Params& params, const at::Tensor& on, void (*on_cpu)(const Params&),
-         [[maybe_unused]] void (*on_cuda)(const Params&, c10::Device)) {
-  if (on.is_cpu()) return on_cpu(params);
-#if defined(KVC_WITH_CUDA)
-  if (on.is_cuda()) return on_cuda(params, on.device());
-#endif
-  TORCH_CHECK_VALUE(false, op, ": the cache must be on a device that this build supports, got ", on.device());
+void run(const char* op, const Params& params, const CheckedCache& cache,
+         void (*Backend::*function)(const Params&, c10::Device)) {
+  const c10::Device device = cache.tensors.k_cache.device();
+  (backend_of(op, device).*function)(params, device);
 }
-
-#if defined(KVC_WITH_CUDA)
-constexpr auto kAppendCuda = append_cuda;
-constexpr auto kGatherCuda = gather_cuda;
-constexpr auto kAttendCuda = attend_cuda;
-constexpr auto kCopySequencesCuda = copy_sequences_cuda;
-constexpr auto kCopyFromCuda = copy_from_cuda;
-constexpr auto kTruncateCuda = truncate_cuda;
-#else
-constexpr void (*kAppendCuda)(const AppendParams&, c10::Device) = nullptr;
-constexpr void (*kGatherCuda)(const GatherParams&, c10::Device) = nullptr;
-constexpr void (*kAttendCuda)(const AttendParams&, c10::Device) = nullptr;
-constexpr void (*kCopySequencesCuda)(const CopySequencesParams&, c10::Device) = nullptr;
-constexpr void (*kCopyFromCuda)(const CopyFromParams&, c10::Device) = nullptr;
-constexpr void (*kTruncateCuda)(const TruncateParams&, c10::Device) = nullptr;
-#endif
 
 void run_append(const char* op, const CheckedCache& cache, HostLengths* lengths, int64_t layer, bool all_layers,
                 const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
                 const IntegerArgument* sequences) {
   const AppendParams p =
       append_params(op, cache, layer, all_layers, key, value, new_lengths, chosen_sequences(op, cache, sequences));
-  run(op, p, cache.tensors.k_cache, append_cpu, kAppendCuda);
+  run(op, p, cache, &Backend::append);
   if (lengths == nullptr) return;
   lengths->other_launched();
   lengths->appended(p.first_layer, p.layer_count, p.rows, new_lengths != nullptr, sequences);
@@ -66,7 +48,7 @@ void run_gather(const char* op, GatherParams& p, const CheckedCache& cache, at::
   p.value = checked_output(op, "out[1]", std::get<1>(out), cache, batch, p.rows, dtype);
   check_outputs_apart(op, cache, {{"indices", indices}, {"sequences", tensor_of(sequences)}},
                       {{"out[0]", &std::get<0>(out)}, {"out[1]", &std::get<1>(out)}});
-  run(op, p, cache.tensors.k_cache, gather_cpu, kGatherCuda);
+  run(op, p, cache, &Backend::gather);
 }
 
 }  // namespace
@@ -121,7 +103,7 @@ void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, cons
   check_outputs_apart("attend", cache, {{"query", &query}, {"sequences", tensor_of(sequences)}},
                       {{"workspace", &workspace}, {"out", &out}, {"lse", &lse}});
   p.settled = sequences == nullptr && lengths != nullptr && lengths->settled(layer);
-  run("attend", p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
+  run("attend", p, cache, &Backend::attend);
   if (lengths != nullptr && launches(p)) lengths->attention_launched(-1);
 }
 
@@ -144,7 +126,7 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   // append follows.)
   const bool one = append.rows == 1 && new_lengths == nullptr && sequences == nullptr;
   p.settled = one && lengths != nullptr && lengths->settled(layer);
-  run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
+  run(op, p, cache, &Backend::attend);
   if (lengths == nullptr) return;
   append.rows == 1 && launches(p) ? lengths->attention_launched(layer) : lengths->other_launched();
   lengths->appended(append.first_layer, append.layer_count, append.rows, new_lengths != nullptr, sequences);
@@ -167,7 +149,7 @@ void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, c
   p.newest = newest;
   p.length = length;
   if (of_each != nullptr) p.lengths = checked_integers(op, "n", of_each->tensor, cache, p.sequences.entries(p.batch));
-  run(op, p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
+  run(op, p, cache, &Backend::truncate);
   if (lengths == nullptr) return;
   lengths->other_launched();
   lengths->truncated(length, of_each, sequences, newest);
@@ -176,7 +158,7 @@ void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, c
 void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences) {
   TruncateParams p = truncate_params("reset", cache, sequences);
   p.resets = true;
-  run("reset", p, cache.tensors.k_cache, truncate_cpu, kTruncateCuda);
+  run("reset", p, cache, &Backend::truncate);
   if (lengths == nullptr) return;
   lengths->other_launched();
   if (sequences == nullptr) {
@@ -197,7 +179,7 @@ void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* leng
   if (!reorders) p.destinations = checked_integers(op, "dst", destinations->tensor, cache, p.count);
   TORCH_CHECK_VALUE(p.count <= kMostCopies, op, ": at most ", kMostCopies, " sequences can move in one call, got ",
                     p.count);
-  run(op, p, cache.tensors.k_cache, copy_sequences_cpu, kCopySequencesCuda);
+  run(op, p, cache, &Backend::copy_sequences);
   if (lengths == nullptr) return;
   lengths->other_launched();
   lengths->copied(sources, destinations);
@@ -215,7 +197,7 @@ void copy_from(const CheckedCache& cache, HostLengths* lengths, const CheckedCac
   p.destinations = checked_integers(op, "dst", destinations.tensor, cache, p.count);
   TORCH_CHECK_VALUE(p.count <= kMostCopies, op, ": at most ", kMostCopies, " sequences can be copied in one call, got ",
                     p.count);
-  run(op, p, cache.tensors.k_cache, copy_from_cpu, kCopyFromCuda);
+  run(op, p, cache, &Backend::copy_from);
   if (source_lengths != nullptr) source_lengths->other_launched();
   if (lengths == nullptr) return;
   lengths->other_launched();
