@@ -3,7 +3,7 @@
 // `len(cache)` and the like need numbers on the host. The host keeps a copy of the state and moves it with each op, so
 // that nothing has to wait for the device while the copy is exact. The copy becomes inexact, until the device is read
 // again, when
-// - an op depends on numbers that only the device knows: `new_lengths`, or sequences as a tensor;
+// - an op depends on numbers that only the device knows, such as `new_lengths`, or sequences in a tensor;
 // - something other than these ops writes to the state tensor, as a compiler does that works on clones and copies them
 //   back.
 // It is inexact for good once an op has been captured into a CUDA graph, as the host does not see replays.
@@ -47,8 +47,8 @@ class HostLengths {
   int64_t shortest() const;                              // the smallest number held by a sequence of any layer
   int64_t shortest_of_sequence(int64_t sequence) const;  // the smallest number held by it in any layer
   int64_t position() const;                              // the largest seqlen
-  // Whether the chronological indices [start, end) lie in consecutive slots, the same in each sequence of the layer:
-  // the slot of `start`, else -1.
+  // The slot of chronological index `start`, if [start, end) lies in consecutive slots and in the same ones in each
+  // sequence of the layer; else -1.
   int64_t contiguous_slot(int64_t layer, int64_t start, int64_t end) const;
 
  private:

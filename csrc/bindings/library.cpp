@@ -16,6 +16,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 IntegerList list_of(const at::Tensor& t) { return {t}; }
 IntegerList list_of(const OptionalTensor& t) { return {t.value_or(at::Tensor())}; }
 
+// Checks the tensors and finds what the host keeps of their cache.
 CheckedCache checked(const char* op, CacheTensors tensors) {
   CheckedCache cache(op, std::move(tensors));
   cache.host = HostRecord::of(cache.tensors.state);
@@ -27,13 +28,23 @@ CheckedCache counting_cache(const char* op, const at::Tensor& k_cache, const at:
                             const at::Tensor& state, const at::Tensor& overflow_counts, int64_t sink_positions,
                             bool saturate) {
   check_dense(op, "overflow_counts", overflow_counts);
-  return checked(op, {k_cache, v_cache, state, overflow_counts, sink_positions, saturate});
+  return checked(op, {.k_cache = k_cache,
+                      .v_cache = v_cache,
+                      .state = state,
+                      .overflow_counts = overflow_counts,
+                      .sink_positions = sink_positions,
+                      .saturate = saturate});
 }
 
 // The cache of an op that appends nothing. Ops that touch no keys and values get no v_cache: k_cache stands in for it.
 CheckedCache plain_cache(const char* op, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& state,
                          int64_t sink_positions) {
-  return checked(op, {k_cache, v_cache, state, at::Tensor(), sink_positions, true});
+  return checked(op, {.k_cache = k_cache,
+                      .v_cache = v_cache,
+                      .state = state,
+                      .overflow_counts = {},
+                      .sink_positions = sink_positions,
+                      .saturate = true});
 }
 
 void op_append(at::Tensor& k_cache, at::Tensor& v_cache, at::Tensor& state, at::Tensor& overflow_counts, int64_t layer,
