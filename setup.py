@@ -130,7 +130,7 @@ def sources(with_cuda: bool) -> list[str]:
     if with_cuda:
         files += sorted(ROOT.glob("csrc/kernels/*.cu"))
     else:
-        files = [file for file in files if file.name != "ops_cuda.cpp"]
+        files = [file for file in files if file.name != "backend_cuda.cpp"]
     return [str(file.relative_to(ROOT)) for file in files]  # setuptools takes nothing but relative paths
 
 

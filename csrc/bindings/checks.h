@@ -1,114 +1,102 @@
-// From tensors to the kernels' structs, with every check on the way. A wrong argument becomes one sentence that names
-// the op, the argument, what it got and what it wants; nothing has been written by then.
+// Every check of a call's tensors and numbers, and the sentences that its errors say. A sentence names the op, the
+// argument, what it must be and what it is. Checks come before anything is written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "../kernels/params.h"
-#include "strided_memory.h"
+#include "cache_tensors.h"
+#include "call.h"
 
 namespace kvc {
 
-// The tensors and settings that make up a cache.
-struct CacheTensors {
-  at::Tensor k_cache;          // [L, B, N, H, D] FP16
-  at::Tensor v_cache;          // [L, B, N, H, D] FP16
-  at::Tensor state;            // [3, L, B] int64
-  at::Tensor overflow_counts;  // [L] int64; undefined for ops that count nothing
-  int64_t sink_positions;
-  bool saturate;
-};
+std::string shape_text(at::IntArrayRef sizes);
+const char* dtype_name(at::ScalarType dtype);
 
-// A cache whose tensors have been found to fit each other, and what the kernels see of them.
-struct CheckedCache {
-  CheckedCache(const char* op, CacheTensors tensors);
-  bool holds(const StridedMemory& memory) const { return memory.shares_with(keys) || memory.shares_with(values); }
+// Raises unless kernels convert from and to this dtype.
+DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype);
 
-  CacheTensors tensors;
-  CacheView view;
-  StridedMemory keys;
-  StridedMemory values;
-  StridedMemory state;
-  StridedMemory overflow_counts;  // none where those are undefined
-};
+// Raises unless the tensor has sizes and strides.
+void check_dense(const char* op, const char* name, const at::Tensor& t);
 
-// Integers that an op reads on the device: a tensor there; or, `known`, numbers of the host's that were copied to one.
-struct IntegerArgument {
-  at::Tensor tensor;
-  bool known = false;
-  std::vector<int64_t> values = {};
-};
+// Raises unless the elements lie in memory as they are.
+void check_memory(const char* op, const char* name, const at::Tensor& t);
 
-// What a kernel sees of them. `count`: how many there must be, or -1.
+void check_layer(const char* op, int64_t layer, const CacheView& cache);
+
+// A contiguous list of `count` integers; -1: of any length.
 Integers checked_integers(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
                           int64_t count);
 
-// The sequences that a call is about; null: all. As many entries the call's tensors have.
-ChosenSequences chosen_sequences(const char* op, const CheckedCache& cache, const IntegerArgument* sequences);
+// The sequences that the entries of a call belong to; a list that is not given stands for all.
+ChosenSequences chosen_sequences(const char* op, const CheckedCache& cache, const IntegerList& sequences);
 
 // Raises unless sequences of `source` can be copied into `cache`: one device, one model's sizes, no shared memory.
 void check_source(const char* op, const CheckedCache& cache, const CheckedCache& source);
 
-void check_layer(const char* op, int64_t layer, const CacheView& cache);
+// A key or a value to append.
+struct CheckedInput {
+  Rows<const void*> rows;
+  int64_t positions;  // T
+  DType dtype;
+};
 
-// A new key or value of one layer (`layers` 0) or of all (`layers` = L, a leading dimension). Fills in T and the dtype;
-// `rows` holds T or, where it is negative, receives it. `batch`: B, the cache's or the number of chosen sequences.
-Rows<const void*> checked_input(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
-                                int64_t layers, int64_t batch, int64_t& rows, DType& dtype);
+// `layers`: L where the tensor has a leading dimension of layers, else 0. `entries`: B.
+CheckedInput checked_input(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
+                           int64_t layers, int64_t entries);
 
-// A tensor to gather into: [B, rows, H, D], or [rows, H, D] when B is 1.
+// A tensor to gather into: [B, positions, H, D], or [positions, H, D] when B is 1.
 Rows<void*> checked_output(const char* op, const char* name, const at::Tensor& t, const CheckedCache& cache,
-                           int64_t batch, int64_t rows, at::ScalarType dtype);
+                           int64_t entries, int64_t positions, at::ScalarType dtype);
 
-// A tensor of a call and what sentences call it. Null or undefined: the call has none.
+// Raises unless attention kernels can read this cache.
+void check_attention_cache(const char* op, const CacheView& cache);
+
+void check_attend_options(const char* op, const AttendOptions& options);
+
+struct QueryShape {
+  int64_t positions;  // T
+  int64_t heads;      // Hq
+};
+
+QueryShape checked_query_shape(const char* op, const at::Tensor& query, const CacheView& cache, int64_t entries);
+
+struct CheckedQuery {
+  Rows<const void*> rows;
+  QueryShape shape;
+  DType dtype;
+};
+
+CheckedQuery checked_query(const char* op, const at::Tensor& query, const CheckedCache& cache, int64_t entries);
+
+// Raises unless `query` and the new positions of an append fit each other.
+void check_query_of_append(const char* op, const at::Tensor& query, int64_t positions, const AppendParams& append,
+                           const CheckedCache& cache);
+
+// The output of attention: the query's shape and dtype.
+Rows<void*> checked_attend_output(const char* op, const at::Tensor& out, const at::Tensor& query,
+                                  const CheckedCache& cache);
+
+// Null where the tensor is undefined.
+float* checked_lse(const char* op, const at::Tensor& lse, const at::Tensor& query, const CheckedCache& cache);
+
+void check_workspace(const char* op, const at::Tensor& workspace, const CheckedCache& cache, int64_t entries);
+
+// A list of chronological indices: [n], or [B, n].
+void check_indices(const char* op, const at::Tensor& indices, const CheckedCache& cache, int64_t entries);
+
+// A tensor of a call, which may be undefined, and its name in sentences.
 struct NamedTensor {
   const char* name;
-  const at::Tensor* tensor;
+  const at::Tensor& tensor;
 };
 
 // Raises unless each output has memory of its own: no element of it may share memory with another of its elements, with
 // the cache, with an input or with another output.
 void check_outputs_apart(const char* op, const CheckedCache& cache, std::initializer_list<NamedTensor> inputs,
                          std::initializer_list<NamedTensor> outputs);
-
-// The op's structs, whole.
-AppendParams append_params(const char* op, const CheckedCache& cache, int64_t first_layer, bool all_layers,
-                           const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
-                           const ChosenSequences& sequences);
-
-// What an attention call is told besides its tensors.
-struct AttendOptions {
-  double scale;
-  int64_t window;  // 0: none
-  double softcap;  // 0: none
-  bool rounds;     // precision="fp16"
-};
-
-// The largest magnitude of a scale, 2^86: times 512 products of FP16's largest numbers and log2(e) it is within FP32.
-constexpr double kLargestScale = 0x1p86;
-
-// Raises unless `query` has one of the shapes that attention takes: before an answer is allocated for it.
-void check_query_shape(const char* op, const at::Tensor& query, const CacheView& cache, int64_t batch);
-
-// Attention of one layer, with an append in the same call where `append` is given. `lse` may be undefined; so may
-// `out`, where all that is wanted is the checks. (check_outputs_apart is the caller's affair: it has all tensors.)
-AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& query,
-                           const AttendOptions& options, const AppendParams* append, const ChosenSequences& sequences,
-                           const at::Tensor& workspace, const at::Tensor& out, const at::Tensor& lse);
-
-// `indices` is null for a range. The number of rows of the answer is left in `rows`; the outputs are set later.
-GatherParams gather_params(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor* indices,
-                           const ChosenSequences& sequences);
-
-// A tensor with sizes and strides that can be asked for.
-void check_dense(const char* op, const char* name, const at::Tensor& t);
-
-DType kernel_dtype(const char* op, const char* name, at::ScalarType dtype);
-
-std::string shape_text(at::IntArrayRef sizes);
 
 }  // namespace kvc

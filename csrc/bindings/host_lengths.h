@@ -1,99 +1,78 @@
 // What the host knows of lengths that live on a device.
 //
-// `len(cache)` and the like need numbers on the host. Each append moves a copy kept here, so that no synchronisation is
-// needed as long as the copy is exact. A device-side `new_lengths`, or a choice of sequences that the device alone
-// knows, makes it inexact until the device is read again, and so does whatever writes to the state tensor past the ops
-// (a compiler that works on clones and copies them back); an op captured into a CUDA graph makes it inexact for good,
-// as replays are not seen from here.
+// `len(cache)` and the like need numbers on the host. The host keeps a copy of the state and moves it with each op, so
+// that nothing has to wait for the device while the copy is exact. The copy becomes inexact, until the device is read
+// again, when
+// - an op depends on numbers that only the device knows, such as `new_lengths`, or sequences in a tensor;
+// - something other than these ops writes to the state tensor, as a compiler does that works on clones and copies them
+//   back.
+// It is inexact for good once an op has been captured into a CUDA graph, as the host does not see replays.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <memory>
-#include <utility>
 #include <vector>
 
 #include "../kernels/layout.h"
 #include "../kernels/params.h"
-#include "checks.h"
+#include "call.h"
 
 namespace kvc {
 
 class HostLengths {
  public:
-  // The sequences from `begin` to before `end`.
-  struct Sequences {
-    int64_t begin;
-    int64_t end;
-  };
-  Sequences all() const { return {0, batch_}; }
-
   // `state` [3, L, B] on any device.
   HostLengths(at::Tensor state, int64_t sinks, int64_t positions);
-  ~HostLengths();
   HostLengths(const HostLengths&) = delete;
   HostLengths& operator=(const HostLengths&) = delete;
 
-  // The copy that belongs to a state tensor, or null. An op that reached its tensors through the dispatcher finds the
-  // lengths of the cache that they belong to this way.
-  static std::shared_ptr<HostLengths> of(const at::Tensor& state);
-  static std::shared_ptr<HostLengths> make(at::Tensor state, int64_t sinks, int64_t positions);
-
-  // After an op has been launched on the device.
-  void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged, const IntegerArgument* sequences);
-  // `newest`: the numbers are how many of the newest positions went, not how many of the oldest stayed.
-  void truncated(int64_t length, const IntegerArgument* of_each, const IntegerArgument* sequences, bool newest);
-  void reset(const IntegerArgument& sequences);
-  void copied(const IntegerArgument& sources, const IntegerArgument* destinations);
+  // Each of these is called after its op has been launched on the device.
+  // `ragged`: the op was given new_lengths.
+  void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged, const IntegerList& sequences);
+  // Each sequence keeps its `length` oldest positions, or as many as `lengths` says; with `newest` it loses that many
+  // of its newest instead.
+  void truncated(int64_t length, const IntegerList& lengths, const IntegerList& sequences, bool newest);
+  void reset(const IntegerList& sequences);
+  void copied(const IntegerList& sources, const IntegerList& destinations);
   // `source`: the lengths of the cache that was copied from, or null, where nobody knows them.
-  void copied_from(HostLengths* source, const IntegerArgument& sources, const IntegerArgument& destinations);
+  void copied_from(HostLengths* source, const IntegerList& sources, const IntegerList& destinations);
   void cleared();
 
-  // Launches into a graph, whose order is that of their capture. May an attention launch look at a layer before the
-  // launch ahead of it is done? If that was an attention launch of this cache on another layer (or none that appends),
-  // and so let this one begin only when all before it was done. Outside of a capture nobody knows what was launched in
-  // between: a graph, perhaps.
-  bool settled(int64_t layer) const;
-  void attention_launched(int64_t appended_layer);  // -1: it appended nothing
-  void other_launched() { last_attention_capture_ = 0; }
-
-  // Reads the device where the copy is not exact; raises RuntimeError during capture.
+  // Reads the device if the copy is not exact. Raises RuntimeError during capture.
   void refresh(const char* op);
-  int64_t held(int64_t layer, int64_t sequence) const;
-  // The largest number held by one of these sequences of the layer.
-  int64_t longest(int64_t layer, Sequences of) const;
-  int64_t shortest() const;                     // the smallest number held by any
-  int64_t shortest_of(int64_t sequence) const;  // over layers
-  int64_t position() const;                     // the largest number seen by any
-  // The slot of chronological index `start` when [start, end) lies in consecutive slots, the same ones in each of them;
-  // else -1.
-  int64_t contiguous_slot(int64_t layer, Sequences of, int64_t start, int64_t end) const;
 
-  bool capturing() const { return capture() != 0; }  // is the current stream being captured into a graph?
+  // All below need an exact copy.
+  int64_t held(int64_t layer, int64_t sequence) const;
+  int64_t longest(int64_t layer) const;                  // the largest number held by a sequence of the layer
+  int64_t shortest() const;                              // the smallest number held by a sequence of any layer
+  int64_t shortest_of_sequence(int64_t sequence) const;  // the smallest number held by it in any layer
+  int64_t position() const;                              // the largest seqlen
+  // The slot of chronological index `start`, if [start, end) lies in consecutive slots and in the same ones in each
+  // sequence of the layer; else -1.
+  int64_t contiguous_slot(int64_t layer, int64_t start, int64_t end) const;
 
  private:
   bool on_host() const { return state_.is_cpu(); }
-  uint64_t capture() const;  // the number of the graph capture under way, or 0
-  bool known_without_looking();
+  SequenceState state_of(int64_t layer, int64_t sequence) const;
+  void set_state(int64_t layer, int64_t sequence, SequenceState state);
+  bool is_exact();
   // After a launch: the state of entry i's sequence becomes change(i, state) in each of the layers.
   template <typename Change>
-  void changed(int64_t first_layer, int64_t layer_count, const IntegerArgument* sequences, const Change& change);
-  void note_launch();    // notices capture
-  void notice_copies();  // notices that torch itself has written to the state, as compilers that copy tensors do
+  void change_states(int64_t first_layer, int64_t layer_count, const IntegerList& sequences, const Change& change);
+  void note_launch();         // the copy is inexact from now on if the launch was captured
+  void note_other_writers();  // the copy is inexact if the state tensor's version is not the one last seen
 
   at::Tensor state_;
   int64_t layers_;
   int64_t batch_;
   int64_t sinks_;
   Divider ring_;
-  std::vector<int64_t> copy_;  // [2, L, B]: seen, first; unused where the state itself is on the host
-  int64_t* seen_;              // the copy's, or the state's own memory on a CPU
-  int64_t* first_;
+  std::vector<int64_t> copy_;  // [2, L, B]: seqlens, firsts; empty where the state itself is on the host
+  int64_t* seqlens_;           // [L, B], in the copy, or in the state itself where that is on the host
+  int64_t* firsts_;            // [L, B], behind them
   bool exact_ = true;
-  uint32_t version_ = 0;  // of the state tensor, when last looked at
-  bool captured_ = false;
-  uint64_t last_attention_capture_ = 0;  // the capture that the last launch was part of, if it was attention
-  int64_t last_appended_layer_ = -1;     // what it appended to
+  bool captured_ = false;  // an op was captured into a graph
+  uint32_t version_ = 0;   // of the state tensor, when last looked at
 };
 
 }  // namespace kvc

@@ -1,57 +1,53 @@
-// The ops over a cache's tensors: what the Python class and the dispatcher both end in. Check, run on the device, note
-// the new lengths on the host.
+// The ops over a cache's tensors: the Python class and the dispatcher both end here. Each op checks its arguments, runs
+// on the cache's device and notes the new lengths on the host.
+//
+// `sequences` are those that the entries of the call's tensors belong to, or that the op changes; not given: all.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 
-#include "checks.h"
-#include "host_lengths.h"
+#include "cache_tensors.h"
+#include "call.h"
 
 namespace kvc {
 
-using TensorPair = std::tuple<at::Tensor, at::Tensor>;
+using TensorPair = std::tuple<at::Tensor, at::Tensor>;  // keys, values
 
-// `lengths` may be null: tensors that belong to no cache object. `sequences`, null for all, are those that the call's
-// tensors are about.
-void append(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& key,
-            const at::Tensor& value, const at::Tensor* new_lengths, const IntegerArgument* sequences);
-void append_all(const CheckedCache& cache, HostLengths* lengths, const at::Tensor& keys, const at::Tensor& values,
-                const at::Tensor* new_lengths, const IntegerArgument* sequences);
+void append(const CheckedCache& cache, int64_t layer, const AppendTensors& tensors, const IntegerList& sequences);
+void append_all(const CheckedCache& cache, const AppendTensors& tensors, const IntegerList& sequences);
 
-// Rows at `indices` ([n] or [B, n]) into new tensors or into `out`.
+// The positions of these chronological `indices`, [n] or [B, n], into new tensors or into `out`.
 TensorPair gather(const CheckedCache& cache, int64_t layer, const at::Tensor& indices, at::ScalarType dtype,
-                  const IntegerArgument* sequences);
-void gather_out(const char* op, const CheckedCache& cache, int64_t layer, const at::Tensor& indices,
-                at::ScalarType dtype, const TensorPair& out, const IntegerArgument* sequences);
+                  const IntegerList& sequences);
+void gather_out(const CheckedCache& cache, int64_t layer, const at::Tensor& indices, at::ScalarType dtype,
+                const TensorPair& out, const IntegerList& sequences);
 
-// Rows [start, end), which the caller has checked, into new tensors or into `out`.
+// The chronological indices [start, end), which the caller has checked, into new tensors or, unless it is null, into
+// `out`.
 TensorPair gather_range(const char* op, const CheckedCache& cache, int64_t layer, int64_t start, int64_t end,
                         at::ScalarType dtype, const TensorPair* out);
 
-// Attention of `query`'s positions into `out` (and `lse`, if it is defined).
-void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
-            const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
-            const at::Tensor& out, const at::Tensor& lse);
-// The same with `key` and `value` appended, each position before its query's turn.
-void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, const at::Tensor& query,
-                   const at::Tensor& key, const at::Tensor& value, const at::Tensor* new_lengths,
-                   const AttendOptions& options, const IntegerArgument* sequences, const at::Tensor& workspace,
-                   const at::Tensor& out, const at::Tensor& lse);
+void attend(const CheckedCache& cache, int64_t layer, const AttendTensors& tensors, const AttendOptions& options,
+            const IntegerList& sequences);
+// Appends as well: each new position just before its query's turn.
+void append_attend(const CheckedCache& cache, int64_t layer, const AttendTensors& tensors,
+                   const AppendTensors& appended, const AttendOptions& options, const IntegerList& sequences);
 
-// Keeps the `length` oldest positions of each sequence, or as many as `of_each` says, [n] of them; with `newest`, takes
-// back that many of the newest. Null `sequences`: all.
-void truncate(const CheckedCache& cache, HostLengths* lengths, int64_t length, const IntegerArgument* of_each,
-              const IntegerArgument* sequences, bool newest);
-void reset(const CheckedCache& cache, HostLengths* lengths, const IntegerArgument* sequences);
-// Sequences become copies of others. Null `destinations`: 0, 1, ..., as many as there are sequences.
-void copy_sequences(const char* op, const CheckedCache& cache, HostLengths* lengths, const IntegerArgument& sources,
-                    const IntegerArgument* destinations);
-// Sequences of `cache` become copies of those of another one, `source`, whose host lengths may be null as well.
-void copy_from(const CheckedCache& cache, HostLengths* lengths, const CheckedCache& source, HostLengths* source_lengths,
-               const IntegerArgument& sources, const IntegerArgument& destinations);
-void clear(const CheckedCache& cache, HostLengths* lengths);
+// Sequences keep their `length` oldest positions, or as many as `lengths` [n] says, if it is given. With `newest` they
+// lose so many of their newest instead.
+void truncate(const CheckedCache& cache, int64_t length, const IntegerList& lengths, const IntegerList& sequences,
+              bool newest);
+void reset(const CheckedCache& cache, const IntegerList& sequences);
+
+// Sequences become copies of others. `destinations` that are not given stand for all sequences, in order.
+void copy_sequences(const char* op, const CheckedCache& cache, const IntegerList& sources,
+                    const IntegerList& destinations);
+// Sequences of `cache` become copies of those of another cache.
+void copy_from(const CheckedCache& cache, const CheckedCache& source, const IntegerList& sources,
+               const IntegerList& destinations);
+
+void clear(const CheckedCache& cache);
 
 }  // namespace kvc

@@ -9,7 +9,7 @@
 namespace kvc {
 namespace {
 
-// How the runs of a tensor lie in memory, all in bytes. Strides of a tensor are not negative.
+// How the runs of a tensor lie in memory, in bytes. The strides of a torch tensor are never negative.
 struct Runs {
   struct Dimension {
     int64_t stride;
@@ -18,7 +18,7 @@ struct Runs {
 
   int64_t length;                             // of each run
   c10::SmallVector<Dimension, 6> dimensions;  // from one run to the next; the smallest stride first
-  bool expanded = false;                      // some runs are the same: a dimension of stride 0, left out above
+  bool expanded = false;                      // a dimension has stride 0, so that runs coincide; it is left out above
 
   explicit Runs(const c10::TensorImpl& t) : length(static_cast<int64_t>(t.itemsize())) {
     for (int64_t i = 0; i < t.dim(); ++i) {
@@ -29,21 +29,21 @@ struct Runs {
     }
     std::sort(dimensions.begin(), dimensions.end(),
               [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
-    // Runs that follow each other without a gap are one.
+    // Runs that follow each other without a gap are joined.
     auto first = dimensions.begin();
     for (; first != dimensions.end() && first->stride == length; ++first) length *= first->count;
     dimensions.erase(dimensions.begin(), first);
   }
 
-  // From the begin of the first run to the end of the last.
+  // From the first byte of the first run to past the last byte of the last.
   int64_t extent() const {
     int64_t bytes = length;
     for (const Dimension& d : dimensions) bytes += d.stride * (d.count - 1);
     return bytes;
   }
 
-  // Does each dimension step over all that the smaller ones span? Then the runs lie apart, in the order of their
-  // indices.
+  // Does each dimension step over all that the smaller ones span? Then runs do not overlap, and they lie in the order
+  // of their indices.
   bool nested() const {
     int64_t span = length;
     for (const Dimension& d : dimensions) {
@@ -53,7 +53,7 @@ struct Runs {
     return true;
   }
 
-  // Are there more bytes in runs than between first and last?
+  // Are the runs together longer than the extent? Then some of them overlap.
   bool too_many() const {
     const int64_t most = extent() / length;
     int64_t count = 1;
@@ -64,7 +64,7 @@ struct Runs {
     return false;
   }
 
-  // Where each run begins, ascending, from `base` on.
+  // The first byte of each run, ascending. The first run begins at `base`.
   std::vector<int64_t> starts(int64_t base) const {
     std::vector<int64_t> all{base};
     for (const Dimension& d : dimensions) {
@@ -79,7 +79,7 @@ struct Runs {
   }
 };
 
-// Do all runs of both lie in places of their own within a common period? Views that interleave in one buffer do.
+// Do all runs of `a` and of `b` keep to separate parts of a common period? Views that interleave in one buffer do.
 bool interleave(const Runs& a, const Runs& b, int64_t from_a_to_b) {
   int64_t period = 0;
   for (const Runs* runs : {&a, &b}) {

@@ -7,7 +7,7 @@
 
 namespace kvc {
 
-// The elements of a tensor with memory, as runs of contiguous bytes. It refers to the tensor, which must outlive it.
+// The elements of a tensor, as runs of contiguous bytes. The tensor must outlive this object, which points to it.
 class StridedMemory {
  public:
   StridedMemory() = default;  // none
@@ -22,8 +22,8 @@ class StridedMemory {
     end_ = begin_ + static_cast<uintptr_t>(last + 1) * t.element_size();
   }
 
-  // Is some byte part of an element of both? Views that only interleave share none.
-  // Nearly always the bytes from first to last element already do not meet, and that is all that is looked at.
+  // Is some byte part of an element of both? Views that only interleave share none. In nearly every call the two ranges
+  // from first to last element do not meet, and no more than that is compared.
   bool shares_with(const StridedMemory& other) const {
     return begin_ < other.end_ && other.begin_ < end_ && runs_meet(other);
   }

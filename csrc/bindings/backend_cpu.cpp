@@ -1,6 +1,5 @@
+// The CPU's backend: how many threads of torch's pool an op runs on, and what each of them does.
 #include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
-#include <dlfcn.h>
 
 #include <algorithm>
 #include <atomic>
@@ -8,23 +7,10 @@
 
 #include "../kernels/cpu/cpu.h"
 #include "../kernels/cpu/prompt.h"
-#include "devices.h"
+#include "backend.h"
 
 namespace kvc {
 namespace {
-
-// The ops of a library that load_cpu_ops() was given; each returns 0 or an error number.
-struct LoadedOps {
-  int (*append)(const AppendParams*) = nullptr;
-  int (*gather)(const GatherParams*) = nullptr;
-  int (*attend)(const AttendParams*) = nullptr;
-  int (*copy_sequences)(const CopySequencesParams*) = nullptr;
-  int (*copy_from)(const CopyFromParams*) = nullptr;
-  int (*truncate)(const TruncateParams*) = nullptr;
-};
-LoadedOps loaded_ops;
-
-void check_loaded(int error) { TORCH_CHECK(error == 0, "the loaded CPU ops failed with error ", error); }
 
 // Below this many elements a thread's start costs more than its help.
 constexpr int64_t kElementsPerThread = int64_t{1} << 16;
@@ -39,38 +25,32 @@ void run_items(int64_t items, int64_t elements_per_item, const Run& run) {
   }
 }
 
-}  // namespace
-
-void append_cpu(const AppendParams& p) {
-  if (loaded_ops.append != nullptr) return check_loaded(loaded_ops.append(&p));
+void append(const AppendParams& p, c10::Device) {
   const int64_t items = cpu::append_items(p);
   const int64_t elements = 2 * p.cache.heads * p.cache.head_dim;
-  // Where the cache as a whole is larger than the processor's, a new row will not be read again before it has gone from
-  // there: even a single one is stored past it.
+  // A KV cache larger than the processor's last-level cache evicts a new row from there before it is read again. So
+  // even a single row is stored past the processor's caches.
   const int64_t cache_bytes = 2 * p.cache.layers * p.cache.batch * p.cache.positions * elements;
   const bool stream = cache_bytes > cpu::last_level_cache_bytes();
   run_items(items, elements, [&](int64_t begin, int64_t end) { cpu::append(p, begin, end, stream); });
   cpu::advance_state(p);
 }
 
-void gather_cpu(const GatherParams& p) {
-  if (loaded_ops.gather != nullptr) return check_loaded(loaded_ops.gather(&p));
+void gather(const GatherParams& p, c10::Device) {
   const int64_t items = cpu::gather_items(p);
   const int64_t elements = 2 * p.cache.heads * p.cache.head_dim;
   const bool stream = items * elements * dtype_size(p.dtype) > cpu::last_level_cache_bytes();
   run_items(items, elements, [&](int64_t begin, int64_t end) { cpu::gather(p, begin, end, stream); });
 }
 
-namespace {
-
-// A sequence's rows are cut into at most this many runs (over all sequences), each no shorter than kLeastRun. That
-// depends on lengths alone and not on threads, so a call's answer does not either.
+// The rows of all sequences are cut into at most kMostRuns runs, none shorter than kLeastRun unless its sequence is.
+// The cuts depend on lengths and not on threads, and so does the result of a call.
 constexpr int64_t kMostRuns = 64;
 constexpr int64_t kLeastRun = 256;
 
-// From this many queries of a KV head on, T * group, the kernel for many queries serves. It works on eight at a time,
-// so up to eight take it one time. Measured with AVX2, one thread, 8 KV heads of 128, ms a call, this kernel and the
-// other:
+// The kernel for many queries serves calls with at least this many queries of a KV head, T * group. It works on eight
+// at a time, so it takes as long for one as for eight. Measured with AVX2, one thread, 8 KV heads of 128, in ms a call:
+// this kernel, then the kernel for few queries.
 //   4,096 positions from memory   6 queries 5.1, 4.2    8: 5.0, 5.6   16: 7.6, 8.8    32: 11.5, 17.2
 //   4,096 in the cache            6 queries 4.1, 4.1    8: 4.1, 5.0   16: 5.6, 10.3   64: 16.0, 41.6
 //   256                           4 queries 0.27, 0.2   8: 0.26, 0.4  16: 0.36, 0.76  32: 0.58, 1.6
@@ -79,7 +59,7 @@ constexpr int64_t kPromptQueries = 10;
 // Below this many multiplications a thread's start costs more than its help.
 constexpr int64_t kMultiplicationsPerThread = int64_t{1} << 20;
 
-// Items differ in their cost, so each thread takes the next one when it is done with the last.
+// Items differ in their cost, so each thread takes the next item when it is done with one.
 void attend_prompt(const AttendParams& p) {
   cpu::PromptCall call(p);
   std::atomic<int64_t> next{0};
@@ -124,24 +104,16 @@ void attend_few(const AttendParams& p) {
   }
 }
 
-}  // namespace
-
-void attend_cpu(const AttendParams& p) {
-  if (loaded_ops.attend != nullptr) {
-    check_loaded(loaded_ops.attend(&p));
-    if (p.appends && p.rows > 1 && !p.many) append_cpu(p.append);
-    return;
-  }
+void attend(const AttendParams& p, c10::Device device) {
   if (p.rows * (p.query_heads / p.cache.heads) >= kPromptQueries) {
     attend_prompt(p);
   } else {
     attend_few(p);
   }
-  if (p.appends) append_cpu(p.append);
+  if (p.appends) append(p.append, device);
 }
 
-void copy_sequences_cpu(const CopySequencesParams& p) {
-  if (loaded_ops.copy_sequences != nullptr) return check_loaded(loaded_ops.copy_sequences(&p));
+void copy_sequences(const CopySequencesParams& p, c10::Device) {
   const std::vector<SequencePair> pairs = cpu::sequence_pairs(p);
   if (pairs.empty()) return;
   const int64_t elements = 2 * p.cache.heads * p.cache.head_dim * static_cast<int64_t>(pairs.size());
@@ -150,35 +122,24 @@ void copy_sequences_cpu(const CopySequencesParams& p) {
   cpu::move_states(p, pairs);
 }
 
-void copy_from_cpu(const CopyFromParams& p) {
-  if (loaded_ops.copy_from != nullptr) return check_loaded(loaded_ops.copy_from(&p));
+void copy_from(const CopyFromParams& p, c10::Device) {
   const int64_t elements = 2 * p.cache.heads * p.cache.head_dim;
   run_items(cpu::copy_from_items(p), elements, [&](int64_t begin, int64_t end) { cpu::copy_from(p, begin, end); });
   cpu::copy_from_states(p);
 }
 
-void truncate_cpu(const TruncateParams& p) {
-  if (loaded_ops.truncate != nullptr) return check_loaded(loaded_ops.truncate(&p));
-  cpu::truncate(p);
-}
+void truncate(const TruncateParams& p, c10::Device) { cpu::truncate(p); }
 
-void load_cpu_ops(const char* path) {
-  loaded_ops = {};
-  if (path[0] == '\0') return;
-  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  TORCH_CHECK(library != nullptr, "load_cpu_ops: ", dlerror());
-  LoadedOps ops;
-  ops.append = reinterpret_cast<decltype(ops.append)>(dlsym(library, "kvc_append"));
-  ops.gather = reinterpret_cast<decltype(ops.gather)>(dlsym(library, "kvc_gather"));
-  ops.attend = reinterpret_cast<decltype(ops.attend)>(dlsym(library, "kvc_attend"));
-  ops.copy_sequences = reinterpret_cast<decltype(ops.copy_sequences)>(dlsym(library, "kvc_copy_sequences"));
-  ops.copy_from = reinterpret_cast<decltype(ops.copy_from)>(dlsym(library, "kvc_copy_from"));
-  ops.truncate = reinterpret_cast<decltype(ops.truncate)>(dlsym(library, "kvc_truncate"));
-  TORCH_CHECK(ops.append != nullptr && ops.gather != nullptr && ops.attend != nullptr &&
-                  ops.copy_sequences != nullptr && ops.copy_from != nullptr && ops.truncate != nullptr,
-              "load_cpu_ops: ", path,
-              " lacks kvc_append, kvc_gather, kvc_attend, kvc_copy_sequences, kvc_copy_from or kvc_truncate");
-  loaded_ops = ops;
-}
+}  // namespace
+
+const Backend kCpuBackend = {
+    .append = append,
+    .gather = gather,
+    .attend = attend,
+    .copy_sequences = copy_sequences,
+    .copy_from = copy_from,
+    .truncate = truncate,
+    .graph_capture = [](c10::Device) -> uint64_t { return 0; },
+};
 
 }  // namespace kvc
