@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "../kernels/layout.h"
+#include "../kernels/ring.h"
 #include "../kernels/params.h"
 #include "checks.h"
 

@@ -8,10 +8,9 @@
 // The state is read by every block and advanced by none of them but the last to arrive: a block signs in after it has
 // read `seen` and `first`, and whoever signs in last knows that all have, writes the new ones and clears the count.
 // Signing in does not wait for the block's own stores: nothing but a later launch reads them.
-#include "chosen.cuh"
 #include "launch.h"
-#include "layout.h"
-#include "overlap.cuh"
+#include "pdl.cuh"
+#include "ring.h"
 #include "tiling.h"
 #include "vec.cuh"
 
@@ -232,7 +231,7 @@ cudaError_t launch(const AppendParams& p, int turns, cudaStream_t stream) {
                     p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  OverlappingLaunch launch(grid, 2 * kHalf, 0, stream);
+  PdlLaunch launch(grid, 2 * kHalf, 0, stream);
   return cudaLaunchKernelEx(&launch.config, append_kernel<kType, kVector, kHalf, kUnroll>, p, tiling);
 }
 
@@ -245,7 +244,7 @@ cudaError_t launch_few(const AppendParams& p, cudaStream_t stream) {
                     p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  OverlappingLaunch launch(p.layer_count * entries, 2 * kFewHalf, 0, stream);
+  PdlLaunch launch(p.layer_count * entries, 2 * kFewHalf, 0, stream);
   return cudaLaunchKernelEx(&launch.config, append_few_kernel<kType, kVector, kTurns>, p, tiling);
 }
 

@@ -1,5 +1,5 @@
 // copy_from: let sequences become copies of another cache's in every layer. Only rows that will be held move. The two
-// caches may have rings of different sizes, so a row may go to a slot of another number; see CopyPlan in layout.h.
+// caches may have rings of different sizes, so a row may go to a slot of another number; see CopyPlan in ring.h.
 //
 // Grid: for each layer, each pair of sequences in it, and of that pair keys and then values, the same number of blocks.
 // They share the runs of rows that lie in consecutive slots of both caches: each run is one copy of memory, whose
@@ -8,7 +8,7 @@
 // One launch does it all. No block reads the state of the cache that is written to, so the first of each pair's blocks
 // in a layer writes that state meanwhile.
 #include "launch.h"
-#include "layout.h"
+#include "ring.h"
 #include "vec.cuh"
 
 namespace kvc {

@@ -11,8 +11,8 @@
 //
 // The state is changed by a second launch, as every block of the first reads it.
 #include "launch.h"
-#include "layout.h"
-#include "tensor.cuh"
+#include "mma.cuh"
+#include "ring.h"
 #include "vec.cuh"
 
 namespace kvc {

@@ -3,10 +3,9 @@
 // One launch covers K and V of every sequence: a matrix of n rows each. Grid: the blocks of all matrices, one after the
 // other (tiling.h). Every thread of a block has kUnroll rows of a
 // column under way: it loads them before it stores the first. An index that is not held gives zeros.
-#include "chosen.cuh"
 #include "launch.h"
-#include "layout.h"
-#include "overlap.cuh"
+#include "pdl.cuh"
+#include "ring.h"
 #include "tiling.h"
 #include "vec.cuh"
 
@@ -83,7 +82,7 @@ cudaError_t launch(const GatherParams& p, cudaStream_t stream) {
                     entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  OverlappingLaunch launch(grid, kThreads, 0, stream);
+  PdlLaunch launch(grid, kThreads, 0, stream);
   return cudaLaunchKernelEx(&launch.config, gather_kernel<kType, kVector, kUnroll>, p, tiling);
 }
 

@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../attend.h"
+#include "../visibility.h"
 #include "../convert.h"
 #include "cpu.h"
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../attend.h"
+#include "../visibility.h"
 #include "../params.h"
 
 namespace kvc {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../convert.h"
-#include "../layout.h"
+#include "../ring.h"
 #include "cpu.h"
 
 namespace kvc {

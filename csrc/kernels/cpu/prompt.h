@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../attend.h"
+#include "../visibility.h"
 #include "../params.h"
 #include "cpu.h"
 

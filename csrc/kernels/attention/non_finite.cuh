@@ -1,4 +1,4 @@
-// Values that are not finite in attention on tensor cores (decode_attention.cu).
+// Values that are not finite in attention on tensor cores (few_queries.cu).
 //
 // A softmax weight of a finite score is never 0, so an infinite value makes the answer infinite however little it
 // weighs. The FP16 parts of a small weight are 0 though, and 0 times an infinity is NaN. So the kernel lets such a
@@ -6,7 +6,7 @@
 // that its query sees, one by one. That costs time only where there are such values.
 #pragma once
 
-#include "attend_common.cuh"
+#include "common.cuh"
 
 namespace kvc {
 

@@ -7,14 +7,13 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attend.h"
-#include "blocks.h"
-#include "chosen.cuh"
-#include "divide.h"
-#include "merge.cuh"
-#include "overlap.cuh"
-#include "tensor.cuh"
-#include "vec.cuh"
+#include "../divide.h"
+#include "../mma.cuh"
+#include "../pdl.cuh"
+#include "../vec.cuh"
+#include "../visibility.h"
+#include "schedule.h"
+#include "softmax.cuh"
 
 namespace kvc {
 

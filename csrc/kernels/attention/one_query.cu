@@ -1,14 +1,14 @@
 // Attention of one query to a KV head, T = 1: what a model without grouped-query attention does at every step. Tensor
-// cores (decode_attention.cu) could do little for a single query; here FP32 arithmetic works straight from the
+// cores (few_queries.cu) could do little for a single query; here FP32 arithmetic works straight from the
 // registers that rows are loaded into, which streams faster than copies into shared memory.
 //
 // Grid: `splits` blocks for each sequence and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes
 // lanes load a row, 16 bytes each, so that one instruction loads kRows rows; the warps of a head take turns. Each of a
-// warp's kRows parts keeps a running softmax. Parts, then splits are merged in a fixed order (attend_common.cuh).
+// warp's kRows parts keeps a running softmax. Parts, then splits are merged in a fixed order (common.cuh).
 //
 // The next step's rows are asked for as soon as this one's have been used: keys, then values.
-#include "attend_common.cuh"
-#include "launch.h"
+#include "../launch.h"
+#include "common.cuh"
 
 namespace kvc {
 namespace {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void to_floats(const Half8& h, float (&f)[8]) {
 }
 
 template <int kLanes>
-struct SingleBlock {
+struct OneQueryBlock {
   static constexpr int kRows = 32 / kLanes;
   static constexpr int kWidth = 8 * kLanes;
   static constexpr int kStep = kLoads * kRows;
@@ -52,8 +52,8 @@ struct SingleBlock {
 
 template <int kLanes>
 __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
-    attend_single_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
-  using Block = SingleBlock<kLanes>;
+    one_query_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
+  using Block = OneQueryBlock<kLanes>;
   constexpr int kRows = Block::kRows;
   constexpr int kStep = Block::kStep;
   KVC_DYNAMIC_SHARED(shared_bytes);
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
 
 template <int kLanes>
 cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
-  using Block = SingleBlock<kLanes>;
+  using Block = OneQueryBlock<kLanes>;
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -243,13 +243,13 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   const Division division{FastDivider::by(static_cast<uint32_t>(units)), FastDivider::by(1),
                           FastDivider::by(static_cast<uint32_t>(p.cache.heads)), FastDivider::by(1),
                           static_cast<uint32_t>(splits)};
-  OverlappingLaunch launch(units * splits, warps * 32, Block::bytes(warps), stream);
-  return cudaLaunchKernelEx(&launch.config, attend_single_kernel<kLanes>, p, division);
+  PdlLaunch launch(units * splits, warps * 32, Block::bytes(warps), stream);
+  return cudaLaunchKernelEx(&launch.config, one_query_kernel<kLanes>, p, division);
 }
 
 }  // namespace
 
-cudaError_t launch_attend_single(const AttendParams& p, cudaStream_t stream) {
+cudaError_t launch_one_query(const AttendParams& p, cudaStream_t stream) {
   if (p.cache.head_dim <= 64) return launch<8>(p, stream);
   if (p.cache.head_dim <= 128) return launch<16>(p, stream);
   return launch<32>(p, stream);

@@ -1,4 +1,4 @@
-// prompt attention for sm_90a (H100, H200): what prompt_attention.cu does, by the products of warpgroups (wgmma) and
+// prompt attention for sm_90a (H100, H200): what many_queries.cu does, by the products of warpgroups (wgmma) and
 // bulk copies of tiles (TMA), with twice its speed.
 //
 // A block has three warpgroups. The first finds the next tile of 128 queries that nobody works on, and copies tiles of
@@ -12,10 +12,10 @@
 // With one FP16 part (kParts 1) the products of a tile's scores run beside those of the tile's before with its values.
 // With two parts there is no room in registers for that, and little to gain: one warpgroup multiplies while the other
 // weighs.
-#include "hopper.cuh"
-#include "launch.h"
-#include "prompt_common.cuh"
-#include "tensor_map.h"
+#include "../hopper.cuh"
+#include "../launch.h"
+#include "../tensor_map.h"
+#include "many_queries.cuh"
 
 namespace kvc {
 
@@ -53,7 +53,7 @@ struct Sm90Block {
   // A tile of queries, or a part of the keys of one.
   struct Work {
     bool exists;
-    PromptTile tile;
+    QueryTile tile;
     AttendPlan plan;
     KeyTiles<kKeys> tiles;
     int32_t last_tile;  // of keys: the first that is taken
@@ -75,7 +75,7 @@ struct Sm90Block {
   static constexpr int kBytes = kSharedAt + sizeof(Shared) + 1024;  // 1024: panels begin at a multiple of that
   static_assert(kBytes <= 232448);
 
-  static PromptParts KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, 1, kWidth}; }
+  static PartialsLayout KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, 1, kWidth}; }
 
   static __device__ __forceinline__ int place(int row, int chunk) {
     return chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk % 8) ^ (row & 7)) * 16;
@@ -142,8 +142,8 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
 
 // A warpgroup's queries as FP16 parts in shared memory, and the factors of their products.
 template <typename Block>
-__device__ __forceinline__ void store_queries(const AttendParams& p, const PromptDivision& division,
-                                              const PromptTile& tile, int group, char* at, float* factors) {
+__device__ __forceinline__ void store_queries(const AttendParams& p, const ManyDivision& division,
+                                              const QueryTile& tile, int group, char* at, float* factors) {
   constexpr int kLanes = 8;                         // that share a row: each has every eighth chunk of eight elements
   constexpr int kChunks = Block::kChunks / kLanes;  // of a lane
   constexpr int kRows = kChunks == 1 ? 2 : Block::kParts == 2 && kChunks == 2 ? 4 : 1;  // of a lane, at a time
@@ -285,12 +285,12 @@ struct Multiplier {
   using Weights = FragmentA[kParts][kKeys / 16];
 
   const AttendParams& p;
-  const PromptDivision& division;
+  const ManyDivision& division;
   typename Block::Shared& shared;
   char* panels;
   int group;  // 0 or 1
   const typename Block::Work* work;
-  PromptRows rows;
+  LaneSoftmax rows;
   FragmentC sums[Block::kPieces][Block::kColumns / 8];
   Stage<Block::kStages> stage;
 
@@ -442,7 +442,7 @@ struct Multiplier {
   // The answers, or a part of them to be merged.
   __device__ __forceinline__ void finish() {
     rows.add_lanes();
-    const PromptTile& tile = work->tile;
+    const QueryTile& tile = work->tile;
     const int both[2] = {row(), row() + 8};
     if (division.division.splits == 1) {
       const uint32_t number[2] = {tile.number(both[0]), tile.number(both[1])};
@@ -464,14 +464,14 @@ struct Multiplier {
 
 // The work of this number, found by one thread.
 template <typename Block>
-__device__ __forceinline__ void find_work(const AttendParams& p, const PromptDivision& division, uint32_t number,
+__device__ __forceinline__ void find_work(const AttendParams& p, const ManyDivision& division, uint32_t number,
                                           typename Block::Work& work) {
   const uint32_t splits = division.division.splits;
   work.exists = number < division.division.units.divisor * splits;
   if (!work.exists) return;
   const FastDivider& group_size = division.division.group_size;
-  const PromptTile tile(division.unit(p, number), p, division, Block::kQueries);
-  const AttendPlan plan = prompt_plan(p, tile.block.entry, tile.block.sequence);
+  const QueryTile tile(division.unit(p, number), p, division, Block::kQueries);
+  const AttendPlan plan = read_plan(p, tile.block.entry, tile.block.sequence);
   const auto tiles =
       KeyTiles<Block::kKeys>::of(plan, group_size(tile.first_query), group_size(tile.number(Block::kQueries)));
   work.tile = tile;
@@ -494,8 +494,9 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const PromptDiv
 
 template <typename Block>
 __global__ void __launch_bounds__(kThreads, 1)
-    prompt_sm90_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division,
-                       const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
+    many_queries_sm90_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division,
+                             const __grid_constant__ CUtensorMap key_map,
+                             const __grid_constant__ CUtensorMap value_map) {
 #if defined(KVC_EMULATED) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   KVC_DYNAMIC_SHARED(shared_bytes);
   char* const panels = align_for_panels(shared_bytes);
@@ -559,7 +560,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename Block>
-cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, PromptParts& parts, cudaStream_t stream) {
+cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, PartialsLayout& parts, cudaStream_t stream) {
   CUtensorMap key_map;
   CUtensorMap value_map;
   cudaError_t error = make_tensor_map(&key_map, p.cache, p.cache.k_cache, p.layer, Block::kKeys);
@@ -569,16 +570,16 @@ cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, Prompt
   const int64_t splits = prompt_splits(p, units, multiprocessors, Block::kKeys, Block::parts(1).floats());
   parts = Block::parts(splits);
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
-  const auto kernel = prompt_sm90_kernel<Block>;
+  const auto kernel = many_queries_sm90_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
-  OverlappingLaunch launch(imin(units * splits, multiprocessors), kThreads, Block::kBytes, stream);
+  PdlLaunch launch(imin(units * splits, multiprocessors), kThreads, Block::kBytes, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits, multiprocessors),
                             key_map, value_map);
 }
 
 template <int kParts>
-cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, PromptParts& parts, cudaStream_t stream) {
+cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, PartialsLayout& parts, cudaStream_t stream) {
   if (p.cache.head_dim <= 64) return launch_blocks<Sm90Block<4, 128, 2, kParts>>(p, multiprocessors, parts, stream);
   if (p.cache.head_dim <= 128) return launch_blocks<Sm90Block<8, 128, 2, kParts>>(p, multiprocessors, parts, stream);
   return launch_blocks<Sm90Block<16, 64, 3 - kParts, kParts>>(p, multiprocessors, parts, stream);
@@ -597,7 +598,7 @@ bool serves_sm90(const AttendParams& p) {
   return major == 9 && minor == 0;
 }
 
-cudaError_t launch_prompt_sm90(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
+cudaError_t launch_many_queries_sm90(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -610,7 +611,9 @@ cudaError_t launch_prompt_sm90(const AttendParams& p, PromptParts& parts, cudaSt
 #else  // a build without code for sm_90a
 
 bool serves_sm90(const AttendParams&) { return false; }
-cudaError_t launch_prompt_sm90(const AttendParams&, PromptParts&, cudaStream_t) { return cudaErrorInvalidValue; }
+cudaError_t launch_many_queries_sm90(const AttendParams&, PartialsLayout&, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
 
 #endif
 

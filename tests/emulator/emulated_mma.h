@@ -1,4 +1,4 @@
-// kernels/tensor.cuh on a CPU. Copies into shared memory happen at once or when they are waited for, as chance has it;
+// kernels/mma.cuh on a CPU. Copies into shared memory happen at once or when they are waited for, as chance has it;
 // products are summed in double and rounded once.
 #pragma once
 

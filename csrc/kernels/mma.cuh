@@ -29,7 +29,7 @@ struct FragmentC {
 }  // namespace kvc
 
 #if defined(KVC_EMULATED)
-#include "emulated_tensor.h"
+#include "emulated_mma.h"
 #else
 
 namespace kvc {

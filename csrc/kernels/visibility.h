@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "layout.h"
 #include "params.h"
+#include "ring.h"
 
 namespace kvc {
 

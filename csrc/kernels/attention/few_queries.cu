@@ -2,13 +2,13 @@
 // in the cache, in FP32; and, in the same launch, the append of one new position.
 //
 // Grid: for each sequence and KV head, and each kQueries of the queries that share it (a group's heads times T), the
-// same number of blocks, `splits`. They take turns at tiles of 16 of the rows that the queries see (attend.h), whose
-// number is known on the device alone. A block copies its tiles into rings of shared memory, some ahead of those that
-// it works on. One warp or several work on a ring's tile, each with 4 * kTiles queries of its own, and multiply it on
-// tensor cores, so that a row is read once for all of the block's queries. Each keeps a running maximum, sum and
+// same number of blocks, `splits`. They take turns at tiles of 16 of the rows that the queries see (visibility.h),
+// whose number is known on the device alone. A block copies its tiles into rings of shared memory, some ahead of those
+// that it works on. One warp or several work on a ring's tile, each with 4 * kTiles queries of its own, and multiply it
+// on tensor cores, so that a row is read once for all of the block's queries. Each keeps a running maximum, sum and
 // weighted sum (online softmax: Milakov and Gimelshein, 2018); rings, then the splits of a head are merged in a fixed
 // order (flash decoding: Dao et al., 2023), the last by whichever block of the head is the last to sign in. One query
-// to a KV head is the affair of attend_single.cu.
+// to a KV head is the affair of one_query.cu.
 //
 // Tensor cores take FP16, the queries and the weights are FP32: each is two columns of the operand, a high part and
 // what it lacks times 2^11, and the products of both are added. Queries are first scaled by a power of two, so that the
@@ -18,15 +18,15 @@
 //
 // A short launch takes as long as its longest chain of waiting, for memory and, as much, for instructions that no
 // launch before has left near: what is executed is kept short, and is there once (docs/performance.md). Launches
-// overlap (overlap.cuh), and where the one before is known not to touch this layer (`settled`), rows are asked for
+// overlap (pdl.cuh), and where the one before is known not to touch this layer (`settled`), rows are asked for
 // while it is still at work.
 //
 // With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way, so
 // that the answer is bit for bit what attending after the append gives. For T = 1 one block of each head also stores
 // the new row: its slot is that of the position which the append evicts, which nobody reads. Whichever block finds that
 // it is the last of its sequence moves the state on: all have read it. For T > 1 the caller appends afterwards.
-#include "attend_common.cuh"
-#include "launch.h"
+#include "../launch.h"
+#include "common.cuh"
 #include "non_finite.cuh"
 
 namespace kvc {
@@ -78,7 +78,7 @@ __device__ __forceinline__ float whole_score(float high, float low) {
 // queries of a warp. kShare: warps that share a ring and its tiles, each with queries of its own. kHalves: of a tile
 // that a ring has room for.
 template <int kDepth, int kTiles, int kShare, int kHalves>
-struct AttendBlock {
+struct FewQueriesBlock {
   static constexpr int kQueries = 4 * kTiles * kShare;
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
@@ -121,7 +121,7 @@ template <int kDepth, int kShare>
 __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const uint16_t* cached, int64_t row_elements,
                                             int head_dim, int64_t row0, char* at, const NewRows rows,
                                             bool with_new_rows) {
-  using Block = AttendBlock<kDepth, 1, kShare, 4>;
+  using Block = FewQueriesBlock<kDepth, 1, kShare, 4>;
   const AttendPlan& plan = *shared_plan;
   constexpr int kLanes = 32 * kShare;  // of the warps that share the tile
   const int lane = static_cast<int>(threadIdx.x % kLanes);
@@ -159,10 +159,10 @@ __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const
 }
 
 template <int kDepth, int kTiles, int kShare, int kHalves>
-__global__ void __launch_bounds__(AttendBlock<kDepth, kTiles, kShare, kHalves>::kThreads,
-                                  AttendBlock<kDepth, kTiles, kShare, kHalves>::by_registers(kFromSm100))
-    attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
-  using Block = AttendBlock<kDepth, kTiles, kShare, kHalves>;
+__global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalves>::kThreads,
+                                  FewQueriesBlock<kDepth, kTiles, kShare, kHalves>::by_registers(kFromSm100))
+    few_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
+  using Block = FewQueriesBlock<kDepth, kTiles, kShare, kHalves>;
   constexpr int kQueries = Block::kQueries;
   constexpr int kChunks = Block::kChunks;
   constexpr int kWidth = Block::kWidth;
@@ -540,7 +540,7 @@ struct Call {
 // Blocks of a kernel instance, of `rings` rings.
 template <int kDepth, int kTiles, int kShare, int kHalves>
 struct Kernel {
-  using Block = AttendBlock<kDepth, kTiles, kShare, kHalves>;
+  using Block = FewQueriesBlock<kDepth, kTiles, kShare, kHalves>;
   Blocks blocks;
   int rings;
   int64_t turns;  // of one block over the rows of a unit
@@ -570,11 +570,11 @@ struct Kernel {
                             FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
                             FastDivider::by(static_cast<uint32_t>(p.query_heads / p.cache.heads)),
                             static_cast<uint32_t>(splits)};
-    const auto kernel = attend_kernel<kDepth, kTiles, kShare, kHalves>;
+    const auto kernel = few_queries_kernel<kDepth, kTiles, kShare, kHalves>;
     // The same for every call, as two threads may be about to launch different sizes.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.shared);
     if (error != cudaSuccess) return error;
-    OverlappingLaunch launch(units * splits, rings * kShare * 32, bytes, call.stream);
+    PdlLaunch launch(units * splits, rings * kShare * 32, bytes, call.stream);
     return cudaLaunchKernelEx(&launch.config, kernel, p, division);
   }
 };
@@ -631,7 +631,7 @@ cudaError_t launch_for(const Call& call) {
 cudaError_t launch_attend(const AttendParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   if (p.many) return launch_attend_many(p, stream);
-  if (p.rows == 1 && p.query_heads == p.cache.heads && p.cache.head_dim <= 256) return launch_attend_single(p, stream);
+  if (p.rows == 1 && p.query_heads == p.cache.heads && p.cache.head_dim <= 256) return launch_one_query(p, stream);
   Call call(p, stream);
   const cudaError_t error = call.find_device();
   if (error != cudaSuccess) return error;

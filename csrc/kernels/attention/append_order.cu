@@ -3,18 +3,17 @@
 // Attention that finds new positions in the cache is the fastest. But where storing them evicts others, which earlier
 // queries of the call still see, attention comes first. That is known on the device alone, for each sequence: so an
 // append of first_lengths comes before attention, and one of last_lengths after it.
-#include "chosen.cuh"
-#include "launch.h"
-#include "layout.h"
-#include "overlap.cuh"
-#include "prompt_common.cuh"
+#include "../launch.h"
+#include "../pdl.cuh"
+#include "../ring.h"
+#include "many_queries.cuh"
 
 namespace kvc {
 namespace {
 
 constexpr int kThreads = 128;
 
-__global__ void __launch_bounds__(kThreads) order_kernel(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(kThreads) append_order_kernel(const __grid_constant__ AttendParams p) {
   wait_for_previous_launch();
   let_next_launch_begin();
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -33,8 +32,8 @@ __global__ void __launch_bounds__(kThreads) order_kernel(const __grid_constant__
 
 cudaError_t launch_order(const AttendParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.sequences.entries(p.cache.batch) + kThreads - 1) / kThreads;
-  OverlappingLaunch launch(blocks, kThreads, 0, stream);
-  return cudaLaunchKernelEx(&launch.config, order_kernel, p);
+  PdlLaunch launch(blocks, kThreads, 0, stream);
+  return cudaLaunchKernelEx(&launch.config, append_order_kernel, p);
 }
 
 cudaError_t launch_append_of(const AttendParams& p, const int64_t* lengths, cudaStream_t stream) {
@@ -54,9 +53,9 @@ cudaError_t launch_attend_many(const AttendParams& p, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (p.appends) error = launch_order(p, stream);
   if (p.appends && error == cudaSuccess) error = launch_append_of(p, p.first_lengths, stream);
-  PromptParts parts;
-  if (error == cudaSuccess) error = launch_prompt(p, parts, stream);
-  if (error == cudaSuccess) error = launch_prompt_finish(p, parts, stream);
+  PartialsLayout parts;
+  if (error == cudaSuccess) error = launch_many_queries(p, parts, stream);
+  if (error == cudaSuccess) error = launch_many_queries_finish(p, parts, stream);
   if (p.appends && error == cudaSuccess) error = launch_append_of(p, p.last_lengths, stream);
   return error;
 }

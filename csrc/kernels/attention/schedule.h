@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "layout.h"
+#include "../ring.h"
 
 namespace kvc {
 

@@ -1,4 +1,4 @@
-// What the kernels for many queries share: prompt_attention.cu, for every GPU, and prompt_sm90.cu.
+// What the kernels for many queries share: many_queries.cu, for every GPU, and many_queries_sm90.cu.
 //
 // The queries that share a KV head are numbered t * group + g. A block takes a tile of them, and the keys that they see
 // in tiles, the newest first. A warp has 16 of the queries; of these a lane has two, number lane / 4 and eight on: what
@@ -10,24 +10,24 @@
 // No sum stays in one for longer than a tile of keys. With kParts = 1 (precision="fp16") there is no low part.
 //
 // Values that are not finite make NaN of sums: 0 times them is NaN, and so is the difference of infinite products. An
-// answer with a NaN is noted in AttendParams::redo, and answered anew by prompt_finish.cu. So is a query whose largest
-// score is beyond kLargeScore: weights may then overflow, and its sum is made NaN.
+// answer with a NaN is noted in AttendParams::redo, and answered anew by many_queries_finish.cu. So is a query whose
+// largest score is beyond kLargeScore: weights may then overflow, and its sum is made NaN.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "attend_common.cuh"
+#include "common.cuh"
 
 namespace kvc {
 
-constexpr float kLog2PromptScale = 14;  // of a weight
+constexpr float kLog2WeightScale = 14;   // of a weight
 constexpr float kLargeScore = 16777216;  // 2^24: larger ones have no bit behind the point in FP32
 
 // How a launch left its answers: whole (`splits` 1), or in so many parts of each unit and piece, that lie behind each
 // other in the workspace. A part: weighted sums [queries][width], then states [queries].
-struct PromptParts {
+struct PartialsLayout {
   int splits;
   int queries;  // of a unit
   int pieces;   // that head_dim is cut into
@@ -38,7 +38,7 @@ struct PromptParts {
 
 // How a launch is divided. Blocks that run at the same time take tiles of few heads, whose keys they share in L2; the
 // tiles that see most keys go first, so that the last blocks to run are short ones.
-struct PromptDivision {
+struct ManyDivision {
   Division division;     // a unit is a tile of the queries of a KV head
   FastDivider together;  // KV heads (of all sequences) that are walked together
   FastDivider walk;      // units of so many heads
@@ -83,7 +83,7 @@ inline int64_t prompt_splits(const AttendParams& p, int64_t units, int64_t at_on
 }
 
 // The division of a call into blocks that take `queries` queries of a KV head, and so many splits of the keys.
-inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int64_t splits, int64_t multiprocessors) {
+inline ManyDivision divide_prompt(const AttendParams& p, int64_t queries, int64_t splits, int64_t multiprocessors) {
   const int64_t sequence_heads = p.sequences.entries(p.cache.batch) * p.cache.heads;
   const int64_t group = p.query_heads / p.cache.heads;
   const int64_t tiles = (p.rows * group + queries - 1) / queries;
@@ -92,7 +92,7 @@ inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int6
   const int64_t most = imin(2 * together, sequence_heads);
   while (sequence_heads % together != 0 && together < most) ++together;
   while (sequence_heads % together != 0) --together;
-  PromptDivision d;
+  ManyDivision d;
   d.division = {FastDivider::by(static_cast<uint32_t>(sequence_heads * tiles)),
                 FastDivider::by(static_cast<uint32_t>(tiles)), FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
                 FastDivider::by(static_cast<uint32_t>(group)), static_cast<uint32_t>(splits)};
@@ -104,15 +104,15 @@ inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int6
 }
 
 // The queries of a block: `queries` of those of its KV head, from number `first_query` on.
-struct PromptTile {
+struct QueryTile {
   BlockUnit block;
   uint32_t first_query;
   int queries;
 
-  __device__ __forceinline__ PromptTile(const AttendParams& p, const PromptDivision& division, uint32_t most)
-      : PromptTile(division.unit(p, blockIdx.x), p, division, most) {}
-  __device__ __forceinline__ PromptTile(const BlockUnit& unit, const AttendParams& p, const PromptDivision& division,
-                                        uint32_t most)
+  __device__ __forceinline__ QueryTile(const AttendParams& p, const ManyDivision& division, uint32_t most)
+      : QueryTile(division.unit(p, blockIdx.x), p, division, most) {}
+  __device__ __forceinline__ QueryTile(const BlockUnit& unit, const AttendParams& p, const ManyDivision& division,
+                                       uint32_t most)
       : block(unit), first_query(unit.tile * most) {
     const uint32_t rest = division.division.group_size.divisor * static_cast<uint32_t>(p.rows) - first_query;
     queries = static_cast<int>(rest < most ? rest : most);
@@ -123,7 +123,7 @@ struct PromptTile {
   }
 };
 
-__device__ __forceinline__ AttendPlan prompt_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
+__device__ __forceinline__ AttendPlan read_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
   SequenceState state = empty_state(p.cache.sinks);
   if (sequence >= 0) {
     const volatile int64_t* seen = p.cache.state + p.layer * p.cache.batch + sequence;
@@ -309,7 +309,7 @@ __device__ __forceinline__ void hide_unseen(FragmentC (&products)[kBlocks], cons
 }
 
 // The softmax of a lane's two queries.
-struct PromptRows {
+struct LaneSoftmax {
   float factor[2];  // from products to scores
   float max[2];     // of scores, in powers of two
   float sum[2];     // of this lane's weights, each times 2^14
@@ -353,7 +353,7 @@ struct PromptRows {
       const float new_max = fmaxf(max[h], largest * scale);
       rescale[h] = power_of_two(max[h] - new_max);
       max[h] = new_max;
-      const float base = kLog2PromptScale - new_max;
+      const float base = kLog2WeightScale - new_max;
       float weights[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
@@ -377,7 +377,7 @@ struct PromptRows {
       if (fabsf(max[h]) > kLargeScore && max[h] != kLeastScore) sum[h] = bits_float(0x7fffffffu);
     }
   }
-  __device__ __forceinline__ Running running(int h) const { return {max[h] - kLog2PromptScale, sum[h]}; }
+  __device__ __forceinline__ Running running(int h) const { return {max[h] - kLog2WeightScale, sum[h]}; }
 };
 
 // Weights of 16 keys (two blocks of a product) as the left operand of a product with those keys' values.
@@ -425,9 +425,9 @@ __device__ __forceinline__ bool write_columns(T* row, int columns, const Fragmen
 // Writes a lane's part of the answers of its two queries, numbers number[h]: the columns that a product left it, of
 // those from `column` on. `there`: the queries exist. The sums are the queries' by now.
 template <int kBlocks>
-__device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDivision& division,
-                                           const BlockUnit& block, const PromptRows& rows, const uint32_t (&number)[2],
-                                           const bool (&there)[2], int column, const FragmentC (&sums)[kBlocks]) {
+__device__ __forceinline__ void write_rows(const AttendParams& p, const ManyDivision& division, const BlockUnit& block,
+                                           const LaneSoftmax& rows, const uint32_t (&number)[2], const bool (&there)[2],
+                                           int column, const FragmentC (&sums)[kBlocks]) {
   const int lane_column = column + static_cast<int>(threadIdx.x % 4) * 2;
   const int columns = static_cast<int>(p.cache.head_dim) - lane_column;
   bool is_nan = false;
@@ -460,7 +460,7 @@ __device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDi
 
 // A block's part of a unit whose keys are split: the weighted sums and states of its queries, left in the workspace.
 template <int kWidth, int kQueries, int kBlocks>
-__device__ __forceinline__ void leave_rows(float* part, int queries, const PromptRows& rows, const int (&row)[2],
+__device__ __forceinline__ void leave_rows(float* part, int queries, const LaneSoftmax& rows, const int (&row)[2],
                                            int column, const FragmentC (&sums)[kBlocks]) {
   const int lane = static_cast<int>(threadIdx.x % 4);
 #pragma unroll

@@ -11,6 +11,10 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
+#include "params.h"
+
 namespace kvc {
 
 #if defined(KVC_EMULATED)
@@ -31,6 +35,14 @@ __device__ __forceinline__ void wait_for_previous_launch() {
 }
 #endif
 
+// The sequence of an entry of the call's tensors, or -1. The previous launch may still be writing the indices, so they
+// are read after the wait. A kernel does work ahead of the wait only in calls about all sequences.
+__device__ __forceinline__ int64_t sequence_of_entry(const ChosenSequences& chosen, int64_t entry, int64_t batch) {
+  if (chosen.indices.data == nullptr) return entry;
+  wait_for_previous_launch();
+  return chosen.sequence(entry, batch);
+}
+
 // A block's shared memory, at least `bytes`, so large that a multiprocessor has no room for more than its share of the
 // launch's blocks: the next launch's, which come early, would be placed where there is some, and leave others idle.
 // `most`: of a block.
@@ -40,11 +52,11 @@ inline int64_t shared_for_a_share(int64_t bytes, int64_t blocks, int64_t multipr
   return bytes > enough ? bytes : enough;
 }
 
-struct OverlappingLaunch {
+struct PdlLaunch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
 
-  OverlappingLaunch(int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream) {
+  PdlLaunch(int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream) {
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
@@ -59,8 +71,8 @@ struct OverlappingLaunch {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  OverlappingLaunch(const OverlappingLaunch&) = delete;
-  OverlappingLaunch& operator=(const OverlappingLaunch&) = delete;
+  PdlLaunch(const PdlLaunch&) = delete;
+  PdlLaunch& operator=(const PdlLaunch&) = delete;
 };
 
 }  // namespace kvc

@@ -1,18 +1,18 @@
 // prompt attention: softmax(scale * Q K^T) V for many queries of each sequence, over FP16 keys and values as they lie
-// in the cache, by the tensor core instructions of sm_80 and newer. (prompt_sm90.cu has the kernel for sm_90a.)
+// in the cache, by the tensor core instructions of sm_80 and newer. (many_queries_sm90.cu has the kernel for sm_90a.)
 //
-// Grid: for each sequence, KV head and tile of its queries (prompt_common.cuh) a block, or several (`splits`) that
+// Grid: for each sequence, KV head and tile of its queries (many_queries.cuh) a block, or several (`splits`) that
 // share the tiles of keys; where head_dim is over 256, one for each 128 columns of the answer. A block copies tiles of
 // keys and values into shared memory, one ahead of the one that it works on. Each warp multiplies it with 16 queries of
 // its own: scores, weights, weighted sums, with a running maximum and sum (online softmax: Milakov and Gimelshein,
 // 2018; tiles and their order: FlashAttention-2, Dao, 2023).
 //
 // A call's new positions lie in the cache by now, unless storing them would evict what its queries still see: then they
-// are read from the call's tensors, rounded to FP16 on the way, and stored afterwards (prompt_order.cu).
+// are read from the call's tensors, rounded to FP16 on the way, and stored afterwards (append_order.cu).
 #include <atomic>
 
-#include "launch.h"
-#include "prompt_common.cuh"
+#include "../launch.h"
+#include "many_queries.cuh"
 
 namespace kvc {
 namespace {
@@ -20,7 +20,7 @@ namespace {
 // kDepth: 16-element steps of a row; 16 * kDepth is the largest head_dim of this instance. kKeys: of a tile. kStages:
 // tiles that there is room for. kParts: of a query and of a weight. kHighInRegisters: the high parts of queries.
 template <int kDepth_, int kWarps_, int kKeys_, int kStages_, int kParts_, bool kHighInRegisters_>
-struct PromptBlock {
+struct ManyQueriesBlock {
   static constexpr int kDepth = kDepth_, kWarps = kWarps_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
   static constexpr bool kHighInRegisters = kHighInRegisters_;
   static constexpr int kThreads = 32 * kWarps;
@@ -48,7 +48,7 @@ struct PromptBlock {
   static constexpr int kBytes = kStagesAt + kStages * kStageBytes;
   static_assert(kBytes <= 101376, "what a block has on sm_86, sm_89 and sm_120");
 
-  static PromptParts KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, kPieces, kWidth}; }
+  static PartialsLayout KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, kPieces, kWidth}; }
 
   // Where a chunk of a row lies in a tile: rows are spread over the banks, so that eight of them are read at a time.
   // From a chunk to the eighth after it, and from a row to the eighth after it, it is always as far.
@@ -62,7 +62,7 @@ struct PromptBlock {
 
 // Writes a block's answers, or leaves its part of them in the workspace.
 template <typename Block, int kBlocks>
-__device__ __forceinline__ void finish(const AttendParams& p, const PromptDivision& division, const PromptRows& rows,
+__device__ __forceinline__ void finish(const AttendParams& p, const ManyDivision& division, const LaneSoftmax& rows,
                                        const FragmentC (&sums)[kBlocks], typename Block::Shared& shared) {
   const uint32_t thread = anew(threadIdx.x);
   const BlockUnit block = shared.unit;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void finish(const AttendParams& p, const PromptDivisi
 
 template <typename Block>
 __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
-    prompt_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division) {
+    many_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division) {
   constexpr int kDepth = Block::kDepth;
   constexpr int kParts = Block::kParts;
   constexpr int kKeyBlocks = Block::kKeys / 8;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   let_next_launch_begin();
   if (Block::kPieces > 1 && piece * Block::kWidth >= head_dim) return;
   if (threadIdx.x == 0) {
-    shared.plan = prompt_plan(p, block.entry, block.sequence);
+    shared.plan = read_plan(p, block.entry, block.sequence);
     shared.unit = block;
     shared.tiles =
         KeyTiles<Block::kKeys>::of(shared.plan, group_size(first_query), group_size(first_query + queries - 1));
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     return first_query + static_cast<uint32_t>(row < queries ? row : queries - 1);
   };
   const uint32_t number[2] = {number_of(warp_first + lane / 4), number_of(warp_first + lane / 4 + 8)};
-  PromptRows rows;
+  LaneSoftmax rows;
   rows.clear();
   if (lane < 16) {
     SeenRange range = plan.range_of(group_size(number_of(warp_first + lane)));
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
 }
 
 template <typename Block>
-cudaError_t launch_blocks(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
+cudaError_t launch_blocks(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -357,21 +357,21 @@ cudaError_t launch_blocks(const AttendParams& p, PromptParts& parts, cudaStream_
       prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, Block::parts(1).floats());
   parts = Block::parts(splits);
   if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
-  const auto kernel = prompt_kernel<Block>;
+  const auto kernel = many_queries_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
-  OverlappingLaunch launch(units * splits, Block::kThreads, Block::kBytes, stream);
+  PdlLaunch launch(units * splits, Block::kThreads, Block::kBytes, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits, multiprocessors));
 }
 
 std::atomic<bool> portable_preferred{false};
 
 template <int kParts>
-cudaError_t launch_parts(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_blocks<PromptBlock<4, 4, 64, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 128) return launch_blocks<PromptBlock<8, 4, 64, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 256) return launch_blocks<PromptBlock<16, 4, 32, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 512) return launch_blocks<PromptBlock<32, 2, 16, 1, kParts, false>>(p, parts, stream);
+cudaError_t launch_parts(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_blocks<ManyQueriesBlock<4, 4, 64, 2, kParts, true>>(p, parts, stream);
+  if (p.cache.head_dim <= 128) return launch_blocks<ManyQueriesBlock<8, 4, 64, 2, kParts, true>>(p, parts, stream);
+  if (p.cache.head_dim <= 256) return launch_blocks<ManyQueriesBlock<16, 4, 32, 2, kParts, true>>(p, parts, stream);
+  if (p.cache.head_dim <= 512) return launch_blocks<ManyQueriesBlock<32, 2, 16, 1, kParts, false>>(p, parts, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -379,8 +379,8 @@ cudaError_t launch_parts(const AttendParams& p, PromptParts& parts, cudaStream_t
 
 void prefer_portable_prompts(bool portable) { portable_preferred = portable; }
 
-cudaError_t launch_prompt(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
-  if (!portable_preferred && serves_sm90(p)) return launch_prompt_sm90(p, parts, stream);
+cudaError_t launch_many_queries(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
+  if (!portable_preferred && serves_sm90(p)) return launch_many_queries_sm90(p, parts, stream);
   return p.rounds ? launch_parts<1>(p, parts, stream) : launch_parts<2>(p, parts, stream);
 }
 

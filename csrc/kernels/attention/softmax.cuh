@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "attend.h"
-#include "convert.h"
-#include "vec.cuh"
+#include "../convert.h"
+#include "../vec.cuh"
+#include "../visibility.h"
 
 namespace kvc {
 

@@ -4,12 +4,12 @@
 // here in their order (flash decoding: Dao et al., 2023).
 //
 // On tensor cores values that are not finite make NaN of sums which they do not belong to, or which should be infinite
-// (prompt_common.cuh). An answer that has a NaN is answered anew in plain FP32: its warp goes through the rows that the
+// (many_queries.cuh). An answer that has a NaN is answered anew in plain FP32: its warp goes through the rows that the
 // query sees twice, for their maximum and for the sums. That takes long and is rare; where all answers are whole and no
 // NaN was noted, nothing is looked at.
-#include "attend_common.cuh"
-#include "launch.h"
-#include "prompt_common.cuh"
+#include "../launch.h"
+#include "common.cuh"
+#include "many_queries.cuh"
 
 namespace kvc {
 namespace {
@@ -107,7 +107,7 @@ struct ExactQuery {
 };
 
 __device__ __noinline__ void answer_exactly(const AttendParams& p, const BlockUnit& block, const QueryPlace& place) {
-  const AttendPlan plan = prompt_plan(p, block.entry, block.sequence);
+  const AttendPlan plan = read_plan(p, block.entry, block.sequence);
   ExactQuery query{p, plan, block, place, {}};
   query.answer();
 }
@@ -123,9 +123,9 @@ __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& 
 }
 
 // Merges what the splits of a unit left of its query `row`, and writes the answer. Does it have a NaN?
-__device__ __forceinline__ bool merge_answer(const AttendParams& p, const PromptDivision& division,
+__device__ __forceinline__ bool merge_answer(const AttendParams& p, const ManyDivision& division,
                                              const BlockUnit& block, uint32_t number, uint32_t row,
-                                             const PromptParts& parts) {
+                                             const PartialsLayout& parts) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t first = int64_t{block.unit} * parts.pieces * parts.splits;
   const auto part_of = [&](int piece, int split) {
@@ -166,8 +166,8 @@ __device__ __forceinline__ bool merge_answer(const AttendParams& p, const Prompt
 }
 
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division,
-                  const PromptParts parts) {
+    finish_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division,
+                  const PartialsLayout parts) {
   wait_for_previous_launch();
   let_next_launch_begin();
   __shared__ uint32_t noted;
@@ -199,16 +199,16 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_prompt_finish(const AttendParams& p, const PromptParts& parts, cudaStream_t stream) {
+cudaError_t launch_many_queries_finish(const AttendParams& p, const PartialsLayout& parts, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const PromptDivision division = divide_prompt(p, parts.queries, 1, multiprocessors);
+  const ManyDivision division = divide_prompt(p, parts.queries, 1, multiprocessors);
   const int64_t items = int64_t{division.division.units.divisor} * (parts.queries / (kThreads / 32));
   const int64_t blocks = imin(items, parts.splits > 1 ? 4 * multiprocessors : multiprocessors);
-  OverlappingLaunch launch(blocks, kThreads, 0, stream);
+  PdlLaunch launch(blocks, kThreads, 0, stream);
   return cudaLaunchKernelEx(&launch.config, finish_kernel, p, division, parts);
 }
 
