@@ -78,13 +78,13 @@ class Kernel:
         since_sm_100 = int(self.architecture.rstrip("af")) >= 100
         if re.match(r"few_queries_kernel<(16|32)\b", self.name):
             return 128
-        if re.match(r"few_queries_kernel<8, 2, 2\b", self.name) and since_sm_100:
+        if re.match(r"few_queries_kernel<8, SixteenQueries\b", self.name) and since_sm_100:
             return 40
-        if re.match(r"many_queries_kernel<ManyQueriesBlock<16\b", self.name):
+        if re.match(r"many_queries_kernel<ManyQueriesBlock<ManyQueries256\b", self.name):
             return 288
-        if re.match(r"many_queries_kernel<ManyQueriesBlock<8\b", self.name) and since_sm_100:
+        if re.match(r"many_queries_kernel<ManyQueriesBlock<ManyQueries128\b", self.name) and since_sm_100:
             return 96
-        if re.match(r"many_queries_sm90_kernel<Sm90Block<16, 64, 1, 2\b", self.name):
+        if re.match(r"many_queries_sm90_kernel<Sm90Block<Sm90Queries256<2>", self.name):
             return 820
         if re.match(
             r"many_queries_sm90_kernel<", self.name

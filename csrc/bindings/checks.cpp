@@ -313,8 +313,7 @@ AppendParams append_params(const char* op, const CheckedCache& cache, int64_t fi
   TORCH_CHECK_TYPE(value_dtype == p.dtype, op, ": ", all_layers ? "values" : "value", " must have the dtype of ",
                    all_layers ? "keys, " : "key, ", dtype_name(key.scalar_type()), ", got ",
                    dtype_name(value.scalar_type()));
-  p.new_lengths = nullptr;
-  p.new_lengths_are_32_bit = false;
+  p.new_lengths = {};
   if (new_lengths != nullptr) {
     const at::Tensor& n = *new_lengths;
     check_dense(op, "new_lengths", n);
@@ -325,8 +324,7 @@ AppendParams append_params(const char* op, const CheckedCache& cache, int64_t fi
                       ": new_lengths must be contiguous and have shape [", batch, "], one length a sequence, got ",
                       shape_text(n.sizes()), " with strides ", shape_text(n.strides()));
     check_not_state(op, "new_lengths", n, cache);
-    p.new_lengths = n.const_data_ptr();
-    p.new_lengths_are_32_bit = n.scalar_type() == at::kInt;
+    p.new_lengths = {n.const_data_ptr(), n.scalar_type() == at::kInt};
   }
   return p;
 }
@@ -446,7 +444,7 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   if (out.defined()) p.out = query_rows<void*>(out.data_ptr(), out, c);
   p.window = options.window;
   p.rounds = options.rounds;
-  p.settled = false;
+  p.may_read_before_wait = false;
   p.appends = append != nullptr;
   if (append != nullptr) {
     TORCH_CHECK_VALUE(append->rows == form.rows, op, ": query must have as many positions as key, ", append->rows,

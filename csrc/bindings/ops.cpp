@@ -120,7 +120,7 @@ void attend(const CheckedCache& cache, HostLengths* lengths, int64_t layer, cons
   AttendParams p = attend_params("attend", cache, layer, query, options, nullptr, chosen, workspace, out, lse);
   check_outputs_apart("attend", cache, {{"query", &query}, {"sequences", tensor_of(sequences)}},
                       {{"workspace", &workspace}, {"out", &out}, {"lse", &lse}});
-  p.settled = sequences == nullptr && lengths != nullptr && lengths->settled(layer);
+  p.may_read_before_wait = sequences == nullptr && lengths != nullptr && lengths->settled(layer);
   run("attend", p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
   if (lengths != nullptr && launches(p)) lengths->attention_launched(-1);
 }
@@ -143,7 +143,7 @@ void append_attend(const CheckedCache& cache, HostLengths* lengths, int64_t laye
   // For one position without new_lengths or sequences, which the launch ahead may be about to write. (For several an
   // append follows.)
   const bool one = append.rows == 1 && new_lengths == nullptr && sequences == nullptr;
-  p.settled = one && lengths != nullptr && lengths->settled(layer);
+  p.may_read_before_wait = one && lengths != nullptr && lengths->settled(layer);
   run(op, p, cache.tensors.k_cache, attend_cpu, kAttendCuda);
   if (lengths == nullptr) return;
   append.rows == 1 && launches(p) ? lengths->attention_launched(layer) : lengths->other_launched();

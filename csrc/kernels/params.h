@@ -20,8 +20,8 @@ struct Integers {
   const void* data = nullptr;  // int64_t or int32_t, or null
   bool are_32_bit = false;
 
-  // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
-  // later.
+  // With programmatic dependent launch the previous kernel may still be writing these. `volatile` forces a fresh load,
+  // so a value read before the wait is not reused after it.
   KVC_HD int64_t operator[](int64_t i) const {
     return are_32_bit ? static_cast<const volatile int32_t*>(data)[i] : static_cast<const volatile int64_t*>(data)[i];
   }
@@ -77,9 +77,8 @@ struct AppendParams {
   Rows<const void*> key;    // [layer_count, B, T, H, D] of `dtype`
   Rows<const void*> value;  // [layer_count, B, T, H, D] of `dtype`
   DType dtype;
-  const void* new_lengths;  // [B] int32 or int64, or null: all T rows of every sequence
-  bool new_lengths_are_32_bit;
-  bool saturate;  // else finite values beyond the FP16 range become +-inf
+  Integers new_lengths;  // [B], or null: all T rows of every entry
+  bool saturate;         // else finite values beyond the FP16 range become +-inf
   ChosenSequences sequences = {};
 };
 
@@ -123,15 +122,15 @@ struct AttendParams {
   float* lse;               // [B, T, Hq] natural log-sum-exp, or null
   DType dtype;
   float scale;
-  float softcap;           // scores become softcap * tanh(score / softcap); 0: they stay
-  int64_t window;          // 0: no window
-  bool rounds;             // FP16 will do for queries and weights (precision="fp16")
-  bool settled;            // the launch before does not touch this layer, which may be read at once
-  bool appends;            // the fields of `append` count; else they are not read
-  AppendParams append;     // of the same cache and layer, layer_count 1, T rows
-  float* partials;         // workspace: what the blocks that share a head leave for the last of them
-  uint32_t* tickets;       // workspace [kAttendTickets]: zero between launches
-  int64_t partial_floats;  // the size of `partials`
+  float softcap;              // scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;             // 0: no window
+  bool rounds;                // FP16 will do for queries and weights (precision="fp16")
+  bool may_read_before_wait;  // the previous launch does not touch this layer: it may be read ahead of the PDL wait
+  bool appends;               // the fields of `append` count; else they are not read
+  AppendParams append;        // of the same cache and layer, layer_count 1, T rows
+  float* partials;            // workspace: what the blocks that share a head leave for the last of them
+  uint32_t* tickets;          // workspace [kAttendTickets]: zero between launches
+  int64_t partial_floats;     // the size of `partials`
   // Of calls with many queries:
   uint32_t* redo;  // workspace: not 0 where an answer has a NaN, which is to be looked at again; zero between calls
   uint32_t* next_work;     // workspace: the next tile of queries to work on; zero between calls

@@ -6,7 +6,7 @@
 // Appends let the next launch begin first of all; what they read before they wait is a guess, read past L1 and looked
 // at again. Attention waits first and only then lets the next begin, so that whoever follows it at once knows that all
 // launches before it are done: an attention launch behind it may read, without guessing, what it does not write
-// (AttendParams::settled). On older GPUs both calls do nothing.
+// (AttendParams::may_read_before_wait). On older GPUs both calls do nothing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -43,28 +43,19 @@ __device__ __forceinline__ int64_t sequence_of_entry(const ChosenSequences& chos
   return chosen.sequence(entry, batch);
 }
 
-// A block's shared memory, at least `bytes`, so large that a multiprocessor has no room for more than its share of the
-// launch's blocks: the next launch's, which come early, would be placed where there is some, and leave others idle.
-// `most`: of a block.
-inline int64_t shared_for_a_share(int64_t bytes, int64_t blocks, int64_t multiprocessors, int most) {
-  const int64_t share = (blocks + multiprocessors - 1) / multiprocessors;
-  const int64_t enough = most / (share + 1) + 1024;  // 1024: what a block needs beside
-  return bytes > enough ? bytes : enough;
-}
-
+// The configuration of a launch that may begin before the previous one is done, on GPUs that have PDL.
 struct PdlLaunch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
 
-  PdlLaunch(int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream) {
+  PdlLaunch(int64_t blocks, int64_t threads, int64_t shared_bytes, cudaStream_t stream)
+      : PdlLaunch(blocks, threads, shared_bytes, stream, current_major()) {}
+  // `major`: of the GPU's compute capability, where that is known.
+  PdlLaunch(int64_t blocks, int64_t threads, int64_t shared_bytes, cudaStream_t stream, int major) {
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
-    int device = 0;
-    int major = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (major < 9) return;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -73,6 +64,14 @@ struct PdlLaunch {
   }
   PdlLaunch(const PdlLaunch&) = delete;
   PdlLaunch& operator=(const PdlLaunch&) = delete;
+
+  static int current_major() {
+    int device = 0;
+    int major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major;
+  }
 };
 
 }  // namespace kvc

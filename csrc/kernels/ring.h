@@ -76,12 +76,8 @@ KVC_HD void truncate_entry(const TruncateParams& p, int64_t layer, int64_t entry
 // How many of T rows of entry b are appended: the last new_lengths[b], clamped to 0..T.
 KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
   if (p.sequences.indices.data != nullptr && p.sequences.sequence(b, p.cache.batch) < 0) return 0;
-  if (p.new_lengths == nullptr) return p.rows;
-  // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
-  // later.
-  const int64_t n = p.new_lengths_are_32_bit ? static_cast<const volatile int32_t*>(p.new_lengths)[b]
-                                             : static_cast<const volatile int64_t*>(p.new_lengths)[b];
-  return imin(imax(n, 0), p.rows);
+  if (p.new_lengths.data == nullptr) return p.rows;
+  return imin(imax(p.new_lengths[b], 0), p.rows);
 }
 
 // The slots of the rows of one append to one sequence.

@@ -38,8 +38,7 @@ cudaError_t launch_order(const AttendParams& p, cudaStream_t stream) {
 
 cudaError_t launch_append_of(const AttendParams& p, const int64_t* lengths, cudaStream_t stream) {
   AppendParams append = p.append;
-  append.new_lengths = lengths;
-  append.new_lengths_are_32_bit = false;
+  append.new_lengths = {lengths, false};
   return launch_append(append, stream);
 }
 
@@ -49,13 +48,13 @@ cudaError_t launch_attend_many(const AttendParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   // Before anything is stored: the kernel of the shortest tiles has to have blocks enough.
   constexpr int64_t kShortestTile = 8;
-  if (prompt_units(p, kShortestTile) >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
+  if (query_tiles(AttendShape::of(p), kShortestTile) >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
   cudaError_t error = cudaSuccess;
   if (p.appends) error = launch_order(p, stream);
   if (p.appends && error == cudaSuccess) error = launch_append_of(p, p.first_lengths, stream);
-  PartialsLayout parts;
-  if (error == cudaSuccess) error = launch_many_queries(p, parts, stream);
-  if (error == cudaSuccess) error = launch_many_queries_finish(p, parts, stream);
+  PartialsLayout layout;
+  if (error == cudaSuccess) error = launch_many_queries(p, layout, stream);
+  if (error == cudaSuccess) error = launch_many_queries_finish(p, layout, stream);
   if (p.appends && error == cudaSuccess) error = launch_append_of(p, p.last_lengths, stream);
   return error;
 }

@@ -19,6 +19,22 @@ namespace kvc {
 
 using Counter = unsigned long long;
 
+// The current device, as schedule.h takes it.
+inline cudaError_t current_gpu(Gpu& gpu) {
+  int device = 0;
+  int multiprocessors = 0;
+  int shared_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&gpu.major, cudaDevAttrComputeCapabilityMajor, device);
+  gpu.multiprocessors = multiprocessors;
+  gpu.shared_bytes = shared_bytes;
+  return error;
+}
+
 // How a launch is divided. A unit is the queries that a block takes: those of one KV head of one sequence, or some of
 // them. Blocks that run at the same time take neighbouring units and the same rows, so that what they read lies
 // together.
@@ -28,6 +44,13 @@ struct Division {
   FastDivider heads;       // KV heads
   FastDivider group_size;  // query heads to a KV head
   uint32_t splits;         // blocks that share the rows of a unit
+
+  static Division of(const AttendShape& shape, int64_t units, int64_t splits) {
+    return {FastDivider::by(static_cast<uint32_t>(units)),
+            FastDivider::by(static_cast<uint32_t>(units / shape.sequence_heads())),
+            FastDivider::by(static_cast<uint32_t>(shape.kv_heads)), FastDivider::by(static_cast<uint32_t>(shape.group)),
+            static_cast<uint32_t>(splits)};
+  }
 };
 
 struct BlockUnit {
@@ -133,7 +156,8 @@ static __device__ __noinline__ float capped(float score, float softcap) {
 
 // The elements d to d + 3 of the answer of a query, number `number` of those that share a KV head.
 __device__ __forceinline__ void write_answer(const AttendParams& p, const Division& division, const BlockUnit& block,
-                                             uint32_t number, uint32_t d, Running state, const Vec<float, 4>& sums) {
+                                             uint32_t number, uint32_t d, SoftmaxState state,
+                                             const Vec<float, 4>& sums) {
   const uint32_t t = division.group_size(number);
   const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
   const int64_t offset = block.entry * p.out.batch_stride + t * p.out.row_stride + query_head * p.out.head_stride + d;
@@ -208,10 +232,6 @@ struct StateAdvance {
   }
 };
 
-// What a split leaves in the workspace: weighted sums [kQueries][kWidth], then states [kQueries].
-template <int kWidth, int kQueries>
-constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
-
 // Ends a unit. What the block's own parts come to is the answer, or else it goes to the workspace, and the last block
 // of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by
 // now; the others' parts are copied to `room`, shared memory for `room_floats`, at least two parts: as many at a time
@@ -232,7 +252,7 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
   for (uint32_t first = 0;;) {
     merge_parts<kWidth, std::is_null_pointer_v<Settle>>(
         parts, queries, static_cast<uint32_t>(p.cache.head_dim),
-        [&](uint32_t m, uint32_t d, Running state, Vec<float, 4>& sums) {
+        [&](uint32_t m, uint32_t d, SoftmaxState state, Vec<float, 4>& sums) {
           if (left == nullptr) {
             if constexpr (!std::is_null_pointer_v<Settle>) settle(first_query + m, d, state, sums);
             write_answer(p, division, block, first_query + m, d, state, sums);

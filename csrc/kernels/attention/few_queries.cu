@@ -3,10 +3,10 @@
 //
 // Grid: for each sequence and KV head, and each kQueries of the queries that share it (a group's heads times T), the
 // same number of blocks, `splits`. They take turns at tiles of 16 of the rows that the queries see (visibility.h),
-// whose number is known on the device alone. A block copies its tiles into rings of shared memory, some ahead of those
-// that it works on. One warp or several work on a ring's tile, each with 4 * kTiles queries of its own, and multiply it
+// whose number is known on the device alone. A block copies its tiles into groups of shared memory, some ahead of those
+// that it works on. One warp or several work on a ring's tile, each with 4 * kQuads queries of its own, and multiply it
 // on tensor cores, so that a row is read once for all of the block's queries. Each keeps a running maximum, sum and
-// weighted sum (online softmax: Milakov and Gimelshein, 2018); rings, then the splits of a head are merged in a fixed
+// weighted sum (online softmax: Milakov and Gimelshein, 2018); groups, then the splits of a head are merged in a fixed
 // order (flash decoding: Dao et al., 2023), the last by whichever block of the head is the last to sign in. One query
 // to a KV head is the affair of one_query.cu.
 //
@@ -18,8 +18,8 @@
 //
 // A short launch takes as long as its longest chain of waiting, for memory and, as much, for instructions that no
 // launch before has left near: what is executed is kept short, and is there once (docs/performance.md). Launches
-// overlap (pdl.cuh), and where the one before is known not to touch this layer (`settled`), rows are asked for
-// while it is still at work.
+// overlap (pdl.cuh), and where the one before is known not to touch this layer (`may_read_before_wait`), rows are asked
+// for while it is still at work.
 //
 // With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way, so
 // that the answer is bit for bit what attending after the append gives. For T = 1 one block of each head also stores
@@ -32,7 +32,6 @@
 namespace kvc {
 namespace {
 
-constexpr int kTileRows = 16;
 constexpr float kLowPart = 1.0f / 2048;  // what a low part counts for
 constexpr float kLog2WeightScale = 14;
 
@@ -74,56 +73,17 @@ __device__ __forceinline__ float whole_score(float high, float low) {
   return (float_bits(high) & 0x7fffffffu) == kFloatInfBits ? high : fmaf(low, kLowPart, high);
 }
 
-// kDepth: 16-element steps of a row; 16 * kDepth is the largest head_dim of this instance. kTiles: times four, the
-// queries of a warp. kShare: warps that share a ring and its tiles, each with queries of its own. kHalves: of a tile
-// that a ring has room for.
-template <int kDepth, int kTiles, int kShare, int kHalves>
-struct FewQueriesBlock {
-  static constexpr int kQueries = 4 * kTiles * kShare;
-  static constexpr int kWidth = 16 * kDepth;
-  static constexpr int kChunks = 2 * kDepth;                   // 16-byte chunks of a row
-  static constexpr int kHalfBytes = kTileRows * kChunks * 16;  // of a tile: its keys, or its values
-  // At most; a launch may have fewer. Large blocks of all head sizes over 64 have as many bytes.
-  static constexpr int kRings = kDepth > 8 ? 64 / kDepth : kHalves == 2 ? 4 : 8;
-  static_assert(kRings < 16, "each is to have a barrier of its own, beside the block's");
-  static constexpr int kQueryStride = kWidth + 8;  // of the sums in shared memory, in floats, spread over the banks
-  static constexpr int kRingBytes = kHalves * kHalfBytes;
-  static_assert(kRingBytes >= (kQueries * kQueryStride + 4) * 4, "a ring has room for its warps' sums");
-
-  // What lies in a block's shared memory, with the rings behind it.
-  struct Shared {
-    alignas(16) uint32_t operand[kQueries * kWidth];  // the queries: two FP16 numbers for each FP32 one
-    Running running[kRings][kQueries];
-    float factor[kQueries];
-    AttendPlan plan;
-    bool last;
-  };
-  static constexpr int kRingsAt = (sizeof(Shared) + 127) / 128 * 128;
-  static constexpr int64_t bytes(int rings) { return kRingsAt + int64_t{rings} * kRingBytes; }
-
-  static constexpr int kThreads = kRings * kShare * 32;
-  // How many of so many threads a multiprocessor has registers for. (From sm_100 on the compiler needs more.)
-  KVC_HD static constexpr int by_registers(bool from_sm_100) {
-    if (kHalves == 4) return kDepth <= 8 && kTiles * kShare == 1 && !from_sm_100 ? 2 : 1;
-    if (kTiles == 2 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
-    return kDepth > 8 || from_sm_100 || (kDepth == 4 && kTiles == 1) ? 3 : 4;
-  }
-
-  // Where a chunk of a row lies in half a tile: rows are spread over the banks, so that eight of them are read at a
-  // time.
-  static __device__ __forceinline__ int place(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 16; }
-};
-
 // Copies a tile's keys or values where they do not simply follow each other in the cache: rows that wrap, new rows (if
 // they can be read by now), zeros after the last row and after head_dim. `plan` lies in shared memory.
 // A function of its own, so that it costs the usual tile nothing but a call's registers.
-template <int kDepth, int kShare>
+template <int kDepth, int kWarps>
 __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const uint16_t* cached, int64_t row_elements,
                                             int head_dim, int64_t row0, char* at, const NewRows rows,
                                             bool with_new_rows) {
-  using Block = FewQueriesBlock<kDepth, 1, kShare, 4>;
+  using Block = FewQueriesBlock<kDepth, FourQueriesLarge>;  // whose stages lie as those of all others
+  constexpr int kTileRows = Block::kTileRows;
   const AttendPlan& plan = *shared_plan;
-  constexpr int kLanes = 32 * kShare;  // of the warps that share the tile
+  constexpr int kLanes = 32 * kWarps;  // of the warps that share the tile
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   constexpr int kRowsAtATime = Block::kChunks < kLanes ? kLanes / Block::kChunks : 1;
   // 32 bits do for rows and slots.
@@ -158,11 +118,15 @@ __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const
   }
 }
 
-template <int kDepth, int kTiles, int kShare, int kHalves>
-__global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalves>::kThreads,
-                                  FewQueriesBlock<kDepth, kTiles, kShare, kHalves>::by_registers(kFromSm100))
+template <int kDepth, typename Config>
+__global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
+                                  FewQueriesBlock<kDepth, Config>::by_registers(kFromSm100))
     few_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
-  using Block = FewQueriesBlock<kDepth, kTiles, kShare, kHalves>;
+  using Block = FewQueriesBlock<kDepth, Config>;
+  constexpr int kTileRows = Block::kTileRows;
+  constexpr int kQuads = Block::kQuads;
+  constexpr int kWarps = Block::kWarps;
+  constexpr int kStages = Block::kStages;
   constexpr int kQueries = Block::kQueries;
   constexpr int kChunks = Block::kChunks;
   constexpr int kWidth = Block::kWidth;
@@ -173,10 +137,10 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
-  const int member = warp % kShare;  // of those that share a ring
-  const int ring_number = warp / kShare;
-  const int rings = warps / kShare;
-  constexpr int kCopiers = 32 * kShare;
+  const int member = warp % kWarps;  // of those that share a ring
+  const int group = warp / kWarps;
+  const int groups = warps / kWarps;
+  constexpr int kCopiers = 32 * kWarps;
   const int copier = static_cast<int>(threadIdx.x % kCopiers);
   const int head_dim = static_cast<int>(p.cache.head_dim);
   const uint32_t first_query = block.tile * kQueries;
@@ -189,12 +153,12 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
   const int64_t head_offset = block.cache_offset(p);
   uint16_t* keys = p.cache.k_cache + head_offset;
   uint16_t* values = p.cache.v_cache + head_offset;
-  char* const ring = shared_bytes + Block::kRingsAt + ring_number * Block::kRingBytes;
+  char* const ring = shared_bytes + Block::kStagesAt + group * Block::kGroupBytes;
 
   // Copying tiles, each ring its own, so many apart: first a tile's keys, then its values.
   const AttendPlan& plan = shared.plan;
-  const uint32_t stride = division.splits * rings;
-  const uint32_t first_tile = block.split * rings + ring_number;
+  const uint32_t stride = division.splits * groups;
+  const uint32_t first_tile = block.split * groups + group;
   uint32_t tiles = 0;            // of all rows
   uint32_t copied = first_tile;  // the one whose turn it is
   int64_t copied_offset = -1;  // of this thread's first chunk of it, where its rows lie in the cache in a row; else -1
@@ -225,7 +189,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
       } else {
         const NewRows rows(p.append, of_values ? p.append.value : p.append.key, block);
         const uint16_t* cached = of_values ? values : keys;
-        copy_scattered<kDepth, kShare>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
+        copy_scattered<kDepth, kWarps>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
       }
     }
     if (of_values) copied += stride;
@@ -244,19 +208,19 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
     load_floats(p.query.data, offset, p.dtype, m < queries ? head_dim - lane * kOfLane : 0, x);
   };
 
-  // What the launch before writes is there when it is done. Where it does not touch this layer (`settled`), that can
-  // wait until the first rows have been asked for. (A loop, so that the code is there once: a launch this short waits
-  // for its instructions, too.)
+  // What the launch before writes is there when it is done. Where it does not touch this layer
+  // (`may_read_before_wait`), that can wait until the first rows have been asked for. (A loop, so that the code is
+  // there once: a launch this short waits for its instructions, too.)
   StateAdvance advance(p, block);
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
-    if ((turn == 0) == p.settled) {
+    if ((turn == 0) == p.may_read_before_wait) {
       if (threadIdx.x == 0) shared.plan = AttendPlan::make(p, block.entry, advance.read());
       __syncthreads();
       tiles = static_cast<uint32_t>((plan.count + kTileRows - 1) / kTileRows);
 #pragma unroll 1
-      for (int half = 0; half < kHalves; ++half) {
-        copy_half(half % 2 == 1, ring + half * Block::kHalfBytes, !p.settled);
+      for (int half = 0; half < kStages; ++half) {
+        copy_half(half % 2 == 1, ring + half * Block::kStageBytes, !p.may_read_before_wait);
       }
     } else {
       wait_for_previous_launch();
@@ -275,12 +239,12 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
     // Where its tile has been asked for before it could be read, it is still missing.
     const uint32_t tile = static_cast<uint32_t>(plan.cached / kTileRows);
     const uint32_t turn = (tile - first_tile) / stride;
-    if (p.settled && tile >= first_tile && (tile - first_tile) % stride == 0 && turn < kHalves / 2) {
+    if (p.may_read_before_wait && tile >= first_tile && (tile - first_tile) % stride == 0 && turn < kStages / 2) {
 #pragma unroll 1
       for (int chunk = copier; chunk < 2 * kChunks; chunk += kCopiers) {
         const bool is_value = chunk >= kChunks;
         const int d = chunk % kChunks * 8;
-        char* to = ring + (2 * turn + is_value) * Block::kHalfBytes +
+        char* to = ring + (2 * turn + is_value) * Block::kStageBytes +
                    Block::place(static_cast<int>(plan.cached % kTileRows), chunk % kChunks);
         Vec<uint16_t, 8> elements = {};
         if (d < head_dim) {
@@ -321,17 +285,17 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
   __syncthreads();
 
   // Of an operand a lane holds column lane / 4, of a product those of query lane % 4 of each four of the warp's.
-  const uint32_t mine = member * 4 * kTiles + lane % 4;
+  const uint32_t mine = member * 4 * kQuads + lane % 4;
   const auto query_part = [&](int n, int k) {
     const Vec<uint32_t, 2> pair =
-        load<uint32_t, 2>(shared.operand + ((member * kTiles + n) * kDepth + k) * 64 + lane * 2);
+        load<uint32_t, 2>(shared.operand + ((member * kQuads + n) * kDepth + k) * 64 + lane * 2);
     return FragmentB{{pair.x[0], pair.x[1]}};
   };
-  constexpr bool kInRegisters = kTiles * kDepth <= 8 && !(kFromSm100 && kShare > 1);
-  FragmentB q[kInRegisters ? kTiles : 1][kInRegisters ? kDepth : 1];
+  constexpr bool kInRegisters = kQuads * kDepth <= 8 && !(kFromSm100 && kWarps > 1);
+  FragmentB q[kInRegisters ? kQuads : 1][kInRegisters ? kDepth : 1];
   if constexpr (kInRegisters) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kQuads; ++n) {
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) q[n][k] = query_part(n, k);
     }
@@ -350,37 +314,37 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
     if (oldest_query < plan.padding || past_oldest < plan.sinks_held) clear_end = 0;
   }
 
-  Running running[kTiles];
-  float acc[kTiles][kDepth][2];  // elements 16 k + lane / 4 and eight on of query lane % 4
+  SoftmaxState running[kQuads];
+  float acc[kQuads][kDepth][2];  // elements 16 k + lane / 4 and eight on of query lane % 4
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int n = 0; n < kQuads; ++n) {
     running[n] = {kLeastScore, 0.0f};  // the sum is this lane's rows' alone
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) acc[n][k][0] = acc[n][k][1] = 0.0f;
   }
 
   uint32_t barriers = 0;  // passed
-  const auto sync_ring = [&] {
-    sync_warps<kShare>();
+  const auto sync_group = [&] {
+    sync_warps<kWarps>();
     if (kEqualBarriers) ++barriers;
   };
   uint32_t half = 0;  // of the ring
-  const auto next_half = [&] { half = half + 1 == kHalves ? 0 : half + 1; };
+  const auto next_half = [&] { half = half + 1 == kStages ? 0 : half + 1; };
 #pragma unroll 1
   for (uint32_t tile = first_tile; tile < tiles; tile += stride) {
-    char* tile_keys = ring + half * Block::kHalfBytes;
-    wait_for_copies<kHalves - 1>();
-    sync_ring();
+    char* tile_keys = ring + half * Block::kStageBytes;
+    wait_for_copies<kStages - 1>();
+    sync_group();
 
     // Products of keys (rows) and the two parts of the queries (columns), in two sums that do not wait for each other
     // (where there are many queries, those do not wait for each other).
-    constexpr int kSums = kTiles * kShare < 4 ? 2 : 1;
-    FragmentC products[kTiles][kSums] = {};
+    constexpr int kSums = kQuads * kWarps < 4 ? 2 : 1;
+    FragmentC products[kQuads][kSums] = {};
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
       const FragmentA keys_part = load_matrices(tile_keys + Block::place(lane % 16, 2 * k + lane / 16));
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kQuads; ++n) {
         if constexpr (kInRegisters) {
           multiply_add(products[n][k % kSums], keys_part, q[n][k]);
         } else {
@@ -388,8 +352,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
         }
       }
     }
-    sync_ring();
-    copy_half(kHalves % 2 == 1, tile_keys, true);
+    sync_group();
+    copy_half(kStages % 2 == 1, tile_keys, true);
     next_half();
     // Scores of rows lane / 4 and eight on; then weights.
     const int64_t row0 = static_cast<int64_t>(tile) * kTileRows;
@@ -398,10 +362,10 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
       const uint32_t m = n * 4 + mine < queries ? n * 4 + mine : 0;
       return row < plan.count && (p.rows == 1 || plan.sees(division.group_size(first_query + m), row));
     };
-    FragmentB weights[kTiles];
-    float rescale[kTiles];
+    FragmentB weights[kQuads];
+    float rescale[kQuads];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kQuads; ++n) {
       float score[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -422,9 +386,9 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
       running[n] = {max, fmaf(running[n].sum, rescale[n], weight[0] + weight[1])};
       weights[n] = {transposed(weight_parts(weight[0])), transposed(weight_parts(weight[1]))};
     }
-    char* tile_values = ring + half * Block::kHalfBytes;
-    wait_for_copies<kHalves - 1>();
-    sync_ring();
+    char* tile_values = ring + half * Block::kStageBytes;
+    wait_for_copies<kStages - 1>();
+    sync_group();
     // Zero times NaN is NaN: a value that is not finite and that some query does not see must not be in the product.
     // It makes NaN of the sums of the queries that see it (non_finite.cuh), and is taken out of the tile.
     if (!clear && p.rows > 1) {
@@ -435,7 +399,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
       }
       if (__any_sync(kAllLanes, strange)) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kQuads; ++n) {
 #pragma unroll 1
           for (int row = 0; row < kTileRows; ++row) {
             if (!sees(n, row0 + row)) continue;
@@ -447,13 +411,13 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
             }
           }
         }
-        sync_ring();
+        sync_group();
 #pragma unroll 1
         for (int i = copier; i < kTileRows * kWidth; i += kCopiers) {
           uint16_t& bits = reinterpret_cast<uint16_t*>(tile_values)[i];
           if (!is_finite_half(bits)) bits = 0;
         }
-        sync_ring();
+        sync_group();
       }
     }
     // Products of values (their elements as rows) and the two parts of the weights.
@@ -462,32 +426,32 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
       const FragmentA values_part =
           load_matrices_transposed(tile_values + Block::place(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kQuads; ++n) {
         FragmentC sums = {};
         multiply_add(sums, values_part, weights[n]);
         acc[n][k][0] = fmaf(acc[n][k][0], rescale[n], fmaf(sums.x[1], kLowPart, sums.x[0]));
         acc[n][k][1] = fmaf(acc[n][k][1], rescale[n], fmaf(sums.x[3], kLowPart, sums.x[2]));
       }
     }
-    sync_ring();
-    copy_half(kHalves % 2 == 0, tile_values, true);
+    sync_group();
+    copy_half(kStages % 2 == 0, tile_values, true);
     next_half();
   }
-  if (kEqualBarriers && kShare > 1) {
-    const uint32_t begin = block.split * rings;  // the first ring's first tile: it has the most
+  if (kEqualBarriers && kWarps > 1) {
+    const uint32_t begin = block.split * groups;  // the first ring's first tile: it has the most
     const uint32_t turns = tiles > begin ? (tiles - begin + stride - 1) / stride : 0;
-    while (barriers < 6 * turns) sync_ring();
+    while (barriers < 6 * turns) sync_group();
   }
 
   // Each warp leaves its sums in its ring, which is empty now.
-  float* sums = reinterpret_cast<float*>(ring) + 4 * ring_number;  // 4: the rings' sums lie in different banks
+  float* sums = reinterpret_cast<float*>(ring) + 4 * group;  // 4: the groups' sums lie in different banks
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int n = 0; n < kQuads; ++n) {
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) {
       running[n].sum += __shfl_xor_sync(kAllLanes, running[n].sum, distance);
     }
-    if (lane < 4) shared.running[ring_number][n * 4 + mine] = {running[n].max - kLog2WeightScale, running[n].sum};
+    if (lane < 4) shared.states[group][n * 4 + mine] = {running[n].max - kLog2WeightScale, running[n].sum};
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
@@ -496,134 +460,53 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, kTiles, kShare, kHalve
   }
   advance.finish(division, {plan.seen, plan.first}, plan.total - plan.seen, p.cache.ring.divisor);
   __syncthreads();
-  const Parts parts{&shared.running[0][0].max,
-                    reinterpret_cast<float*>(shared_bytes + Block::kRingsAt),
+  const Parts parts{&shared.states[0][0].max,
+                    reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
                     2 * kQueries,
-                    Block::kRingBytes / 4 + 4,
+                    Block::kGroupBytes / 4 + 4,
                     Block::kQueryStride,
-                    static_cast<uint32_t>(rings)};
+                    static_cast<uint32_t>(groups)};
   finish_unit<kWidth, kQueries>(p, division, block, first_query, queries, parts, shared.last,
-                                reinterpret_cast<float*>(shared_bytes + Block::kRingsAt),
-                                static_cast<uint32_t>(rings * (Block::kRingBytes / 4)),
+                                reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
+                                static_cast<uint32_t>(groups * (Block::kGroupBytes / 4)),
                                 SettleNonFinite{p, division, shared.plan});
 }
 
-// A call's shape and the GPU that it is for: all that the choice of blocks depends on, so that a call's answer does not
-// depend on how it came to its lengths.
-struct Call {
-  const AttendParams& p;
-  cudaStream_t stream;
-  int64_t sequence_heads;
-  int64_t queries;  // of a KV head
-  int multiprocessors = 0;
-  int shared = 0;  // bytes, of a block, at most
-  bool from_sm_100 = false;
-
-  Call(const AttendParams& params, cudaStream_t s)
-      : p(params),
-        stream(s),
-        sequence_heads(params.sequences.entries(params.cache.batch) * params.cache.heads),
-        queries(params.rows * (params.query_heads / params.cache.heads)) {}
-
-  cudaError_t find_device() {
-    int device = 0;
-    int major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    from_sm_100 = major >= 10;
-    return error;
-  }
-};
-
-// Blocks of a kernel instance, of `rings` rings.
-template <int kDepth, int kTiles, int kShare, int kHalves>
-struct Kernel {
-  using Block = FewQueriesBlock<kDepth, kTiles, kShare, kHalves>;
-  Blocks blocks;
-  int rings;
-  int64_t turns;  // of one block over the rows of a unit
-
-  Kernel(const Call& call, int most_rings) : rings(most_rings) {
-    while (Block::bytes(rings) > call.shared && rings > 1) rings /= 2;
-    turns = (call.p.cache.positions + rings * kTileRows - 1) / (rings * kTileRows);
-    blocks.units = call.sequence_heads * ((call.queries + Block::kQueries - 1) / Block::kQueries);
-    blocks.multiprocessors = call.multiprocessors;
-    // 1024: what the GPU keeps of a block's shared memory.
-    const int64_t by_shared = (call.shared + 1024) / (Block::bytes(rings) + 1024);
-    blocks.at_a_time = imax(imin(by_shared, Block::by_registers(call.from_sm_100) * Block::kRings / rings), 1);
-    blocks.part_floats = kPartialFloats<Block::kWidth, Block::kQueries>;
-    const int64_t room = call.p.partial_floats / (blocks.units * blocks.part_floats);
-    // Two parts at least must fit into the rings, where they are merged.
-    const bool can_merge = rings * Block::kRingBytes >= 2 * 4 * blocks.part_floats;
-    blocks.most_splits = blocks.units <= kAttendTickets && can_merge ? imax(imin(room, turns), 1) : 1;
-  }
-
-  cudaError_t launch(const Call& call, int64_t splits) const {
-    const AttendParams& p = call.p;
-    const int64_t units = blocks.units;
-    if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
-    const int64_t bytes = shared_for_a_share(Block::bytes(rings), units * splits, blocks.multiprocessors, call.shared);
-    const Division division{FastDivider::by(static_cast<uint32_t>(units)),
-                            FastDivider::by(static_cast<uint32_t>(units / call.sequence_heads)),
-                            FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
-                            FastDivider::by(static_cast<uint32_t>(p.query_heads / p.cache.heads)),
-                            static_cast<uint32_t>(splits)};
-    const auto kernel = few_queries_kernel<kDepth, kTiles, kShare, kHalves>;
-    // The same for every call, as two threads may be about to launch different sizes.
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.shared);
-    if (error != cudaSuccess) return error;
-    PdlLaunch launch(units * splits, rings * kShare * 32, bytes, call.stream);
-    return cudaLaunchKernelEx(&launch.config, kernel, p, division);
-  }
-};
-
-// 4 or 8 queries a block. `Large` blocks have long rings, two tiles each; `Small` ones, of shorter rings and up to a
-// head_dim of 128 half as many, fill the GPU better where there are many.
-template <typename Large, typename Small>
-cudaError_t launch_sized(const Call& call, int64_t long_cache) {
-  const int64_t positions = call.p.cache.positions;
-  const Large large(call, Large::Block::kRings);
-  const Small small(call, Small::Block::kRings);
-  const int64_t splits = large.blocks.quickest(large.turns).splits;
-  // Where large blocks do not all run at once, it is enough that small ones do not fill the GPU worse, and for many
-  // units, unless rings should be long, not even that: they are at different stages.
-  const bool many = large.blocks.units >= 2 * call.multiprocessors;
-  const bool smaller = large.blocks.all_run()
-                           ? worth_splitting(small.blocks, large.blocks, splits, positions, 0.2)
-                           : (many ? positions < long_cache : fill_better(small.blocks, large.blocks, 0));
-  if (!smaller) return large.launch(call, splits);
-  // In between, half as many long rings: of short caches if they all run at once, of longer ones where so many fit.
-  const Large medium(call, Large::Block::kRings / 2);
-  const bool fits = (positions <= 2 * kWorthSplitting && medium.blocks.all_run()) ||
-                    (positions >= kWorthSplitting && medium.blocks.best_filling() >= small.blocks.best_filling() + 0.1);
-  if (Large::Block::kWidth <= 128 && fits) return medium.launch(call, medium.blocks.best_splits());
-  return small.launch(call, small.blocks.best_splits());
+template <int kDepth, typename Config>
+cudaError_t launch_config(const AttendParams& p, const AttendShape& shape, const FewQueriesSchedule& schedule,
+                          const Gpu& gpu, cudaStream_t stream) {
+  const auto kernel = few_queries_kernel<kDepth, Config>;
+  // The same for every call, as two threads may be about to launch different sizes.
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(gpu.shared_bytes));
+  if (error != cudaSuccess) return error;
+  PdlLaunch launch(schedule.blocks, schedule.threads, schedule.shared_bytes, stream, gpu.major);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, Division::of(shape, schedule.units, schedule.splits));
 }
 
 template <int kDepth>
-cudaError_t launch_for(const Call& call) {
-  if constexpr (kDepth <= 16) {
-    using Kernel8 = Kernel<kDepth, 1, 2, 4>;
-    if (call.queries > 8) {
-      // Blocks of 16 queries read a row half as often as those of 8, for 1.6 times the work. Where they are few, what
-      // they leave for the last to merge is the larger part of the time.
-      using Kernel16 = Kernel<kDepth, 2, 2, 4>;
-      const Kernel16 large(call, Kernel16::Block::kRings);
-      const Kernel8 of_8(call, Kernel8::Block::kRings);
-      const Blocks::Choice choice = large.blocks.quickest(large.turns, 16);
-      if (choice.time <= of_8.blocks.quickest(of_8.turns).time) {
-        const Kernel16 small(call, Kernel16::Block::kRings / 2);
-        const bool smaller = large.blocks.all_run() ? worth_splitting(small.blocks, large.blocks, choice.splits,
-                                                                      call.p.cache.positions, 0.2)
-                                                    : fill_better(small.blocks, large.blocks, 0);
-        return smaller ? small.launch(call, small.blocks.best_splits()) : large.launch(call, choice.splits);
-      }
-    }
-    if (call.queries > 4) return launch_sized<Kernel8, Kernel<kDepth, 2, 1, 2>>(call, 8192);
+cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
+  Gpu gpu;
+  const cudaError_t error = current_gpu(gpu);
+  if (error != cudaSuccess) return error;
+  const AttendShape shape = AttendShape::of(p);
+  const FewQueriesSchedule s = schedule_few_queries<kDepth>(shape, gpu);
+  if (!s.exists()) return cudaErrorInvalidConfiguration;
+  print_if_asked(s, gpu);
+  switch (s.which) {
+    case FewQueriesConfig::four_large: return launch_config<kDepth, FourQueriesLarge>(p, shape, s, gpu, stream);
+    case FewQueriesConfig::four_small: return launch_config<kDepth, FourQueriesSmall>(p, shape, s, gpu, stream);
+    default: break;
   }
-  return launch_sized<Kernel<kDepth, 1, 1, 4>, Kernel<kDepth, 1, 1, 2>>(call, INT64_MAX);
+  if constexpr (kDepth <= 16) {
+    switch (s.which) {
+      case FewQueriesConfig::eight_large: return launch_config<kDepth, EightQueriesLarge>(p, shape, s, gpu, stream);
+      case FewQueriesConfig::eight_small: return launch_config<kDepth, EightQueriesSmall>(p, shape, s, gpu, stream);
+      case FewQueriesConfig::sixteen: return launch_config<kDepth, SixteenQueries>(p, shape, s, gpu, stream);
+      default: break;
+    }
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -631,14 +514,11 @@ cudaError_t launch_for(const Call& call) {
 cudaError_t launch_attend(const AttendParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   if (p.many) return launch_attend_many(p, stream);
-  if (p.rows == 1 && p.query_heads == p.cache.heads && p.cache.head_dim <= 256) return launch_one_query(p, stream);
-  Call call(p, stream);
-  const cudaError_t error = call.find_device();
-  if (error != cudaSuccess) return error;
-  if (p.cache.head_dim <= 64) return launch_for<4>(call);
-  if (p.cache.head_dim <= 128) return launch_for<8>(call);
-  if (p.cache.head_dim <= 256) return launch_for<16>(call);
-  if (p.cache.head_dim <= 512) return launch_for<32>(call);
+  if (is_one_query(AttendShape::of(p), p.cache.head_dim)) return launch_one_query(p, stream);
+  if (p.cache.head_dim <= 64) return launch<4>(p, stream);
+  if (p.cache.head_dim <= 128) return launch<8>(p, stream);
+  if (p.cache.head_dim <= 256) return launch<16>(p, stream);
+  if (p.cache.head_dim <= 512) return launch<32>(p, stream);
   return cudaErrorInvalidValue;
 }
 

@@ -17,22 +17,18 @@
 namespace kvc {
 namespace {
 
-// kDepth: 16-element steps of a row; 16 * kDepth is the largest head_dim of this instance. kKeys: of a tile. kStages:
-// tiles that there is room for. kParts: of a query and of a weight. kHighInRegisters: the high parts of queries.
-template <int kDepth_, int kWarps_, int kKeys_, int kStages_, int kParts_, bool kHighInRegisters_>
-struct ManyQueriesBlock {
-  static constexpr int kDepth = kDepth_, kWarps = kWarps_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
-  static constexpr bool kHighInRegisters = kHighInRegisters_;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kQueries = 16 * kWarps;
-  static constexpr int kPieces = kDepth > 16 ? kDepth / 8 : 1;  // that the answer's columns are cut into
-  static constexpr int kWidth = 16 * kDepth / kPieces;          // columns of a piece
-  static constexpr int kKeyChunks = 2 * kDepth;                 // 16-byte chunks of a row
+// kParts: FP16 parts of a query and of a weight.
+template <typename Config, int kParts_>
+struct ManyQueriesBlock : ManyQueriesShape<Config> {
+  using Shape = ManyQueriesShape<Config>;
+  using Shape::kDepth, Shape::kKeys, Shape::kStages, Shape::kHighInRegisters, Shape::kQueries, Shape::kPieces,
+      Shape::kWidth;
+  static constexpr int kParts = kParts_;
+  static constexpr int kKeyChunks = 2 * kDepth;  // 16-byte chunks of a row
   static constexpr int kValueChunks = kWidth / 8;
   static constexpr int kKeyBytes = kKeys * kKeyChunks * 16;
   static constexpr int kStageBytes = kKeyBytes + kKeys * kValueChunks * 16;
   static constexpr int kSharedParts = kHighInRegisters ? kParts - 1 : kParts;  // of queries, in shared memory
-  static constexpr int kBlocks = kDepth <= 8 ? 2 : 1;                          // a multiprocessor
 
   // What a block knows of itself: registers are rare.
   struct Shared {
@@ -48,7 +44,7 @@ struct ManyQueriesBlock {
   static constexpr int kBytes = kStagesAt + kStages * kStageBytes;
   static_assert(kBytes <= 101376, "what a block has on sm_86, sm_89 and sm_120");
 
-  static PartialsLayout KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, kPieces, kWidth}; }
+  static PartialsLayout KVC_HD layout(int64_t splits) { return {static_cast<int>(splits), kQueries, kPieces, kWidth}; }
 
   // Where a chunk of a row lies in a tile: rows are spread over the banks, so that eight of them are read at a time.
   // From a chunk to the eighth after it, and from a row to the eighth after it, it is always as far.
@@ -82,11 +78,12 @@ __device__ __forceinline__ void finish(const AttendParams& p, const ManyDivision
     return;
   }
   const int64_t part = (int64_t{block.unit} * Block::kPieces + piece) * splits + block.split;
-  leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::parts(1).floats(), queries, rows, row, 0, sums);
+  leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::layout(1).floats(), queries, rows, row, 0,
+                                             sums);
 }
 
 template <typename Block>
-__global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
+__global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
     many_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division) {
   constexpr int kDepth = Block::kDepth;
   constexpr int kParts = Block::kParts;
@@ -125,8 +122,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   // Tiles [stop, next] of keys are this block's, the last first.
   const int32_t splits = static_cast<int32_t>(division.division.splits);
   const int32_t split = static_cast<int32_t>(block.split);
-  const int32_t stop = static_cast<int32_t>(int64_t{tiles.count} * split / splits);
-  int32_t next = static_cast<int32_t>(int64_t{tiles.count} * (split + 1) / splits) - 1;
+  const int32_t stop = first_tile_of(tiles.count, split, splits);
+  int32_t next = first_tile_of(tiles.count, split + 1, splits) - 1;
   const auto ask_for = [&](int32_t tile, int stage) {
     if (tile >= stop) {
       const int32_t row0 = tiles.row(tile);
@@ -343,35 +340,32 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   finish<Block>(p, division, rows, sums, shared);
 }
 
-template <typename Block>
-cudaError_t launch_blocks(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+template <typename Config, int kParts>
+cudaError_t launch_config(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  using Block = ManyQueriesBlock<Config, kParts>;
+  Gpu gpu;
+  cudaError_t error = current_gpu(gpu);
   if (error != cudaSuccess) return error;
-  const int64_t units = prompt_units(p, Block::kQueries) * Block::kPieces;
-  const int64_t splits =
-      prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, Block::parts(1).floats());
-  parts = Block::parts(splits);
-  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
+  const Schedule schedule =
+      schedule_many_queries<ManyQueriesShape<Config>>(AttendShape::of(p), gpu, "many_queries", false);
+  if (!schedule.exists()) return cudaErrorInvalidConfiguration;
+  print_if_asked(schedule, gpu);
+  layout = Block::layout(schedule.splits);
   const auto kernel = many_queries_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
-  PdlLaunch launch(units * splits, Block::kThreads, Block::kBytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits, multiprocessors));
+  PdlLaunch launch(schedule.blocks, schedule.threads, Block::kBytes, stream, gpu.major);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_many(p, Block::kQueries, schedule.splits, gpu));
 }
 
 std::atomic<bool> portable_preferred{false};
 
 template <int kParts>
-cudaError_t launch_parts(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_blocks<ManyQueriesBlock<4, 4, 64, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 128) return launch_blocks<ManyQueriesBlock<8, 4, 64, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 256) return launch_blocks<ManyQueriesBlock<16, 4, 32, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 512) return launch_blocks<ManyQueriesBlock<32, 2, 16, 1, kParts, false>>(p, parts, stream);
+cudaError_t launch_parts(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_config<ManyQueries64, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 128) return launch_config<ManyQueries128, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 256) return launch_config<ManyQueries256, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 512) return launch_config<ManyQueries512, kParts>(p, layout, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -379,9 +373,9 @@ cudaError_t launch_parts(const AttendParams& p, PartialsLayout& parts, cudaStrea
 
 void prefer_portable_prompts(bool portable) { portable_preferred = portable; }
 
-cudaError_t launch_many_queries(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
-  if (!portable_preferred && serves_sm90(p)) return launch_many_queries_sm90(p, parts, stream);
-  return p.rounds ? launch_parts<1>(p, parts, stream) : launch_parts<2>(p, parts, stream);
+cudaError_t launch_many_queries(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  if (!portable_preferred && serves_sm90(p)) return launch_many_queries_sm90(p, layout, stream);
+  return p.rounds ? launch_parts<1>(p, layout, stream) : launch_parts<2>(p, layout, stream);
 }
 
 }  // namespace kvc

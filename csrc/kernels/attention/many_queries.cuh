@@ -68,36 +68,15 @@ inline bool lies_in_pairs(const Rows<Pointer>& rows, DType dtype) {
   return reinterpret_cast<uintptr_t>(rows.data) % bytes == 0 && strides % 2 == 0;
 }
 
-// Tiles of so many queries that a call has.
-inline int64_t prompt_units(const AttendParams& p, int64_t queries) {
-  const int64_t all = p.rows * (p.query_heads / p.cache.heads);
-  return p.sequences.entries(p.cache.batch) * p.cache.heads * ((all + queries - 1) / queries);
-}
-
-// How many blocks share the keys of a unit: as many as run at once, if there is room for what they leave, and tiles of
-// keys for each.
-inline int64_t prompt_splits(const AttendParams& p, int64_t units, int64_t at_once, int64_t keys, int64_t floats) {
-  const int64_t room = p.partial_floats / (units * floats);
-  const int64_t tiles = (p.cache.positions + p.rows) / keys;
-  return imax(imin(imin(at_once / units, room), tiles), 1);
-}
-
 // The division of a call into blocks that take `queries` queries of a KV head, and so many splits of the keys.
-inline ManyDivision divide_prompt(const AttendParams& p, int64_t queries, int64_t splits, int64_t multiprocessors) {
-  const int64_t sequence_heads = p.sequences.entries(p.cache.batch) * p.cache.heads;
-  const int64_t group = p.query_heads / p.cache.heads;
-  const int64_t tiles = (p.rows * group + queries - 1) / queries;
-  // At least four turns of all multiprocessors, so that the last tiles of queries to be taken are short ones.
-  int64_t together = imin(imax(8, (4 * multiprocessors + tiles - 1) / tiles), sequence_heads);
-  const int64_t most = imin(2 * together, sequence_heads);
-  while (sequence_heads % together != 0 && together < most) ++together;
-  while (sequence_heads % together != 0) --together;
+inline ManyDivision divide_many(const AttendParams& p, int64_t queries, int64_t splits, const Gpu& gpu) {
+  const AttendShape shape = AttendShape::of(p);
+  const int64_t units = query_tiles(shape, queries);
+  const int64_t together = heads_together(shape, queries, gpu);
   ManyDivision d;
-  d.division = {FastDivider::by(static_cast<uint32_t>(sequence_heads * tiles)),
-                FastDivider::by(static_cast<uint32_t>(tiles)), FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
-                FastDivider::by(static_cast<uint32_t>(group)), static_cast<uint32_t>(splits)};
+  d.division = Division::of(shape, units, splits);
   d.together = FastDivider::by(static_cast<uint32_t>(together));
-  d.walk = FastDivider::by(static_cast<uint32_t>(together * tiles));
+  d.walk = FastDivider::by(static_cast<uint32_t>(together * (units / shape.sequence_heads())));
   d.query_in_pairs = lies_in_pairs(p.query, p.dtype);
   d.out_in_pairs = lies_in_pairs(p.out, p.dtype);
   return d;
@@ -377,7 +356,7 @@ struct LaneSoftmax {
       if (fabsf(max[h]) > kLargeScore && max[h] != kLeastScore) sum[h] = bits_float(0x7fffffffu);
     }
   }
-  __device__ __forceinline__ Running running(int h) const { return {max[h] - kLog2WeightScale, sum[h]}; }
+  __device__ __forceinline__ SoftmaxState running(int h) const { return {max[h] - kLog2WeightScale, sum[h]}; }
 };
 
 // Weights of 16 keys (two blocks of a product) as the left operand of a product with those keys' values.
@@ -450,7 +429,7 @@ __device__ __forceinline__ void write_rows(const AttendParams& p, const ManyDivi
                                       : write_columns<uint16_t, false>(halves, columns, sums, h, factor, as_half);
     }
     if (p.lse != nullptr && lane_column == 0) {
-      const Running state = rows.running(h);
+      const SoftmaxState state = rows.running(h);
       p.lse[(block.entry * p.rows + place.t) * p.query_heads + place.head] =
           state.sum == 0.0f ? minus_infinity() : state.max * kLn2 + logf(state.sum);
     }
@@ -467,7 +446,7 @@ __device__ __forceinline__ void leave_rows(float* part, int queries, const LaneS
   for (int h = 0; h < 2; ++h) {
     if (row[h] >= queries) continue;
     if (lane == 0 && column == 0) {
-      const Running state = rows.running(h);
+      const SoftmaxState state = rows.running(h);
       store<float, 2>(part + kQueries * kWidth + 2 * row[h], {{state.max, state.sum}});
     }
 #pragma unroll

@@ -74,7 +74,7 @@ struct ExactQuery {
       is_nan = s != s || s == -minus_infinity();  // the weight of an infinite score is NaN
       largest = fmaxf(largest, s);
     }
-    Running state = {largest, 0.0f};
+    SoftmaxState state = {largest, 0.0f};
     float sums[kOfLane] = {};
 #pragma unroll 1
     for (int64_t i = 0; i < count && !is_nan; ++i) {
@@ -125,30 +125,30 @@ __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& 
 // Merges what the splits of a unit left of its query `row`, and writes the answer. Does it have a NaN?
 __device__ __forceinline__ bool merge_answer(const AttendParams& p, const ManyDivision& division,
                                              const BlockUnit& block, uint32_t number, uint32_t row,
-                                             const PartialsLayout& parts) {
+                                             const PartialsLayout& layout) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t first = int64_t{block.unit} * parts.pieces * parts.splits;
+  const int64_t first = int64_t{block.unit} * layout.pieces * layout.splits;
   const auto part_of = [&](int piece, int split) {
-    return p.partials + (first + int64_t{piece} * parts.splits + split) * parts.floats();
+    return p.partials + (first + int64_t{piece} * layout.splits + split) * layout.floats();
   };
   const auto state_of = [&](int piece, int split) {
-    const Vec<float, 2> state = load<float, 2>(part_of(piece, split) + parts.queries * parts.width + 2 * row);
-    return Running{state.x[0], state.x[1]};
+    const Vec<float, 2> state = load<float, 2>(part_of(piece, split) + layout.queries * layout.width + 2 * row);
+    return SoftmaxState{state.x[0], state.x[1]};
   };
   bool found = false;
 #pragma unroll 1
   for (int d = 4 * lane; d < p.cache.head_dim; d += 128) {
-    const int piece = d / parts.width;
+    const int piece = d / layout.width;
     float max = kLeastScore;
 #pragma unroll 4
-    for (int i = 0; i < parts.splits; ++i) max = fmaxf(max, state_of(piece, i).max);
+    for (int i = 0; i < layout.splits; ++i) max = fmaxf(max, state_of(piece, i).max);
     // In FP64, as many parts of little weight may come behind one of much.
     double weights = 0.0;
     double merged[4] = {};
 #pragma unroll 4
-    for (int i = 0; i < parts.splits; ++i) {
-      const Running state = state_of(piece, i);
-      const Vec<float, 4> part = load<float, 4>(part_of(piece, i) + row * parts.width + d - piece * parts.width);
+    for (int i = 0; i < layout.splits; ++i) {
+      const SoftmaxState state = state_of(piece, i);
+      const Vec<float, 4> part = load<float, 4>(part_of(piece, i) + row * layout.width + d - piece * layout.width);
       const double weight = power_of_two(state.max - max);
       weights += state.sum * weight;
 #pragma unroll
@@ -167,7 +167,7 @@ __device__ __forceinline__ bool merge_answer(const AttendParams& p, const ManyDi
 
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division,
-                  const PartialsLayout parts) {
+                  const PartialsLayout layout) {
   wait_for_previous_launch();
   let_next_launch_begin();
   __shared__ uint32_t noted;
@@ -176,21 +176,21 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x == 0) *p.next_work = 0;
   }
   __syncthreads();
-  if (noted == 0 && parts.splits == 1) return;
+  if (noted == 0 && layout.splits == 1) return;
   constexpr uint32_t kWarps = kThreads / 32;
   const uint32_t warp = threadIdx.x / 32;
-  const uint32_t turns = static_cast<uint32_t>(parts.queries) / kWarps;  // of a block over a unit's queries
+  const uint32_t turns = static_cast<uint32_t>(layout.queries) / kWarps;  // of a block over a unit's queries
   const uint32_t items = division.division.units.divisor * turns;
   const uint32_t all_queries = division.division.group_size.divisor * static_cast<uint32_t>(p.rows);
 #pragma unroll 1
   for (uint32_t item = blockIdx.x; item < items; item += gridDim.x) {
     const BlockUnit block = division.unit(p, item / turns);
     const uint32_t row = item % turns * kWarps + warp;
-    const uint32_t number = block.tile * static_cast<uint32_t>(parts.queries) + row;
+    const uint32_t number = block.tile * static_cast<uint32_t>(layout.queries) + row;
     if (number >= all_queries) continue;
     const QueryPlace place(division.division, block, number);
     const bool found =
-        parts.splits > 1 ? merge_answer(p, division, block, number, row, parts) : has_nan(p, block, place);
+        layout.splits > 1 ? merge_answer(p, division, block, number, row, layout) : has_nan(p, block, place);
     if (found) answer_exactly(p, block, place);
   }
   // The last block to have looked takes the note away: those that look later count themselves, too.
@@ -199,17 +199,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_many_queries_finish(const AttendParams& p, const PartialsLayout& parts, cudaStream_t stream) {
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+cudaError_t launch_many_queries_finish(const AttendParams& p, const PartialsLayout& layout, cudaStream_t stream) {
+  Gpu gpu;
+  const cudaError_t error = current_gpu(gpu);
   if (error != cudaSuccess) return error;
-  const ManyDivision division = divide_prompt(p, parts.queries, 1, multiprocessors);
-  const int64_t items = int64_t{division.division.units.divisor} * (parts.queries / (kThreads / 32));
-  const int64_t blocks = imin(items, parts.splits > 1 ? 4 * multiprocessors : multiprocessors);
-  PdlLaunch launch(blocks, kThreads, 0, stream);
-  return cudaLaunchKernelEx(&launch.config, finish_kernel, p, division, parts);
+  const ManyDivision division = divide_many(p, layout.queries, 1, gpu);
+  const int64_t items = int64_t{division.division.units.divisor} * (layout.queries / (kThreads / 32));
+  const int64_t blocks = imin(items, (layout.splits > 1 ? 4 : 1) * gpu.multiprocessors);
+  PdlLaunch launch(blocks, kThreads, 0, stream, gpu.major);
+  return cudaLaunchKernelEx(&launch.config, finish_kernel, p, division, layout);
 }
 
 }  // namespace kvc

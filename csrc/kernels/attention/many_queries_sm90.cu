@@ -26,20 +26,20 @@ namespace kvc {
 namespace {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
-constexpr int kGroupQueries = 64;
-constexpr int kThreads = 3 * kGroupThreads;
-constexpr int kRowBytes = 128;  // of a panel
+constexpr int kGroupQueries = 64;   // of one that multiplies
+constexpr int kRowBytes = 128;      // of a panel
 
 // Named barriers: of the threads that load, and of each warpgroup that multiplies.
 constexpr int kLoadBarrier = 1;
 constexpr int kGroupBarrier = 2;
 
-// kDepth: 16-element steps of a row. kKeys: of a tile. kStages: tiles of keys, and of values, that there is room for.
-template <int kDepth_, int kKeys_, int kStages_, int kParts_>
-struct Sm90Block {
-  static constexpr int kDepth = kDepth_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
-  static constexpr int kQueries = 2 * kGroupQueries;
-  static constexpr int kWidth = 16 * kDepth;
+// kParts: FP16 parts of a query and of a weight.
+template <typename Config, int kParts_>
+struct Sm90Block : Sm90Shape<Config> {
+  using Shape = Sm90Shape<Config>;
+  using Shape::kDepth, Shape::kKeys, Shape::kStages, Shape::kQueries, Shape::kWidth;
+  static_assert(Shape::kGroupThreads == kGroupThreads && Shape::kGroupQueries == kGroupQueries);
+  static constexpr int kParts = kParts_;
   static constexpr int kPanels = kWidth / 64;
   static constexpr int kChunks = 2 * kDepth;             // 16-byte chunks of a row
   static constexpr int kPanelBytes = kKeys * kRowBytes;  // of keys or values
@@ -75,7 +75,7 @@ struct Sm90Block {
   static constexpr int kBytes = kSharedAt + sizeof(Shared) + 1024;  // 1024: panels begin at a multiple of that
   static_assert(kBytes <= 232448);
 
-  static PartialsLayout KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, 1, kWidth}; }
+  static PartialsLayout KVC_HD layout(int64_t splits) { return {static_cast<int>(splits), kQueries, 1, kWidth}; }
 
   static __device__ __forceinline__ int place(int row, int chunk) {
     return chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk % 8) ^ (row & 7)) * 16;
@@ -456,8 +456,8 @@ struct Multiplier {
     const int64_t part = int64_t{tile.block.unit} * division.division.splits + tile.block.split;
 #pragma unroll
     for (int piece = 0; piece < Block::kPieces; ++piece) {
-      leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::parts(1).floats(), tile.queries, rows, both,
-                                                 piece * Block::kColumns, sums[piece]);
+      leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::layout(1).floats(), tile.queries, rows,
+                                                 both, piece * Block::kColumns, sums[piece]);
     }
   }
 };
@@ -477,8 +477,8 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const ManyDivis
   work.tile = tile;
   work.plan = plan;
   work.tiles = tiles;
-  work.last_tile = static_cast<int32_t>(int64_t{tiles.count} * (tile.block.split + 1) / splits) - 1;
-  work.stop = static_cast<int32_t>(int64_t{tiles.count} * tile.block.split / splits);
+  work.last_tile = first_tile_of(tiles.count, tile.block.split + 1, splits) - 1;
+  work.stop = first_tile_of(tiles.count, tile.block.split, splits);
 #pragma unroll 1
   for (int group = 0; group < 2; ++group) {
     const SeenRange oldest = plan.range_of(group_size(tile.number(kGroupQueries * group)));
@@ -493,7 +493,7 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const ManyDivis
 }
 
 template <typename Block>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Block::kThreads, 1)
     many_queries_sm90_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division,
                              const __grid_constant__ CUtensorMap key_map,
                              const __grid_constant__ CUtensorMap value_map) {
@@ -559,30 +559,34 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <typename Block>
-cudaError_t launch_blocks(const AttendParams& p, int64_t multiprocessors, PartialsLayout& parts, cudaStream_t stream) {
+template <typename Config, int kParts>
+cudaError_t launch_config(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  using Block = Sm90Block<Config, kParts>;
+  Gpu gpu;
   CUtensorMap key_map;
   CUtensorMap value_map;
-  cudaError_t error = make_tensor_map(&key_map, p.cache, p.cache.k_cache, p.layer, Block::kKeys);
+  cudaError_t error = current_gpu(gpu);
+  if (error == cudaSuccess) error = make_tensor_map(&key_map, p.cache, p.cache.k_cache, p.layer, Block::kKeys);
   if (error == cudaSuccess) error = make_tensor_map(&value_map, p.cache, p.cache.v_cache, p.layer, Block::kKeys);
   if (error != cudaSuccess) return error;
-  const int64_t units = prompt_units(p, Block::kQueries);
-  const int64_t splits = prompt_splits(p, units, multiprocessors, Block::kKeys, Block::parts(1).floats());
-  parts = Block::parts(splits);
-  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
+  const Schedule schedule =
+      schedule_many_queries<Sm90Shape<Config>>(AttendShape::of(p), gpu, "many_queries_sm90", true);
+  if (!schedule.exists()) return cudaErrorInvalidConfiguration;
+  print_if_asked(schedule, gpu);
+  layout = Block::layout(schedule.splits);
   const auto kernel = many_queries_sm90_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
-  PdlLaunch launch(imin(units * splits, multiprocessors), kThreads, Block::kBytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits, multiprocessors),
-                            key_map, value_map);
+  PdlLaunch launch(schedule.blocks, schedule.threads, Block::kBytes, stream, gpu.major);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_many(p, Block::kQueries, schedule.splits, gpu), key_map,
+                            value_map);
 }
 
 template <int kParts>
-cudaError_t launch_parts(const AttendParams& p, int64_t multiprocessors, PartialsLayout& parts, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_blocks<Sm90Block<4, 128, 2, kParts>>(p, multiprocessors, parts, stream);
-  if (p.cache.head_dim <= 128) return launch_blocks<Sm90Block<8, 128, 2, kParts>>(p, multiprocessors, parts, stream);
-  return launch_blocks<Sm90Block<16, 64, 3 - kParts, kParts>>(p, multiprocessors, parts, stream);
+cudaError_t launch_parts(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_config<Sm90Queries64<kParts>, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 128) return launch_config<Sm90Queries128<kParts>, kParts>(p, layout, stream);
+  return launch_config<Sm90Queries256<kParts>, kParts>(p, layout, stream);
 }
 
 }  // namespace
@@ -598,14 +602,8 @@ bool serves_sm90(const AttendParams& p) {
   return major == 9 && minor == 0;
 }
 
-cudaError_t launch_many_queries_sm90(const AttendParams& p, PartialsLayout& parts, cudaStream_t stream) {
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  return p.rounds ? launch_parts<1>(p, multiprocessors, parts, stream)
-                  : launch_parts<2>(p, multiprocessors, parts, stream);
+cudaError_t launch_many_queries_sm90(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  return p.rounds ? launch_parts<1>(p, layout, stream) : launch_parts<2>(p, layout, stream);
 }
 
 #else  // a build without code for sm_90a

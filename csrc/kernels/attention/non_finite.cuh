@@ -76,7 +76,8 @@ struct SettleNonFinite {
   const Division& division;
   const AttendPlan& plan;
 
-  __device__ __forceinline__ void operator()(uint32_t number, uint32_t d, Running state, Vec<float, 4>& sums) const {
+  __device__ __forceinline__ void operator()(uint32_t number, uint32_t d, SoftmaxState state,
+                                             Vec<float, 4>& sums) const {
     if (!is_nan(sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3]) || is_nan(state.sum)) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -7,19 +7,13 @@
 
 #include "../convert.h"
 #include "../vec.cuh"
-#include "../visibility.h"
+#include "block_shapes.h"
 
 namespace kvc {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float minus_infinity() { return bits_float(0xff800000u); }
-
-// A running softmax of some rows for one query: weights 2^(score - max).
-struct alignas(8) Running {
-  float max;
-  float sum;
-};
 
 // The maximum of no rows. Finite, so that nothing is ever minus infinity less itself: the weight of a score of minus
 // infinity is 0, also beside this.
@@ -52,7 +46,7 @@ __device__ __forceinline__ float weight_of_finite(float x) {
 
 // Where partial softmaxes lie, all strides in floats.
 struct Parts {
-  const float* states;    // a Running for each part and query
+  const float* states;    // a SoftmaxState for each part and query
   const float* sums;      // the weighted sums that belong to it
   uint32_t state_stride;  // from one part's states to the next's
   uint32_t sums_stride;   // from one part's sums to the next's; from one query's to the next's:
@@ -73,7 +67,7 @@ __device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries
     if (d >= head_dim) continue;
     const float* states = parts.states + 2 * query;
     const float* sums = parts.sums + query * parts.query_stride + d;
-    Running merged = {kLeastScore, 0.0f};
+    SoftmaxState merged = {kLeastScore, 0.0f};
 #pragma unroll 4
     for (uint32_t i = 0; i < parts.count; ++i) merged.max = fmaxf(merged.max, states[i * parts.state_stride]);
     Vec<float, 4> value = {};
