@@ -96,7 +96,7 @@ void HostLengths::changed(int64_t first_layer, int64_t layer_count, const Intege
     for (int64_t i = 0; i < entries; ++i) {
       const int64_t b = layer * batch_ + (sequences == nullptr ? i : sequences->values[static_cast<size_t>(i)]);
       const SequenceState next = change(i, SequenceState{seen_[b], first_[b]});
-      seen_[b] = next.seen;
+      seen_[b] = next.seqlen;
       first_[b] = next.first;
     }
   }
@@ -154,7 +154,7 @@ void HostLengths::copied_from(HostLengths* source, const IntegerArgument& source
       const int64_t from = layer * source->batch_ + sources.values[i];
       const int64_t to = layer * batch_ + destinations.values[i];
       const SequenceState after = state_in_ring({source->seen_[from], source->first_[from]}, ring_.divisor);
-      seen_[to] = after.seen;
+      seen_[to] = after.seqlen;
       first_[to] = after.first;
     }
   }

@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kThreads) copy_from_kernel(const CopyFromParam
 
   const int64_t source_entry = int64_t{layer} * p.source.batch + pair.source;
   const int64_t entry = int64_t{layer} * p.cache.batch + pair.destination;
-  const int64_t* source_seen = p.source.state + source_entry;
-  const CopyPlan plan = CopyPlan::make({source_seen[0], source_seen[p.source.layers * p.source.batch]}, p);
+  const int64_t* source_seqlen = p.source.state + source_entry;
+  const CopyPlan plan = CopyPlan::make({source_seqlen[0], source_seqlen[p.source.layers * p.source.batch]}, p);
   if (part == 0 && !is_values && threadIdx.x == 0) {
-    p.cache.state[entry] = plan.after.seen;
+    p.cache.state[entry] = plan.after.seqlen;
     p.cache.state[p.cache.layers * p.cache.batch + entry] = plan.after.first;
   }
 

@@ -1,12 +1,12 @@
-// Launches that overlap (programmatic dependent launch, sm_90 and newer): a kernel's blocks may be placed on the GPU
-// while the last blocks of the one before are still at work, and wait there for its end. What that saves is the time
-// between two kernels. A kernel that is launched so waits for the previous one before it writes anything or relies on
-// what it reads.
+// Programmatic dependent launch (PDL; sm_90 and newer). A kernel's blocks may be placed on the GPU while the last
+// blocks of the previous kernel are still at work, and wait there for its end. That saves the time between two kernels.
+// Such a kernel waits for the previous one before it writes anything, or relies on what it reads. On older GPUs both
+// calls do nothing.
 //
-// Appends let the next launch begin first of all; what they read before they wait is a guess, read past L1 and looked
-// at again. Attention waits first and only then lets the next begin, so that whoever follows it at once knows that all
-// launches before it are done: an attention launch behind it may read, without guessing, what it does not write
-// (AttendParams::may_read_before_wait). On older GPUs both calls do nothing.
+// Appends let the next launch begin first of all. What they read before they wait is a guess, read past L1 and checked
+// after the wait. Attention waits first and only then lets the next launch begin. So when a launch directly behind
+// attention begins, all launches before that attention are done. If it is attention too, it may read, without
+// guessing, what the launch ahead does not write (AttendParams::may_read_before_wait).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,13 +21,13 @@ namespace kvc {
 inline void let_next_launch_begin() {}
 inline void wait_for_previous_launch() { ::emulator::end_previous_launch(); }
 #else
-// The launch after this one, if it asked for that, may begin once every block of this one has said so (or is done)...
+// The next launch may begin once every block of this one has called this, or is done.
 __device__ __forceinline__ void let_next_launch_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
-// ...and waits here until the one before it is done and its writes are to be seen.
+// Waits until the previous launch is done. Its writes are visible then.
 __device__ __forceinline__ void wait_for_previous_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");

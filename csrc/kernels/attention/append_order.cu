@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kThreads) append_order_kernel(const __grid_con
   const int64_t appended = appended_rows(p.append, entry);
   bool evicts = false;
   if (sequence >= 0) {
-    const volatile int64_t* seen = p.cache.state + p.layer * p.cache.batch + sequence;
-    const SequenceState state = {seen[0], seen[p.cache.layers * p.cache.batch]};
+    const volatile int64_t* seqlen = p.cache.state + p.layer * p.cache.batch + sequence;
+    const SequenceState state = {seqlen[0], seqlen[p.cache.layers * p.cache.batch]};
     evicts = state_after_append(state, appended, p.cache.ring.divisor).first != state.first;
   }
   p.first_lengths[entry] = evicts ? 0 : appended;

@@ -87,7 +87,7 @@ __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   constexpr int kRowsAtATime = Block::kChunks < kLanes ? kLanes / Block::kChunks : 1;
   // 32 bits do for rows and slots.
-  const int32_t in_cache = static_cast<int32_t>(plan.cached - row0);
+  const int32_t cached_rows = static_cast<int32_t>(plan.cached - row0);
   const int32_t all = static_cast<int32_t>(plan.count - row0);
   const int32_t sinks = static_cast<int32_t>(plan.sinks_held - row0);
   const int32_t ring = static_cast<int32_t>(plan.ring);
@@ -96,19 +96,19 @@ __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const
 #pragma unroll
   for (int i = 0; i < kTileRows; i += kRowsAtATime) {
     const int row = i + lane / Block::kChunks;
-    if (row >= in_cache && row < all) continue;  // a new row
+    if (row >= cached_rows && row < all) continue;  // a new row
     const int32_t slot = static_cast<int32_t>(row0) + row + (row < sinks ? 0 : row < wrap ? to_slot : to_slot - ring);
     const uint16_t* from = cached + slot * row_elements;
 #pragma unroll
     for (int chunk = lane % Block::kChunks; chunk < Block::kChunks; chunk += kLanes) {
-      const bool real = chunk * 8 < head_dim && row < in_cache;
+      const bool real = chunk * 8 < head_dim && row < cached_rows;
       copy_async(at + Block::place(row, chunk), real ? from + chunk * 8 : cached, real);
     }
   }
-  if (!with_new_rows || in_cache >= kTileRows) return;
+  if (!with_new_rows || cached_rows >= kTileRows) return;
 #pragma unroll 1
   for (int row = lane / Block::kChunks; row < kTileRows && row < all; row += kRowsAtATime) {
-    if (row < in_cache) continue;
+    if (row < cached_rows) continue;
 #pragma unroll 1
     for (int chunk = lane % Block::kChunks; chunk < Block::kChunks; chunk += kLanes) {
       Vec<uint16_t, 8> elements = {};
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
-  const int member = warp % kWarps;  // of those that share a ring
+  const int member = warp % kWarps;  // of those that share a stages
   const int group = warp / kWarps;
   const int groups = warps / kWarps;
   constexpr int kCopiers = 32 * kWarps;
@@ -153,16 +153,15 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const int64_t head_offset = block.cache_offset(p);
   uint16_t* keys = p.cache.k_cache + head_offset;
   uint16_t* values = p.cache.v_cache + head_offset;
-  char* const ring = shared_bytes + Block::kStagesAt + group * Block::kGroupBytes;
+  char* const stages = shared_bytes + Block::kStagesAt + group * Block::kGroupBytes;
 
-  // Copying tiles, each ring its own, so many apart: first a tile's keys, then its values.
+  // Copying tiles, each stages its own, so many apart: first a tile's keys, then its values.
   const AttendPlan& plan = shared.plan;
-  const uint32_t stride = division.splits * groups;
-  const uint32_t first_tile = block.split * groups + group;
-  uint32_t tiles = 0;            // of all rows
-  uint32_t copied = first_tile;  // the one whose turn it is
+  const TileTurns turns = TileTurns::of(block.split, division.splits, group, groups);
+  uint32_t tiles = 0;             // of all rows
+  uint32_t copied = turns.first;  // the one whose turn it is
   int64_t copied_offset = -1;  // of this thread's first chunk of it, where its rows lie in the cache in a row; else -1
-  const auto copy_half = [&](bool of_values, char* at, bool with_new_rows) {
+  const auto copy_to_stage = [&](bool of_values, char* at, bool with_new_rows) {
     if (copied < tiles) {
       const int64_t row0 = static_cast<int64_t>(copied) * kTileRows;
       if (!of_values) {
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
         copy_scattered<kDepth, kWarps>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
       }
     }
-    if (of_values) copied += stride;
+    if (of_values) copied += turns.stride;
     end_copy_group();
   };
 
@@ -219,8 +218,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       __syncthreads();
       tiles = static_cast<uint32_t>((plan.count + kTileRows - 1) / kTileRows);
 #pragma unroll 1
-      for (int half = 0; half < kStages; ++half) {
-        copy_half(half % 2 == 1, ring + half * Block::kStageBytes, !p.may_read_before_wait);
+      for (int stage = 0; stage < kStages; ++stage) {
+        copy_to_stage(stage % 2 == 1, stages + stage * Block::kStageBytes, !p.may_read_before_wait);
       }
     } else {
       wait_for_previous_launch();
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     }
   }
   advance.all_have_read();
-  if (stores && plan.total > plan.seen) {
+  if (stores && plan.total > plan.seqlen) {
     // One block of each head stores the new row. Its slot is that of the position which the append evicts: nobody reads
     // it.
     if (block.split == 0 && block.tile == 0) {
@@ -238,13 +237,14 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     }
     // Where its tile has been asked for before it could be read, it is still missing.
     const uint32_t tile = static_cast<uint32_t>(plan.cached / kTileRows);
-    const uint32_t turn = (tile - first_tile) / stride;
-    if (p.may_read_before_wait && tile >= first_tile && (tile - first_tile) % stride == 0 && turn < kStages / 2) {
+    const uint32_t turn = (tile - turns.first) / turns.stride;
+    if (p.may_read_before_wait && tile >= turns.first && (tile - turns.first) % turns.stride == 0 &&
+        turn < kStages / 2) {
 #pragma unroll 1
       for (int chunk = copier; chunk < 2 * kChunks; chunk += kCopiers) {
         const bool is_value = chunk >= kChunks;
         const int d = chunk % kChunks * 8;
-        char* to = ring + (2 * turn + is_value) * Block::kStageBytes +
+        char* to = stages + (2 * turn + is_value) * Block::kStageBytes +
                    Block::place(static_cast<int>(plan.cached % kTileRows), chunk % kChunks);
         Vec<uint16_t, 8> elements = {};
         if (d < head_dim) {
@@ -314,11 +314,11 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     if (oldest_query < plan.padding || past_oldest < plan.sinks_held) clear_end = 0;
   }
 
-  SoftmaxState running[kQuads];
+  SoftmaxState states[kQuads];
   float acc[kQuads][kDepth][2];  // elements 16 k + lane / 4 and eight on of query lane % 4
 #pragma unroll
   for (int n = 0; n < kQuads; ++n) {
-    running[n] = {kLeastScore, 0.0f};  // the sum is this lane's rows' alone
+    states[n] = {kLeastScore, 0.0f};  // the sum is this lane's rows' alone
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) acc[n][k][0] = acc[n][k][1] = 0.0f;
   }
@@ -328,11 +328,11 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     sync_warps<kWarps>();
     if (kEqualBarriers) ++barriers;
   };
-  uint32_t half = 0;  // of the ring
-  const auto next_half = [&] { half = half + 1 == kStages ? 0 : half + 1; };
+  uint32_t stage = 0;  // of the stages
+  const auto next_stage = [&] { stage = stage + 1 == kStages ? 0 : stage + 1; };
 #pragma unroll 1
-  for (uint32_t tile = first_tile; tile < tiles; tile += stride) {
-    char* tile_keys = ring + half * Block::kStageBytes;
+  for (uint32_t tile = turns.first; tile < tiles; tile += turns.stride) {
+    char* tile_keys = stages + stage * Block::kStageBytes;
     wait_for_copies<kStages - 1>();
     sync_group();
 
@@ -353,8 +353,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       }
     }
     sync_group();
-    copy_half(kStages % 2 == 1, tile_keys, true);
-    next_half();
+    copy_to_stage(kStages % 2 == 1, tile_keys, true);
+    next_stage();
     // Scores of rows lane / 4 and eight on; then weights.
     const int64_t row0 = static_cast<int64_t>(tile) * kTileRows;
     const bool clear = tile >= clear_begin && tile < clear_end;
@@ -375,29 +375,29 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
         if (p.softcap > 0) score[h] = capped(score[h], p.softcap);
         if (!clear && !sees(n, row0 + lane / 4 + 8 * h)) score[h] = minus_infinity();
       }
-      float max = fmaxf(running[n].max, fmaxf(score[0], score[1]));
+      float max = fmaxf(states[n].max, fmaxf(score[0], score[1]));
 #pragma unroll
       for (int distance = 4; distance < 32; distance *= 2) {
         max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, distance));
       }
-      rescale[n] = power_of_two(running[n].max - max);
+      rescale[n] = power_of_two(states[n].max - max);
       const float weight[2] = {power_of_two(score[0] - max + kLog2WeightScale),
                                power_of_two(score[1] - max + kLog2WeightScale)};
-      running[n] = {max, fmaf(running[n].sum, rescale[n], weight[0] + weight[1])};
+      states[n] = {max, fmaf(states[n].sum, rescale[n], weight[0] + weight[1])};
       weights[n] = {transposed(weight_parts(weight[0])), transposed(weight_parts(weight[1]))};
     }
-    char* tile_values = ring + half * Block::kStageBytes;
+    char* tile_values = stages + stage * Block::kStageBytes;
     wait_for_copies<kStages - 1>();
     sync_group();
     // Zero times NaN is NaN: a value that is not finite and that some query does not see must not be in the product.
     // It makes NaN of the sums of the queries that see it (non_finite.cuh), and is taken out of the tile.
     if (!clear && p.rows > 1) {
-      bool strange = false;
+      bool non_finite = false;
 #pragma unroll 1
       for (int i = lane; i < kTileRows * kWidth; i += 32) {
-        strange = strange || !is_finite_half(reinterpret_cast<const uint16_t*>(tile_values)[i]);
+        non_finite = non_finite || !is_finite_half(reinterpret_cast<const uint16_t*>(tile_values)[i]);
       }
-      if (__any_sync(kAllLanes, strange)) {
+      if (__any_sync(kAllLanes, non_finite)) {
 #pragma unroll
         for (int n = 0; n < kQuads; ++n) {
 #pragma unroll 1
@@ -434,42 +434,42 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       }
     }
     sync_group();
-    copy_half(kStages % 2 == 0, tile_values, true);
-    next_half();
+    copy_to_stage(kStages % 2 == 0, tile_values, true);
+    next_stage();
   }
   if (kEqualBarriers && kWarps > 1) {
-    const uint32_t begin = block.split * groups;  // the first ring's first tile: it has the most
-    const uint32_t turns = tiles > begin ? (tiles - begin + stride - 1) / stride : 0;
-    while (barriers < 6 * turns) sync_group();
+    const uint32_t begin = block.split * groups;  // the first stages's first tile: it has the most
+    const uint32_t most_tiles = tiles > begin ? (tiles - begin + turns.stride - 1) / turns.stride : 0;
+    while (barriers < 6 * most_tiles) sync_group();
   }
 
-  // Each warp leaves its sums in its ring, which is empty now.
-  float* sums = reinterpret_cast<float*>(ring) + 4 * group;  // 4: the groups' sums lie in different banks
+  // Each warp leaves its sums in its stages, which is empty now.
+  float* sums = reinterpret_cast<float*>(stages) + 4 * group;  // 4: the groups' sums lie in different banks
 #pragma unroll
   for (int n = 0; n < kQuads; ++n) {
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) {
-      running[n].sum += __shfl_xor_sync(kAllLanes, running[n].sum, distance);
+      states[n].sum += __shfl_xor_sync(kAllLanes, states[n].sum, distance);
     }
-    if (lane < 4) shared.states[group][n * 4 + mine] = {running[n].max - kLog2WeightScale, running[n].sum};
+    if (lane < 4) shared.states[group][n * 4 + mine] = {states[n].max - kLog2WeightScale, states[n].sum};
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) sums[(n * 4 + mine) * Block::kQueryStride + 16 * k + 8 * h + lane / 4] = acc[n][k][h];
     }
   }
-  advance.finish(division, {plan.seen, plan.first}, plan.total - plan.seen, p.cache.ring.divisor);
+  advance.finish(division, {plan.seqlen, plan.first}, plan.total - plan.seqlen, p.cache.ring.divisor);
   __syncthreads();
-  const Parts parts{&shared.states[0][0].max,
-                    reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
-                    2 * kQueries,
-                    Block::kGroupBytes / 4 + 4,
-                    Block::kQueryStride,
-                    static_cast<uint32_t>(groups)};
-  finish_unit<kWidth, kQueries>(p, division, block, first_query, queries, parts, shared.last,
+  const Partials partials{&shared.states[0][0].max,
+                          reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
+                          2 * kQueries,
+                          Block::kGroupBytes / 4 + 4,
+                          Block::kQueryStride,
+                          static_cast<uint32_t>(groups)};
+  finish_unit<kWidth, kQueries>(p, division, block, first_query, queries, partials, shared.last,
                                 reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
                                 static_cast<uint32_t>(groups * (Block::kGroupBytes / 4)),
-                                SettleNonFinite{p, division, shared.plan});
+                                ResolveNonFinite{p, division, shared.plan});
 }
 
 template <int kDepth, typename Config>

@@ -35,9 +35,9 @@ struct ManyQueriesBlock : ManyQueriesShape<Config> {
     AttendPlan plan;
     BlockUnit unit;
     KeyTiles<kKeys> tiles;
-    const uint16_t* keys;      // of its head
-    const uint16_t* values;    // likewise, from its first column on
-    SeenRange seen[kQueries];  // by the block's queries; by those of a warp that has none, nothing
+    const uint16_t* keys;            // of its head
+    const uint16_t* values;          // likewise, from its first column on
+    VisibleRange visible[kQueries];  // by the block's queries; by those of a warp that has none, nothing
   };
   static constexpr int kQueriesAt = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int kStagesAt = kQueriesAt + kSharedParts * kQueries * kDepth * 32;
@@ -153,9 +153,9 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
   LaneSoftmax rows;
   rows.clear();
   if (lane < 16) {
-    SeenRange range = plan.range_of(group_size(number_of(warp_first + lane)));
+    VisibleRange range = plan.range_of(group_size(number_of(warp_first + lane)));
     if (warp_first >= queries) range.end = 0;
-    shared.seen[warp_first + lane] = range;
+    shared.visible[warp_first + lane] = range;
   }
 
   // Queries become FP16 parts, in the order in which a lane holds the left operand of a product.
@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
     stage = stage + 1 == Block::kStages ? 0 : stage + 1;
     const int32_t row0 = tiles.row(next);
     const int32_t row_end = tiles.row_end(next);
-    const SeenRange oldest = shared.seen[warp_first];
-    const SeenRange newest = shared.seen[warp_first + 15];
+    const VisibleRange oldest = shared.visible[warp_first];
+    const VisibleRange newest = shared.visible[warp_first + 15];
     const int32_t sinks_held = static_cast<int32_t>(plan.sinks_held);
     const bool unseen = row0 >= newest.end || (row0 >= sinks_held && row_end <= oldest.begin);
     if (!unseen) {
@@ -279,8 +279,9 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
       const bool clear =
           row_end - row0 == Block::kKeys && row_end <= oldest.end && (row0 >= newest.begin || row_end <= sinks_held);
       if (!clear) {
-        const SeenRange seen[2] = {shared.seen[warp_first + lane / 4], shared.seen[warp_first + lane / 4 + 8]};
-        hide_unseen(products, seen, row0, row_end, sinks_held);
+        const VisibleRange visible[2] = {shared.visible[warp_first + lane / 4],
+                                         shared.visible[warp_first + lane / 4 + 8]};
+        hide_invisible(products, visible, row0, row_end, sinks_held);
       }
       float rescale[2];
       rows.weigh(products, p.softcap, rescale);

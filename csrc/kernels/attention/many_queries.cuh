@@ -105,8 +105,8 @@ struct QueryTile {
 __device__ __forceinline__ AttendPlan read_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
   SequenceState state = empty_state(p.cache.sinks);
   if (sequence >= 0) {
-    const volatile int64_t* seen = p.cache.state + p.layer * p.cache.batch + sequence;
-    state = {seen[0], seen[p.cache.layers * p.cache.batch]};
+    const volatile int64_t* seqlen = p.cache.state + p.layer * p.cache.batch + sequence;
+    state = {seqlen[0], seqlen[p.cache.layers * p.cache.batch]};
   }
   return AttendPlan::make(p, entry, state, p.appends && p.first_lengths[entry] > 0);
 }
@@ -270,18 +270,18 @@ __device__ __forceinline__ void load_pairs(const void* data, DType type, bool in
 // Products of a lane's two queries with keys that they do not see become minus infinity. The tile has the rows [row0,
 // row_end), and zeros behind them; `sinks` are held.
 template <int kBlocks>
-__device__ __forceinline__ void hide_unseen(FragmentC (&products)[kBlocks], const SeenRange (&seen)[2], int32_t row0,
-                                            int32_t row_end, int32_t sinks) {
+__device__ __forceinline__ void hide_invisible(FragmentC (&products)[kBlocks], const VisibleRange (&visible)[2],
+                                               int32_t row0, int32_t row_end, int32_t sinks) {
   const int32_t column = row0 + static_cast<int32_t>(threadIdx.x % 4) * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int32_t end = seen[h].end < row_end ? seen[h].end : row_end;
+    const int32_t end = visible[h].end < row_end ? visible[h].end : row_end;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int32_t row = column + 8 * i + e;
-        if (row >= end || (row < seen[h].begin && row >= sinks)) products[i].x[2 * h + e] = minus_infinity();
+        if (row >= end || (row < visible[h].begin && row >= sinks)) products[i].x[2 * h + e] = minus_infinity();
       }
     }
   }

@@ -61,7 +61,7 @@ struct ExactQuery {
 
   __device__ __forceinline__ void answer() {
     load();
-    const SeenRange range = plan.range_of(place.t);
+    const VisibleRange range = plan.range_of(place.t);
     const int64_t sinks = imin(plan.sinks_held, range.end);
     const int64_t begin = imax(range.begin, sinks);
     const int64_t count = range.end < 0 ? 0 : sinks + imax(range.end - begin, 0);
@@ -123,7 +123,7 @@ __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& 
 }
 
 // Merges what the splits of a unit left of its query `row`, and writes the answer. Does it have a NaN?
-__device__ __forceinline__ bool merge_answer(const AttendParams& p, const ManyDivision& division,
+__device__ __forceinline__ bool merge_output(const AttendParams& p, const ManyDivision& division,
                                              const BlockUnit& block, uint32_t number, uint32_t row,
                                              const PartialsLayout& layout) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -158,7 +158,7 @@ __device__ __forceinline__ bool merge_answer(const AttendParams& p, const ManyDi
 #pragma unroll
     for (int j = 0; j < 4; ++j) sums.x[j] = static_cast<float>(merged[j]);
     const float sum = static_cast<float>(weights);
-    write_answer(p, division.division, block, number, static_cast<uint32_t>(d), {max, sum}, sums);
+    write_output(p, division.division, block, number, static_cast<uint32_t>(d), {max, sum}, sums);
     const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3] + sum;
     found = found || all != all;
   }
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
     if (number >= all_queries) continue;
     const QueryPlace place(division.division, block, number);
     const bool found =
-        layout.splits > 1 ? merge_answer(p, division, block, number, row, layout) : has_nan(p, block, place);
+        layout.splits > 1 ? merge_output(p, division, block, number, row, layout) : has_nan(p, block, place);
     if (found) answer_exactly(p, block, place);
   }
   // The last block to have looked takes the note away: those that look later count themselves, too.

@@ -333,9 +333,9 @@ struct Multiplier {
       const int32_t row_end = work->tiles.row_end(tile);
       const int32_t sinks = static_cast<int32_t>(work->plan.sinks_held);
       const FastDivider& group_size = division.division.group_size;
-      const SeenRange seen[2] = {work->plan.range_of(group_size(work->tile.number(row()))),
-                                 work->plan.range_of(group_size(work->tile.number(row() + 8)))};
-      hide_unseen(products, seen, row0, row_end, sinks);
+      const VisibleRange visible[2] = {work->plan.range_of(group_size(work->tile.number(row()))),
+                                       work->plan.range_of(group_size(work->tile.number(row() + 8)))};
+      hide_invisible(products, visible, row0, row_end, sinks);
     }
     rows.weigh(products, p.softcap, rescale);
   }
@@ -481,8 +481,8 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const ManyDivis
   work.stop = first_tile_of(tiles.count, tile.block.split, splits);
 #pragma unroll 1
   for (int group = 0; group < 2; ++group) {
-    const SeenRange oldest = plan.range_of(group_size(tile.number(kGroupQueries * group)));
-    const SeenRange newest = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
+    const VisibleRange oldest = plan.range_of(group_size(tile.number(kGroupQueries * group)));
+    const VisibleRange newest = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
     const bool idle = kGroupQueries * group >= tile.queries || newest.end == 0;
     work.last_seen[group] = idle ? -1 : tiles.reaching(newest.end) - 1;
     work.last_clear[group] = tiles.within(oldest.end) - 1;

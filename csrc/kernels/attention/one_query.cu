@@ -4,7 +4,7 @@
 //
 // Grid: `splits` blocks for each sequence and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes
 // lanes load a row, 16 bytes each, so that one instruction loads kRows rows; the warps of a head take turns. Each of a
-// warp's kRows parts keeps a running softmax. Parts, then splits are merged in a fixed order (common.cuh).
+// warp's kRows parts keeps a running softmax. Partials, then splits are merged in a fixed order (common.cuh).
 //
 // The next step's rows are asked for as soon as this one's have been used: keys, then values.
 #include "../launch.h"
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
   }
   advance.finish(division, plan.state, plan.appended, p.cache.ring.divisor);
   __syncthreads();
-  const Parts parts{&shared.states[0].max, sums, 2, Block::kSumsStride, 0, static_cast<uint32_t>(warps * kRows)};
-  finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, parts, shared.last, sums,
+  const Partials partials{&shared.states[0].max, sums, 2, Block::kSumsStride, 0, static_cast<uint32_t>(warps * kRows)};
+  finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, partials, shared.last, sums,
                                 static_cast<uint32_t>(warps * kRows * Block::kSumsStride), nullptr);
 }
 
