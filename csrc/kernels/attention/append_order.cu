@@ -1,4 +1,4 @@
-// prompt order: which of a call's new positions are stored before its queries are answered, and which after.
+// Which of a call's new positions are stored before its queries are answered, and which after.
 //
 // Attention that finds new positions in the cache is the fastest. But where storing them evicts others, which earlier
 // queries of the call still see, attention comes first. That is known on the device alone, for each sequence: so an

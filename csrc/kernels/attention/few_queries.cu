@@ -1,30 +1,29 @@
-// decode attention: softmax(scale * Q K^T) V for a few queries of each sequence, over FP16 keys and values as they lie
-// in the cache, in FP32; and, in the same launch, the append of one new position.
+// Attention of few queries: softmax(scale * Q K^T) V for up to 16 queries that share a KV head, over FP16 keys and
+// values as they lie in the cache, in FP32; and, in the same launch, the append of one new position.
 //
-// Grid: for each sequence and KV head, and each kQueries of the queries that share it (a group's heads times T), the
-// same number of blocks, `splits`. They take turns at tiles of 16 of the rows that the queries see (visibility.h),
-// whose number is known on the device alone. A block copies its tiles into groups of shared memory, some ahead of those
-// that it works on. One warp or several work on a ring's tile, each with 4 * kQuads queries of its own, and multiply it
-// on tensor cores, so that a row is read once for all of the block's queries. Each keeps a running maximum, sum and
-// weighted sum (online softmax: Milakov and Gimelshein, 2018); groups, then the splits of a head are merged in a fixed
-// order (flash decoding: Dao et al., 2023), the last by whichever block of the head is the last to sign in. One query
-// to a KV head is the affair of one_query.cu.
+// Grid: `splits` blocks for each unit, which is up to kQueries of the queries that share a KV head of an entry (a
+// group's heads times T). The splits take turns at key tiles of 16 of the rows that the queries see (visibility.h); how
+// many those are only the device knows. A group of warps copies its key tiles into stages in shared memory, some ahead
+// of the one that it works on. Each of its warps has 4 * kQuads queries and multiplies them with the tile on tensor
+// cores, so a row is read once for all of the block's queries. Each keeps a running maximum, sum and weighted sum
+// (online softmax: Milakov and Gimelshein, 2018). Groups, then splits are merged in a fixed order (flash decoding: Dao
+// et al., 2023), the splits by the block of the unit that arrives last. One query to a KV head is served by
+// one_query.cu.
 //
-// Tensor cores take FP16, the queries and the weights are FP32: each is two columns of the operand, a high part and
-// what it lacks times 2^11, and the products of both are added. Queries are first scaled by a power of two, so that the
-// low part is no subnormal; weights, at most 1, by 2^14. Both keep 22 bits (fewer of an element that is 2^28 times
-// smaller than its query's largest). A tensor core truncates as it adds up, so that no sum stays in one for longer than
-// a tile: tiles are added to registers in FP32.
+// Tensor cores take FP16; queries and weights are FP32. So each is two columns of the operand: a high part, and what it
+// lacks times 2^11. The products of both are added. Queries are first scaled by a power of two, so that the low part is
+// no subnormal; weights, at most 1, by 2^14. Both keep 22 bits (fewer for an element that is 2^28 times smaller than
+// its query's largest). A tensor core truncates as it adds, so no sum stays in one for longer than a tile: the sums of
+// tiles are added to registers in FP32.
 //
-// A short launch takes as long as its longest chain of waiting, for memory and, as much, for instructions that no
-// launch before has left near: what is executed is kept short, and is there once (docs/performance.md). Launches
-// overlap (pdl.cuh), and where the one before is known not to touch this layer (`may_read_before_wait`), rows are asked
-// for while it is still at work.
+// Short launches are latency-bound, by dependent loads and by instruction-cache misses. So little code is executed, and
+// none is inlined twice (docs/performance.md). Launches overlap (pdl.cuh); where the previous one is known not to touch
+// this layer (`may_read_before_wait`), rows are asked for while it is still at work.
 //
-// With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way, so
-// that the answer is bit for bit what attending after the append gives. For T = 1 one block of each head also stores
-// the new row: its slot is that of the position which the append evicts, which nobody reads. Whichever block finds that
-// it is the last of its sequence moves the state on: all have read it. For T > 1 the caller appends afterwards.
+// With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way. So
+// the output is bit for bit that of attending after the append. For T = 1 one block of each head also stores the new
+// row, in the slot of the position which the append evicts: nobody reads it. Whichever block arrives last of its
+// sequence advances the state, as all have read it by then. For T > 1 the caller appends afterwards.
 #include "../launch.h"
 #include "common.cuh"
 #include "non_finite.cuh"
@@ -41,8 +40,8 @@ constexpr bool kFromSm100 = true;
 constexpr bool kFromSm100 = false;
 #endif
 
-// Compiled for compute-sanitizer's racecheck, which takes a barrier of some warps for one of the block: it sees races
-// that there are none, unless all warps have passed equally many (docs/reliability.md).
+// Set for compute-sanitizer's racecheck, which treats a named barrier as block-wide. It reports false races unless all
+// warps pass the same number of them (docs/reliability.md).
 #if defined(KVC_RACECHECK)
 constexpr bool kEqualBarriers = true;
 #else
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
-  const int member = warp % kWarps;  // of those that share a stages
+  const int member = warp % kWarps;  // of its group
   const int group = warp / kWarps;
   const int groups = warps / kWarps;
   constexpr int kCopiers = 32 * kWarps;
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   uint16_t* values = p.cache.v_cache + head_offset;
   char* const stages = shared_bytes + Block::kStagesAt + group * Block::kGroupBytes;
 
-  // Copying tiles, each stages its own, so many apart: first a tile's keys, then its values.
+  // Copying the group's key tiles: first a tile's keys, then its values.
   const AttendPlan& plan = shared.plan;
   const TileTurns turns = TileTurns::of(block.split, division.splits, group, groups);
   uint32_t tiles = 0;             // of all rows
@@ -207,9 +206,9 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     load_floats(p.query.data, offset, p.dtype, m < queries ? head_dim - lane * kOfLane : 0, x);
   };
 
-  // What the launch before writes is there when it is done. Where it does not touch this layer
-  // (`may_read_before_wait`), that can wait until the first rows have been asked for. (A loop, so that the code is
-  // there once: a launch this short waits for its instructions, too.)
+  // The previous launch may write the state, the queries and the new rows. Where it does not touch this layer
+  // (`may_read_before_wait`), the first rows are asked for before the wait. (A loop, so that the code is there once: a
+  // launch this short also waits for its instructions.)
   StateAdvance advance(p, block);
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
@@ -328,7 +327,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     sync_warps<kWarps>();
     if (kEqualBarriers) ++barriers;
   };
-  uint32_t stage = 0;  // of the stages
+  uint32_t stage = 0;  // that is worked on next
   const auto next_stage = [&] { stage = stage + 1 == kStages ? 0 : stage + 1; };
 #pragma unroll 1
   for (uint32_t tile = turns.first; tile < tiles; tile += turns.stride) {
@@ -438,12 +437,12 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     next_stage();
   }
   if (kEqualBarriers && kWarps > 1) {
-    const uint32_t begin = block.split * groups;  // the first stages's first tile: it has the most
+    const uint32_t begin = block.split * groups;  // the first group's first tile: it has the most
     const uint32_t most_tiles = tiles > begin ? (tiles - begin + turns.stride - 1) / turns.stride : 0;
     while (barriers < 6 * most_tiles) sync_group();
   }
 
-  // Each warp leaves its sums in its stages, which is empty now.
+  // Each warp leaves its sums in its group's stages, which are empty now.
   float* sums = reinterpret_cast<float*>(stages) + 4 * group;  // 4: the groups' sums lie in different banks
 #pragma unroll
   for (int n = 0; n < kQuads; ++n) {

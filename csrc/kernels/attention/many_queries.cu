@@ -1,5 +1,6 @@
-// prompt attention: softmax(scale * Q K^T) V for many queries of each sequence, over FP16 keys and values as they lie
-// in the cache, by the tensor core instructions of sm_80 and newer. (many_queries_sm90.cu has the kernel for sm_90a.)
+// Attention of many queries: softmax(scale * Q K^T) V for many queries of each sequence, over FP16 keys and values as
+// they lie in the cache, by the tensor core instructions of sm_80 and newer. (many_queries_sm90.cu has the kernel for
+// sm_90a.)
 //
 // Grid: for each sequence, KV head and tile of its queries (many_queries.cuh) a block, or several (`splits`) that
 // share the tiles of keys; where head_dim is over 256, one for each 128 columns of the answer. A block copies tiles of

@@ -25,8 +25,8 @@ namespace kvc {
 constexpr float kLog2WeightScale = 14;   // of a weight
 constexpr float kLargeScore = 16777216;  // 2^24: larger ones have no bit behind the point in FP32
 
-// How a launch left its answers: whole (`splits` 1), or in so many parts of each unit and piece, that lie behind each
-// other in the workspace. A part: weighted sums [queries][width], then states [queries].
+// How a launch left its outputs: whole (`splits` 1), or as partials that lie behind each other in the workspace, one
+// for each unit, piece and split. A partial: weighted sums [queries][width], then states [queries].
 struct PartialsLayout {
   int splits;
   int queries;  // of a unit

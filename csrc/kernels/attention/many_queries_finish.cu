@@ -1,6 +1,6 @@
-// prompt finish: what remains to be done behind a kernel for many queries, a warp for each query.
+// What remains to be done behind a kernel for many queries: a warp for each query.
 //
-// Where blocks shared the keys of a tile of queries, they have left parts of answers in the workspace, which are merged
+// Where splits shared the keys of a query tile, they have left their partials in the workspace, which are merged
 // here in their order (flash decoding: Dao et al., 2023).
 //
 // On tensor cores values that are not finite make NaN of sums which they do not belong to, or which should be infinite

@@ -1,5 +1,5 @@
-// prompt attention for sm_90a (H100, H200): what many_queries.cu does, by the products of warpgroups (wgmma) and
-// bulk copies of tiles (TMA), with twice its speed.
+// Attention of many queries for sm_90a (H100, H200): what many_queries.cu does, by the products of warpgroups (wgmma)
+// and bulk copies of tiles (TMA), with twice its speed.
 //
 // A block has three warpgroups. The first finds the next tile of 128 queries that nobody works on, and copies tiles of
 // keys and values into shared memory; the other two multiply them with 64 of the queries each, that lie in shared
@@ -82,7 +82,7 @@ struct Sm90Block : Sm90Shape<Config> {
   }
 };
 
-// A tile's number in the rings of stages, and the parity of its barriers' phase.
+// A stage's number, and the parity of its barriers' phase.
 template <int kStages>
 struct Stage {
   int number = 0;
@@ -276,7 +276,7 @@ __device__ __forceinline__ void hold_products(FragmentC (&sums)[kPieces][kBlocks
   for (int piece = 0; piece < kPieces; ++piece) hold_products(sums[piece]);
 }
 
-// A warpgroup that multiplies: its queries, what has come of them so far, and where it is in the rings of tiles.
+// A warpgroup that multiplies: its queries, what has come of them so far, and at which stage it is.
 template <typename Block>
 struct Multiplier {
   static constexpr int kKeys = Block::kKeys;

@@ -1,12 +1,13 @@
 // Attention of one query to a KV head, T = 1: what a model without grouped-query attention does at every step. Tensor
-// cores (few_queries.cu) could do little for a single query; here FP32 arithmetic works straight from the
-// registers that rows are loaded into, which streams faster than copies into shared memory.
+// cores (few_queries.cu) could do little for a single query. Here FP32 arithmetic works straight from the registers
+// that rows are loaded into, which streams faster than copies into shared memory.
 //
-// Grid: `splits` blocks for each sequence and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes
-// lanes load a row, 16 bytes each, so that one instruction loads kRows rows; the warps of a head take turns. Each of a
-// warp's kRows parts keeps a running softmax. Partials, then splits are merged in a fixed order (common.cuh).
+// Grid: `splits` blocks for each entry and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes lanes
+// load a row, 16 bytes each, so one instruction loads kRows rows. The warps of a head take turns. The lanes of each of
+// the kRows rows keep a running softmax of their own. These partials, then those of the splits are merged in a fixed
+// order (common.cuh).
 //
-// The next step's rows are asked for as soon as this one's have been used: keys, then values.
+// The next step's rows are asked for as soon as this step's have been used: keys, then values.
 #include "../launch.h"
 #include "common.cuh"
 
@@ -77,9 +78,9 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
       for (int i = 0; i < 4; ++i) to[u].x[i] = x.x[i];
     }
   };
-  // What the launch before writes is there when it is done. Where it does not touch this layer
-  // (`may_read_before_wait`), that can wait until the first rows have been asked for. (A loop, so that the code is
-  // there once: a launch this short waits for its instructions, too.)
+  // The previous launch may write the state, the queries and the new rows. Where it does not touch this layer
+  // (`may_read_before_wait`), the first rows are asked for before the wait. (A loop, so that the code is there once: a
+  // launch this short also waits for its instructions.)
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
     if ((turn == 0) == p.may_read_before_wait) {
