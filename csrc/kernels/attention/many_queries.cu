@@ -13,7 +13,7 @@
 #include <atomic>
 
 #include "../launch.h"
-#include "many_queries.cuh"
+#include "many_queries_output.cuh"
 
 namespace kvc {
 namespace {
