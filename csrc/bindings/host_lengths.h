@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "../kernels/ring.h"
 #include "../kernels/params.h"
+#include "../kernels/ring.h"
 #include "checks.h"
 
 namespace kvc {
