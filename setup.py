@@ -128,7 +128,7 @@ def sources(with_cuda: bool) -> list[str]:
     """Every C++ file of the bindings and of the CPU kernels; with CUDA its binding and every .cu as well."""
     files = sorted(ROOT.glob("csrc/bindings/*.cpp")) + sorted(ROOT.glob("csrc/kernels/cpu/*.cpp"))
     if with_cuda:
-        files += sorted(ROOT.glob("csrc/kernels/*.cu"))
+        files += sorted(ROOT.glob("csrc/kernels/**/*.cu"))
     else:
         files = [file for file in files if file.name != "backend_cuda.cpp"]
     return [str(file.relative_to(ROOT)) for file in files]  # setuptools takes nothing but relative paths

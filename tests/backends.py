@@ -47,7 +47,7 @@ def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
     command += ["-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
     command += ["-fno-sanitize-recover=all"]
     command += [f"-I{source_folder}", f"-I{kernels}", "-o", str(library), str(source_folder / "emulator.cpp")]
-    command += ["-x", "c++", *(str(source) for source in sorted(kernels.glob("*.cu")))]
+    command += ["-x", "c++", *(str(source) for source in sorted(kernels.rglob("*.cu")))]
     subprocess.run(command, check=True)
     return library
 

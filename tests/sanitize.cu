@@ -145,7 +145,7 @@ class Case {
     int64_t window = 0;
     float softcap = 0;
     bool lse = true;
-    bool settled = false;
+    bool may_read_before_wait = false;
     bool finite = true;
     Form form = Form::plain;
     bool rounds = false;
@@ -233,11 +233,10 @@ class Case {
         const int64_t start = count > 16 ? count - 1 : 0;
         of_each[i] = (start + static_cast<int64_t>(i) * step) % (count + 3) - 1;
       }
-      p.new_lengths_are_32_bit = random_below(2) == 0;
-      if (p.new_lengths_are_32_bit) {
-        p.new_lengths = short_lengths.set({of_each.begin(), of_each.end()});
+      if (random_below(2) == 0) {
+        p.new_lengths = {short_lengths.set({of_each.begin(), of_each.end()}), true};
       } else {
-        p.new_lengths = lengths.set(of_each);
+        p.new_lengths = {lengths.set(of_each), false};
       }
     }
     return p;
@@ -265,7 +264,7 @@ class Case {
     p.softcap = a.softcap;
     p.window = a.window;
     p.rounds = a.rounds;
-    p.settled = a.settled;
+    p.may_read_before_wait = a.may_read_before_wait;
     p.appends = a.appends;
     if (a.appends) p.append = append_params(a.layer, 1, a.count, a.form, a.ragged);
     p.sequences = chosen;
@@ -334,7 +333,7 @@ class Case {
       attend({.count = i % 4 == 3 ? 2 : 1,
               .appends = i % 4 != 3 && i % 3 != 0,
               .layer = (i + 1) % s.layers,
-              .settled = true});
+              .may_read_before_wait = true});
     }
     attend({.count = most_rows, .appends = true, .ragged = true, .window = 9});
     attend({.count = 3, .window = 5, .softcap = 1, .form = Form::htd});

@@ -29,8 +29,8 @@
 #endif
 #endif
 
-#include "../csrc/kernels/attend.h"
-#include "../csrc/kernels/layout.h"
+#include "../csrc/kernels/ring.h"
+#include "../csrc/kernels/visibility.h"
 
 #if defined(SANITIZE_EMULATED)
 constexpr bool kEmulated = true;  // minutes for what takes others seconds: smaller shapes

@@ -16,7 +16,7 @@ PROGRAM = r"""
 
 #include "convert.h"
 #include "divide.h"
-#include "layout.h"
+#include "ring.h"
 #ifdef WITH_CUDA_FP16
 #include <cuda_fp16.h>
 #endif

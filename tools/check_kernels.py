@@ -1,7 +1,7 @@
 """Checks the kernels without torch and without a GPU.
 
 - Nothing below csrc/kernels includes a header of torch (ATen, c10, pybind11) or of the bindings.
-- Every csrc/kernels/*.cu compiles with plain nvcc, warnings as errors, for the architectures that setup.py builds by
+- Every csrc/kernels/**/*.cu compiles with plain nvcc, warnings as errors, for the architectures that setup.py builds by
   default, and every kernel of it needs neither register spills nor a stack frame. (But for attention that uses all
   registers: see Kernel.allowed.) Where ptxas says that it ignores setmaxnreg or lets wgmma wait for each other, that is
   an error too.
@@ -42,9 +42,9 @@ WIDE_LOADS_AND_STORES = (
     "copy_from",
 )  # moving bytes is all they do, so they move as many at a time as there are
 DISASSEMBLED_ARCHITECTURE = "90a"
-# What need not be compiled for all. prompt_sm90.cu has code for sm_90a alone, and empty kernels for all others;
-# prompt_attention.cu takes the longest, and what ptxas makes of it for sm_89 and sm_110 is what it does for their kin.
-ARCHITECTURES_OF = {"prompt_sm90.cu": {"80", "90a"}, "prompt_attention.cu": {"80", "86", "90a", "100", "120"}}
+# What need not be compiled for all. many_queries_sm90.cu has code for sm_90a alone, and empty kernels for all others;
+# many_queries.cu takes the longest, and what ptxas makes of it for sm_89 and sm_110 is what it does for their kin.
+ARCHITECTURES_OF = {"many_queries_sm90.cu": {"80", "90a"}, "many_queries.cu": {"80", "86", "90a", "100", "120"}}
 # What ptxas does not say as a warning, or -Werror does not take for one: C7508, C7510 and their like.
 SLOW = re.compile(r"^.*(?:C75\d\d|Potential Performance Loss|setmaxnreg|wgmma).*$", re.M)
 
@@ -76,18 +76,18 @@ class Kernel:
     def allowed(self) -> int:
         """Bytes that may be spilled, each way."""
         since_sm_100 = int(self.architecture.rstrip("af")) >= 100
-        if re.match(r"attend_kernel<(16|32)\b", self.name):
+        if re.match(r"few_queries_kernel<(16|32)\b", self.name):
             return 128
-        if re.match(r"attend_kernel<8, 2, 2\b", self.name) and since_sm_100:
+        if re.match(r"few_queries_kernel<8, SixteenQueries\b", self.name) and since_sm_100:
             return 40
-        if re.match(r"prompt_kernel<PromptBlock<16\b", self.name):
+        if re.match(r"many_queries_kernel<ManyQueriesBlock<ManyQueries256\b", self.name):
             return 288
-        if re.match(r"prompt_kernel<PromptBlock<8\b", self.name) and since_sm_100:
+        if re.match(r"many_queries_kernel<ManyQueriesBlock<ManyQueries128\b", self.name) and since_sm_100:
             return 96
-        if re.match(r"prompt_sm90_kernel<Sm90Block<16, 64, 1, 2\b", self.name):
+        if re.match(r"many_queries_sm90_kernel<Sm90Block<Sm90Queries256<2>", self.name):
             return 820
         if re.match(
-            r"prompt_sm90_kernel<", self.name
+            r"many_queries_sm90_kernel<", self.name
         ):  # by the warpgroup that loads, which has given its registers away
             return 288
         if re.match(r"finish_kernel\b", self.name):  # where an answer has a NaN
@@ -211,7 +211,7 @@ def failures(compilations: list[Compilation]) -> list[str]:
 
 def check_cuda(check: Check, toolkit: Path, scratch: Path, pool: ThreadPoolExecutor) -> None:
     nvcc = str(toolkit / "bin" / "nvcc")
-    files = sorted(KERNELS.glob("*.cu"), key=lambda file: -file.stat().st_size)  # what takes longest begins first
+    files = sorted(KERNELS.rglob("*.cu"), key=lambda file: -file.stat().st_size)  # what takes longest begins first
     architectures = [a.removesuffix("+PTX").replace(".", "") for a in setup.supported_architectures(toolkit).split(";")]
     flags = ["-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-DKVC_WITH_SM90A"]
 

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from backends import EMULATOR_VARIABLE, KERNELS, build_emulator
 
-# A statement that is nothing but a barrier, a wait or a fence. (`sync_ring` is that of the warps which share a ring.)
+# A statement that is nothing but a barrier, a wait or a fence. (`sync_group` is that of a group of warps.)
 BARRIER = re.compile(
-    r"^ *(?:(?:__syncthreads|sync_ring|show_barriers|fence_for_products|wait_for_products<\d>)\(\)"
+    r"^ *(?:(?:__syncthreads|sync_group|show_barriers|fence_for_products|wait_for_products<\d>)\(\)"
     r"|(?:sync_threads|wait_barrier)\(.*\));"
 )
 # Of attention, all other files: the kernels for few queries, and those for many.
@@ -47,7 +47,7 @@ class Barrier:
 def barriers() -> list[Barrier]:
     return [
         Barrier(path, number)
-        for path in sorted(KERNELS.glob("*.cu*"))
+        for path in sorted(KERNELS.rglob("*.cu*"))
         for number, line in enumerate(path.read_text().splitlines())
         if BARRIER.match(line)
     ]
@@ -60,7 +60,7 @@ def missed(left_out: Barrier | None) -> str:
         shutil.copytree(KERNELS, kernels)
         tests = sorted({*OF_ATTENTION, *(test for of_file in TESTS.values() for test in of_file)})
         if left_out is not None:
-            copy = kernels / left_out.file.name
+            copy = kernels / left_out.file.relative_to(KERNELS)
             lines = copy.read_text().splitlines(keepends=True)
             lines[left_out.line] = BARRIER.sub(";", lines[left_out.line])
             copy.write_text("".join(lines))

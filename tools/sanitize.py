@@ -87,7 +87,7 @@ def on_cpu(folder: Path) -> list[str]:
     """The names of what found something."""
     jobs = min(os.cpu_count() or 1, 8)
     cpu = compile_all(folder, "cpu", [CASES, *sorted((KERNELS / "cpu").glob("*.cpp"))], [], jobs)
-    emulated_sources = [CASES, EMULATOR / "emulator.cpp", *sorted(KERNELS.glob("*.cu"))]
+    emulated_sources = [CASES, EMULATOR / "emulator.cpp", *sorted(KERNELS.rglob("*.cu"))]
     emulated = compile_all(folder, "emulated", emulated_sources, EMULATED_FLAGS, jobs)
     runs = [("emulated GPU kernels", [str(emulated), "fp32"])]
     runs += [(f"CPU kernels, {name}", [str(cpu), name]) for name in INSTRUCTION_SETS]
@@ -109,7 +109,7 @@ def on_gpu(folder: Path, tools: Sequence[str]) -> list[str]:
     if toolkit is None:
         raise SystemExit("sanitize: there is a GPU, but no CUDA toolkit (nvcc): install one, or set CUDA_HOME")
     nvcc = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O2", "-lineinfo", "--expt-relaxed-constexpr"]
-    sources = [str(CASES), *map(str, sorted(KERNELS.glob("*.cu")))]
+    sources = [str(CASES), *map(str, sorted(KERNELS.rglob("*.cu")))]
 
     def build(name: str, *flags: str) -> str:
         program = str(folder / name)

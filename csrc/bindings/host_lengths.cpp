@@ -31,7 +31,7 @@ SequenceState HostLengths::state_of(int64_t layer, int64_t sequence) const {
 
 void HostLengths::set_state(int64_t layer, int64_t sequence, SequenceState state) {
   const int64_t i = layer * batch_ + sequence;
-  seqlens_[i] = state.seen;
+  seqlens_[i] = state.seqlen;
   firsts_[i] = state.first;
 }
 

@@ -13,8 +13,8 @@
 
 #include <vector>
 
-#include "../kernels/layout.h"
 #include "../kernels/params.h"
+#include "../kernels/ring.h"
 #include "call.h"
 
 namespace kvc {

@@ -30,9 +30,7 @@ AppendParams append_params(const char* op, const CheckedCache& cache, std::optio
   p.value = value.rows;
   p.dtype = key.dtype;
   if (tensors.new_lengths.defined()) {
-    const Integers new_lengths = checked_integers(op, "new_lengths", tensors.new_lengths, cache, entries);
-    p.new_lengths = new_lengths.data;
-    p.new_lengths_are_32_bit = new_lengths.are_32_bit;
+    p.new_lengths = checked_integers(op, "new_lengths", tensors.new_lengths, cache, entries);
   }
   p.saturate = cache.tensors.saturate;
   p.sequences = sequences;

@@ -102,7 +102,7 @@ void attend(const CheckedCache& cache, int64_t layer, const AttendTensors& tenso
                       {{"workspace", tensors.workspace}, {"out", tensors.out}, {"lse", tensors.lse}});
   LaunchOrder* order = cache.host == nullptr ? nullptr : &cache.host->launch_order;
   // The previous launch may still be writing `sequences`.
-  p.settled = !sequences.given() && order != nullptr && order->may_read_before_wait(layer);
+  p.may_read_before_wait = !sequences.given() && order != nullptr && order->may_read_before_wait(layer);
   run(op, p, cache, &Backend::attend);
   if (order != nullptr && launches(p)) order->attention_launched(LaunchOrder::kNoLayer);
 }
@@ -124,8 +124,8 @@ void append_attend(const CheckedCache& cache, int64_t layer, const AttendTensors
   // The previous launch may still be writing `new_lengths` or `sequences`. With several positions, an append of its own
   // may follow attention: that is the last launch then.
   const bool one_position = append.rows == 1;
-  p.settled = one_position && !appended.new_lengths.defined() && !sequences.given() && order != nullptr &&
-              order->may_read_before_wait(layer);
+  p.may_read_before_wait = one_position && !appended.new_lengths.defined() && !sequences.given() && order != nullptr &&
+                           order->may_read_before_wait(layer);
   run(op, p, cache, &Backend::attend);
   if (order == nullptr) return;
   one_position&& launches(p) ? order->attention_launched(layer) : order->other_launched();

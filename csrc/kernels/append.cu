@@ -1,17 +1,16 @@
 // append: convert new keys and values to FP16, store them behind what each sequence has, advance its state.
 //
-// One launch covers the K and V rows of every layer and sequence appended to: a matrix of T rows each. Grid: the blocks
-// of all matrices, one after the other (tiling.h). The first half of a block's threads moves keys, the other
-// half values, kUnroll vectors a thread at a time: it loads them, learns from one thread where the sequence stands,
-// converts, counts overflows and stores. Few rows have a kernel of their own, below.
+// One launch covers the K and V rows of every layer and entry: a matrix of T rows each. Grid: the blocks of all
+// matrices, one after the other (tiling.h). The first kHalf threads of a block move keys, the others values, kUnroll
+// vectors a thread at a time. A thread loads them, learns from one thread where the sequence stands, converts, counts
+// overflows and stores. Few rows have a kernel of their own, below.
 //
-// The state is read by every block and advanced by none of them but the last to arrive: a block signs in after it has
-// read `seen` and `first`, and whoever signs in last knows that all have, writes the new ones and clears the count.
-// Signing in does not wait for the block's own stores: nothing but a later launch reads them.
-#include "chosen.cuh"
+// Every block reads the state; the last to arrive writes the new one. A block counts itself in after it has read
+// `seqlen` and `first`. The last to do so knows that all have read them, writes the new ones and clears the count.
+// Nobody waits for a block's stores: only a later launch reads them.
 #include "launch.h"
-#include "layout.h"
-#include "overlap.cuh"
+#include "pdl.cuh"
+#include "ring.h"
 #include "tiling.h"
 #include "vec.cuh"
 
@@ -20,7 +19,7 @@ namespace {
 
 using Counter = unsigned long long;  // what atomicAdd takes for 64 bits
 
-// A row that is not stored is still counted: the counters are those of appending position by position.
+// Overflows of a row that is not stored count too: the counters are those of appending position by position.
 template <DType kType, int kVector>
 __device__ __forceinline__ Vec<uint16_t, kVector> convert(const Vec<typename Element<kType>::Type, kVector>& in,
                                                           bool saturate, uint32_t& overflows) {
@@ -35,14 +34,14 @@ __device__ __forceinline__ Vec<uint16_t, kVector> convert(const Vec<typename Ele
 }
 
 // The state changes during a launch: volatile keeps these loads out of the read-only cache.
-__device__ __forceinline__ SequenceState read_state(const int64_t* seen, const int64_t* first) {
-  return {*static_cast<const volatile int64_t*>(seen), *static_cast<const volatile int64_t*>(first)};
+__device__ __forceinline__ SequenceState read_state(const int64_t* seqlen, const int64_t* first) {
+  return {*static_cast<const volatile int64_t*>(seqlen), *static_cast<const volatile int64_t*>(first)};
 }
 
-// Few rows, as in decoding: one block for a layer and sequence, so that nobody need sign in, and no thread has more
-// than kTurns vectors. What counts here is the time to the last store. Where the rows go is found while the previous
-// launch is at work, and again if that launch moved the sequence on.
-constexpr int kFewHalf = 512;
+// Few rows, as in decoding: one block for a layer and entry, so that no arrivals are counted. A thread has at most
+// kTurns vectors. What counts here is the time to the last store. So the slots are found while the previous launch is
+// still at work, as a guess, and again if that launch moved the sequence on.
+constexpr int kFewHalf = 512;  // threads that move keys, and as many that move values
 
 template <DType kType, int kVector, int kTurns>
 __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendParams p, const Tiling tiling) {
@@ -51,16 +50,16 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
   const bool is_value = threadIdx.x >= kFewHalf;
   const uint32_t thread = threadIdx.x - (is_value ? kFewHalf : 0);
   const int64_t layer = tiling.batch(blockIdx.x);
-  const int64_t sequence = blockIdx.x - layer * tiling.batch.divisor;  // of the call
-  const int64_t in_cache = sequence_of_entry(p.sequences, sequence, p.cache.batch);
-  if (in_cache < 0) return;
+  const int64_t entry = blockIdx.x - layer * tiling.batch.divisor;
+  const int64_t sequence = sequence_of_entry(p.sequences, entry, p.cache.batch);
+  if (sequence < 0) return;
   const Rows<const void*>& rows = is_value ? p.value : p.key;
-  const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + sequence * rows.batch_stride;
-  const int64_t entry = (p.first_layer + layer) * p.cache.batch + in_cache;
+  const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + entry * rows.batch_stride;
+  const int64_t state_row = (p.first_layer + layer) * p.cache.batch + sequence;
   const int64_t row_elements = p.cache.heads * p.cache.head_dim;
-  uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
-  int64_t* seen = p.cache.state + entry;
-  int64_t* first = seen + p.cache.layers * p.cache.batch;
+  uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + state_row * p.cache.positions * row_elements;
+  int64_t* seqlen = p.cache.state + state_row;
+  int64_t* first = seqlen + p.cache.layers * p.cache.batch;
 
   const T* from[kTurns];
   uint16_t* to[kTurns];
@@ -75,23 +74,23 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
     if (row[u] >= p.rows) row[u] = -1;
   }
   int64_t slot[kTurns];
-  const auto find_slots = [&](int64_t seen_before, int64_t appended) {
-    const AppendPlan plan = AppendPlan::make(seen_before, p.rows, appended, p.cache);
+  const auto find_slots = [&](int64_t seqlen_before, int64_t appended) {
+    const AppendPlan plan = AppendPlan::make(seqlen_before, p.rows, appended, p.cache);
 #pragma unroll
     for (int u = 0; u < kTurns; ++u) slot[u] = row[u] < 0 ? kPadding : plan.slot(row[u]);
   };
-  SequenceState state = read_state(seen, first);
-  find_slots(state.seen, p.rows);
+  SequenceState state = read_state(seqlen, first);
+  find_slots(state.seqlen, p.rows);
   wait_for_previous_launch();
 
-  const SequenceState now = read_state(seen, first);
+  const SequenceState now = read_state(seqlen, first);
   Vec<T, kVector> in[kTurns];
 #pragma unroll
   for (int u = 0; u < kTurns; ++u) {
     if (row[u] >= 0) in[u] = load<T, kVector>(from[u]);
   }
-  const int64_t appended = appended_rows(p, sequence);
-  if (now.seen != state.seen || appended != p.rows) find_slots(now.seen, appended);
+  const int64_t appended = appended_rows(p, entry);
+  if (now.seqlen != state.seqlen || appended != p.rows) find_slots(now.seqlen, appended);
   uint32_t overflows = 0;
 #pragma unroll
   for (int u = 0; u < kTurns; ++u) {
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
   __syncthreads();  // all threads have read the state
   if (threadIdx.x == 0) {
     const SequenceState next = state_after_append(now, appended, p.cache.ring.divisor);
-    *seen = next.seen;
+    *seqlen = next.seqlen;
     *first = next.first;
   }
   if constexpr (kType != DType::f16) {
@@ -121,27 +120,27 @@ __global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p,
   const bool is_value = threadIdx.x >= kHalf;
   const uint32_t thread = threadIdx.x - (is_value ? kHalf : 0);
   const int64_t layer = tiling.batch(part.matrix);
-  const int64_t sequence = part.matrix - layer * tiling.batch.divisor;  // of the call
-  const int64_t in_cache = sequence_of_entry(p.sequences, sequence, p.cache.batch);
-  if (in_cache < 0) return;
+  const int64_t entry = part.matrix - layer * tiling.batch.divisor;
+  const int64_t sequence = sequence_of_entry(p.sequences, entry, p.cache.batch);
+  if (sequence < 0) return;
 
   const Rows<const void*>& rows = is_value ? p.value : p.key;
-  const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + sequence * rows.batch_stride;
-  const int64_t entry = (p.first_layer + layer) * p.cache.batch + in_cache;
+  const T* source = static_cast<const T*>(rows.data) + layer * rows.layer_stride + entry * rows.batch_stride;
+  const int64_t state_row = (p.first_layer + layer) * p.cache.batch + sequence;
   const int64_t row_elements = p.cache.heads * p.cache.head_dim;
-  uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
-  int64_t* seen = p.cache.state + entry;
-  int64_t* first = seen + p.cache.layers * p.cache.batch;
+  uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + state_row * p.cache.positions * row_elements;
+  int64_t* seqlen = p.cache.state + state_row;
+  int64_t* first = seqlen + p.cache.layers * p.cache.batch;
   Counter* arrivals = reinterpret_cast<Counter*>(first + p.cache.layers * p.cache.batch);
   wait_for_previous_launch();
-  const int64_t appended = appended_rows(p, sequence);
+  const int64_t appended = appended_rows(p, entry);
 
   __shared__ AppendPlan shared_plan;
   __shared__ int64_t shared_run;  // the slot of the block's first row if its rows' slots follow each other, else -1
   SequenceState state{0, 0};
   if (threadIdx.x == 0) {
-    state = read_state(seen, first);
-    const AppendPlan plan = AppendPlan::make(state.seen, p.rows, appended, p.cache);
+    state = read_state(seqlen, first);
+    const AppendPlan plan = AppendPlan::make(state.seqlen, p.rows, appended, p.cache);
     shared_plan = plan;
     shared_run = plan.run(part.row_begin, part.row_end);
   }
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p,
 
   bool last = threadIdx.x == 0;
   if (threadIdx.x == 0 && tiling.blocks.divisor > 1) {
-    __threadfence();  // the state was read before this block signs in
+    __threadfence();  // the state was read before this block is counted
     last = atomicAdd(arrivals, Counter{1}) + 1 == tiling.blocks.divisor;
   }
 
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p,
       *arrivals = 0;
     }
     const SequenceState next = state_after_append(state, appended, p.cache.ring.divisor);
-    *seen = next.seen;
+    *seqlen = next.seqlen;
     *first = next.first;
   }
 }
@@ -232,7 +231,7 @@ cudaError_t launch(const AppendParams& p, int turns, cudaStream_t stream) {
                     p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  OverlappingLaunch launch(grid, 2 * kHalf, 0, stream);
+  PdlLaunch launch(grid, 2 * kHalf, 0, stream);
   return cudaLaunchKernelEx(&launch.config, append_kernel<kType, kVector, kHalf, kUnroll>, p, tiling);
 }
 
@@ -245,12 +244,12 @@ cudaError_t launch_few(const AppendParams& p, cudaStream_t stream) {
                     p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  OverlappingLaunch launch(p.layer_count * entries, 2 * kFewHalf, 0, stream);
+  PdlLaunch launch(p.layer_count * entries, 2 * kFewHalf, 0, stream);
   return cudaLaunchKernelEx(&launch.config, append_few_kernel<kType, kVector, kTurns>, p, tiling);
 }
 
-// Vectors of eight: 16 bytes of the cache. Fewer than this many are spread over many blocks, a vector a thread, for
-// latency; more take two at a time and two turns, for bandwidth.
+// A call of fewer vectors (of eight elements, 16 bytes of the cache) spreads them over many blocks, one to a thread,
+// for latency. In a call of more, a thread takes two at a time and two turns, for bandwidth.
 constexpr int64_t kManyVectors = int64_t{1} << 17;
 
 template <DType kType>
@@ -270,8 +269,7 @@ cudaError_t launch_for(const AppendParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_append(const AppendParams& params, cudaStream_t stream) {
-  AppendParams p = params;
+cudaError_t launch_append(const AppendParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   switch (p.dtype) {
     case DType::f32: return launch_for<DType::f32>(p, stream);

@@ -1,5 +1,5 @@
 // copy_from: let sequences become copies of another cache's in every layer. Only rows that will be held move. The two
-// caches may have rings of different sizes, so a row may go to a slot of another number; see CopyPlan in layout.h.
+// caches may have rings of different sizes, so a row may go to a slot of another number; see CopyPlan in ring.h.
 //
 // Grid: for each layer, each pair of sequences in it, and of that pair keys and then values, the same number of blocks.
 // They share the runs of rows that lie in consecutive slots of both caches: each run is one copy of memory, whose
@@ -8,7 +8,7 @@
 // One launch does it all. No block reads the state of the cache that is written to, so the first of each pair's blocks
 // in a layer writes that state meanwhile.
 #include "launch.h"
-#include "layout.h"
+#include "ring.h"
 #include "vec.cuh"
 
 namespace kvc {
@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kThreads) copy_from_kernel(const CopyFromParam
 
   const int64_t source_entry = int64_t{layer} * p.source.batch + pair.source;
   const int64_t entry = int64_t{layer} * p.cache.batch + pair.destination;
-  const int64_t* source_seen = p.source.state + source_entry;
-  const CopyPlan plan = CopyPlan::make({source_seen[0], source_seen[p.source.layers * p.source.batch]}, p);
+  const int64_t* source_seqlen = p.source.state + source_entry;
+  const CopyPlan plan = CopyPlan::make({source_seqlen[0], source_seqlen[p.source.layers * p.source.batch]}, p);
   if (part == 0 && !is_values && threadIdx.x == 0) {
-    p.cache.state[entry] = plan.after.seen;
+    p.cache.state[entry] = plan.after.seqlen;
     p.cache.state[p.cache.layers * p.cache.batch + entry] = plan.after.first;
   }
 

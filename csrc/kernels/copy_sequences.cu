@@ -11,8 +11,8 @@
 //
 // The state is changed by a second launch, as every block of the first reads it.
 #include "launch.h"
-#include "layout.h"
-#include "tensor.cuh"
+#include "mma.cuh"
+#include "ring.h"
 #include "vec.cuh"
 
 namespace kvc {
@@ -49,9 +49,9 @@ __global__ void __launch_bounds__(kMostThreads)
   const uint32_t part = blockIdx.x - half * division.parts.divisor;
   const int64_t layer = half >> 1;
   uint16_t* cache = half & 1 ? c.v_cache : c.k_cache;
-  const int64_t* seen = c.state + layer * c.batch;
+  const int64_t* seqlen = c.state + layer * c.batch;
   const auto plan_of = [&](uint32_t sequence) {
-    return ReadPlan::make({seen[sequence], seen[c.layers * c.batch + sequence]}, c);
+    return ReadPlan::make({seqlen[sequence], seqlen[c.layers * c.batch + sequence]}, c);
   };
 
   if (threadIdx.x == 0) {
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kMostThreads)
 // One block for a layer. The third row of the state, which is zero between launches, holds what has been read.
 __global__ void __launch_bounds__(kThreads) copy_states_kernel(const CopySequencesParams p) {
   const int64_t row = p.cache.layers * p.cache.batch;
-  int64_t* seen = p.cache.state + blockIdx.x * p.cache.batch;
-  int64_t* scratch = seen + 2 * row;
+  int64_t* seqlen = p.cache.state + blockIdx.x * p.cache.batch;
+  int64_t* scratch = seqlen + 2 * row;
   const auto for_each = [&](const auto& act) {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < p.count; i += kThreads) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) copy_states_kernel(const CopySequenc
   };
 #pragma unroll
   for (int field = 0; field < 2; ++field) {
-    int64_t* numbers = seen + field * row;
+    int64_t* numbers = seqlen + field * row;
     for_each([&](SequencePair pair) { scratch[pair.destination] = numbers[pair.source]; });
     for_each([&](SequencePair pair) { numbers[pair.destination] = scratch[pair.destination]; });
   }

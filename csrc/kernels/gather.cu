@@ -1,12 +1,11 @@
 // gather: copy chronological indices of one layer out of the cache, FP16 to FP32, BF16 or FP16, in order of index.
 //
-// One launch covers K and V of every sequence: a matrix of n rows each. Grid: the blocks of all matrices, one after the
-// other (tiling.h). Every thread of a block has kUnroll rows of a
-// column under way: it loads them before it stores the first. An index that is not held gives zeros.
-#include "chosen.cuh"
+// One launch covers K and V of every entry: a matrix of n rows each. Grid: the blocks of all matrices, one after the
+// other (tiling.h). A thread loads kUnroll rows of a column before it stores the first. An index that is not held gives
+// zeros.
 #include "launch.h"
-#include "layout.h"
-#include "overlap.cuh"
+#include "pdl.cuh"
+#include "ring.h"
 #include "tiling.h"
 #include "vec.cuh"
 
@@ -26,21 +25,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtATime<kVector>)
   let_next_launch_begin();
   const BlockPart part = BlockPart::make(tiling, blockIdx.x);
   const bool is_value = part.matrix & 1;
-  const int64_t sequence = part.matrix >> 1;  // of the call
-  const int64_t in_cache = sequence_of_entry(p.sequences, sequence, p.cache.batch);
+  const int64_t entry = part.matrix >> 1;
+  const int64_t sequence = sequence_of_entry(p.sequences, entry, p.cache.batch);
 
   const Rows<void*>& rows = is_value ? p.value : p.key;
-  T* out = static_cast<T*>(rows.data) + sequence * rows.batch_stride;
-  const int64_t entry = p.layer * p.cache.batch + imax(in_cache, 0);
+  T* out = static_cast<T*>(rows.data) + entry * rows.batch_stride;
+  const int64_t state_row = p.layer * p.cache.batch + imax(sequence, 0);
   const int64_t row_elements = p.cache.heads * p.cache.head_dim;
-  const uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + entry * p.cache.positions * row_elements;
+  const uint16_t* cache = (is_value ? p.cache.v_cache : p.cache.k_cache) + state_row * p.cache.positions * row_elements;
   const int64_t thread_row = part.row_begin + (threadIdx.x >> tiling.log2_width);
   const int thread_rows = kThreads >> tiling.log2_width;
-  const int64_t* indices = p.indices == nullptr ? nullptr : p.indices + sequence * p.indices_batch_stride;
+  const int64_t* indices = p.indices == nullptr ? nullptr : p.indices + entry * p.indices_batch_stride;
   wait_for_previous_launch();
 
-  SequenceState state{p.cache.state[entry], p.cache.state[entry + p.cache.layers * p.cache.batch]};
-  if (in_cache < 0) state = empty_state(p.cache.sinks);
+  SequenceState state{p.cache.state[state_row], p.cache.state[state_row + p.cache.layers * p.cache.batch]};
+  if (sequence < 0) state = empty_state(p.cache.sinks);
   const ReadPlan plan = ReadPlan::make(state, p.cache);
   const int64_t run =
       indices == nullptr ? plan.run(p.start + part.row_begin, p.start + part.row_end) : kNoSlot;  // the usual range
@@ -83,7 +82,7 @@ cudaError_t launch(const GatherParams& p, cudaStream_t stream) {
                     entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  OverlappingLaunch launch(grid, kThreads, 0, stream);
+  PdlLaunch launch(grid, kThreads, 0, stream);
   return cudaLaunchKernelEx(&launch.config, gather_kernel<kType, kVector, kUnroll>, p, tiling);
 }
 
@@ -97,8 +96,7 @@ cudaError_t launch_for(const GatherParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream) {
-  GatherParams p = params;
+cudaError_t launch_gather(const GatherParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.sequences.entries(p.cache.batch) == 0) return cudaSuccess;
   switch (p.dtype) {
     case DType::f32: return launch_for<DType::f32>(p, stream);

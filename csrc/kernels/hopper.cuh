@@ -1,4 +1,4 @@
-// What sm_90a has beside the instructions of tensor.cuh: bulk tensor copies, barriers in shared memory that they
+// What sm_90a has beside the instructions of mma.cuh: bulk tensor copies, barriers in shared memory that they
 // complete, and products of a warpgroup (four warps) whose right operand, and if need be left, lies in shared memory.
 // Thin names over PTX; the tests' emulator (tests/emulator) has its own.
 //
@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "tensor.cuh"
+#include "mma.cuh"
 
 #if defined(KVC_EMULATED)
 #include "emulated_hopper.h"

@@ -10,17 +10,21 @@ namespace kvc {
 
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream);
+
+// Attention. launch_attend chooses the kernel by the number of queries.
 cudaError_t launch_attend(const AttendParams& params, cudaStream_t stream);
-cudaError_t launch_attend_single(const AttendParams& params, cudaStream_t stream);  // which the former calls
-// Attention of many queries (AttendParams::many), with the append of new positions; launch_attend calls it. It launches
-// these: the answers, whole or in parts as `parts` then says, and what remains to be done to them.
-struct PromptParts;
+cudaError_t launch_one_query(const AttendParams& params, cudaStream_t stream);
+// Many queries (AttendParams::many), and the append of the call's new positions.
 cudaError_t launch_attend_many(const AttendParams& params, cudaStream_t stream);
-cudaError_t launch_prompt(const AttendParams& params, PromptParts& parts, cudaStream_t stream);
-void prefer_portable_prompts(bool portable);   // for tests and benchmarks: the kernel for every GPU, wherever it runs
-bool serves_sm90(const AttendParams& params);  // then launch_prompt calls this
-cudaError_t launch_prompt_sm90(const AttendParams& params, PromptParts& parts, cudaStream_t stream);
-cudaError_t launch_prompt_finish(const AttendParams& params, const PromptParts& parts, cudaStream_t stream);
+// launch_attend_many calls these. The first leaves whole answers or partials, as `layout` then says; the last ends it.
+struct PartialsLayout;
+cudaError_t launch_many_queries(const AttendParams& params, PartialsLayout& layout, cudaStream_t stream);
+bool serves_sm90(const AttendParams& params);  // whether launch_many_queries takes the kernel for sm_90a
+cudaError_t launch_many_queries_sm90(const AttendParams& params, PartialsLayout& layout, cudaStream_t stream);
+cudaError_t launch_many_queries_finish(const AttendParams& params, const PartialsLayout& layout, cudaStream_t stream);
+// For tests and benchmarks: always take the kernel for every GPU, never that for sm_90a.
+void prefer_portable_prompts(bool portable);
+
 cudaError_t launch_copy_sequences(const CopySequencesParams& params, cudaStream_t stream);
 cudaError_t launch_copy_from(const CopyFromParams& params, cudaStream_t stream);
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream);

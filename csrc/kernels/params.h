@@ -20,8 +20,8 @@ struct Integers {
   const void* data = nullptr;  // int64_t or int32_t, or null
   bool are_32_bit = false;
 
-  // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
-  // later.
+  // With programmatic dependent launch the previous kernel may still be writing these. `volatile` forces a fresh load,
+  // so a value read before the wait is not reused after it.
   KVC_HD int64_t operator[](int64_t i) const {
     return are_32_bit ? static_cast<const volatile int32_t*>(data)[i] : static_cast<const volatile int64_t*>(data)[i];
   }
@@ -46,7 +46,7 @@ struct ChosenSequences {
 struct CacheView {
   uint16_t* k_cache;  // [L, B, N, H, D], contiguous
   uint16_t* v_cache;  // [L, B, N, H, D], contiguous
-  int64_t* state;     // [3, L, B]: seen, first, arrivals (scratch, zero between launches)
+  int64_t* state;     // [3, L, B]: seqlen, first, arrivals (scratch, zero between launches)
   int64_t layers;     // L
   int64_t batch;      // B
   int64_t positions;  // N
@@ -71,15 +71,14 @@ struct Rows {
 struct AppendParams {
   CacheView cache;
   int64_t* overflow_counts;  // [L]: += finite inputs with |x| >= 65520
-  int64_t first_layer;       // the layers [first_layer, first_layer + layer_count) are appended to
-  int64_t layer_count;
-  int64_t rows;             // T
-  Rows<const void*> key;    // [layer_count, B, T, H, D] of `dtype`
-  Rows<const void*> value;  // [layer_count, B, T, H, D] of `dtype`
+  int64_t first_layer;       // the first layer that is appended to
+  int64_t layer_count;       // how many are, from there on
+  int64_t rows;              // T
+  Rows<const void*> key;     // [layer_count, B, T, H, D] of `dtype`
+  Rows<const void*> value;   // [layer_count, B, T, H, D] of `dtype`
   DType dtype;
-  const void* new_lengths;  // [B] int32 or int64, or null: all T rows of every sequence
-  bool new_lengths_are_32_bit;
-  bool saturate;  // else finite values beyond the FP16 range become +-inf
+  Integers new_lengths;  // [B], or null: all T rows of every entry
+  bool saturate;         // else finite values beyond the FP16 range become +-inf
   ChosenSequences sequences = {};
 };
 
@@ -99,20 +98,20 @@ struct GatherParams {
   ChosenSequences sequences = {};
 };
 
-// The workspace of attention calls begins with tickets, as many as there are units that several blocks share at a time,
-// and two words more (AttendParams::redo, next_work).
+// The workspace of attention calls begins with tickets and two words more (AttendParams::redo, next_work). A ticket is
+// a counter of a unit that is split: the splits that have left their partial.
 constexpr int64_t kAttendTickets = 1022;
 constexpr int64_t kWorkspaceWords = kAttendTickets + 2;
 
-// Whether so many queries of a sequence, and query heads to a KV head, are the affair of the kernels for many (a
-// GPU's).
+// Whether the GPU's kernels for many queries serve a call. `rows`: queries of an entry. `group`: query heads to a KV
+// head.
 KVC_HD bool is_for_many(int64_t rows, int64_t group) { return rows > 1 && rows * group > 16; }
 
 // Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as
 // if each were appended and attended to in turn.
 //
-// Query t stands at position p = seen - T + t (seen counted after the append). It sees the positions up to p that are
-// held when it is its turn: the sinks, and of the others the last `ring`, or the last `window` if that is less.
+// Query t stands at position p = seqlen - T + t (seqlen counted after the append). It sees the positions up to p that
+// are held when it is its turn: the sinks, and of the others the last `ring`, or the last `window` if that is less.
 struct AttendParams {
   CacheView cache;
   int64_t layer;
@@ -123,21 +122,21 @@ struct AttendParams {
   float* lse;               // [B, T, Hq] natural log-sum-exp, or null
   DType dtype;
   float scale;
-  float softcap;           // scores become softcap * tanh(score / softcap); 0: they stay
-  int64_t window;          // 0: no window
-  bool rounds;             // FP16 will do for queries and weights (precision="fp16")
-  bool settled;            // the launch before does not touch this layer, which may be read at once
-  bool appends;            // the fields of `append` count; else they are not read
-  AppendParams append;     // of the same cache and layer, layer_count 1, T rows
-  float* partials;         // workspace: what the blocks that share a head leave for the last of them
-  uint32_t* tickets;       // workspace [kAttendTickets]: zero between launches
-  int64_t partial_floats;  // the size of `partials`
-  // Of calls with many queries:
-  uint32_t* redo;  // workspace: not 0 where an answer has a NaN, which is to be looked at again; zero between calls
-  uint32_t* next_work;     // workspace: the next tile of queries to work on; zero between calls
+  float softcap;              // scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;             // 0: no window
+  bool rounds;                // queries and weights may be rounded to FP16 (precision="fp16")
+  bool may_read_before_wait;  // the previous launch does not touch this layer: it may be read ahead of the PDL wait
+  bool appends;               // the fields of `append` count; else they are not read
+  AppendParams append;        // of the same cache and layer, layer_count 1, T rows
+  float* partials;            // workspace: what the splits of a unit leave to be merged
+  uint32_t* tickets;          // workspace [kAttendTickets]: zero between launches
+  int64_t partial_floats;     // the size of `partials`
+  // The other fields are for calls with many queries.
+  uint32_t* redo;          // workspace: not 0 if an output has a NaN and is to be computed anew; zero between calls
+  uint32_t* next_work;     // workspace: the next query tile to work on; zero between calls
   int64_t* first_lengths;  // workspace [B]: how many of an entry's new positions are stored before attention, 0 or all
   int64_t* last_lengths;   // workspace [B]: how many are stored after it, as they evict what queries still see
-  bool many;               // whether it is one
+  bool many;               // whether this is one
 
   // The least that `use_workspace` takes, in floats. (Two int64 numbers an entry are four.)
   static int64_t least_workspace(int64_t entries) { return kWorkspaceWords + 4 * entries; }

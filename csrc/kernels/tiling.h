@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-#include "layout.h"
 #include "params.h"
 #include "portable.h"
+#include "ring.h"
 
 namespace kvc {
 

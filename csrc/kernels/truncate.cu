@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "launch.h"
-#include "layout.h"
+#include "ring.h"
 
 namespace kvc {
 namespace {

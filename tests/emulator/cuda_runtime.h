@@ -19,7 +19,7 @@
 #include <functional>
 #include <utility>
 
-#define KVC_EMULATED  // kernels/tensor.cuh then takes emulated_tensor.h from this folder, hopper.cuh emulated_hopper.h
+#define KVC_EMULATED  // kernels/mma.cuh then takes emulated_mma.h from this folder, hopper.cuh emulated_hopper.h
 #define KVC_WITH_SM90A
 #define __CUDA_ARCH_FEAT_SM90_ALL
 

@@ -307,16 +307,17 @@ int kvc_gather(const kvc::GatherParams* p) {
   return kvc::launch_gather(*p, nullptr);
 }
 int kvc_attend(const kvc::AttendParams* p) {
-  // Where the state is settled it is not to be guessed; else every other time it is so, where a graph could know.
+  // Where the state may be read before the wait, it is not to be guessed. That is so every other time where the capture
+  // of a graph could know it.
   kvc::AttendParams q = *p;
   if (p->many) {
     const emulator::Guess guess(p->cache);
     return kvc::launch_attend(*p, nullptr);
   }
   const bool plain =
-      q.sequences.indices.data == nullptr && (!q.appends || (q.rows == 1 && q.append.new_lengths == nullptr));
-  q.settled = plain && emulator::random_below(2) == 0;
-  if (q.settled) return kvc::launch_attend(q, nullptr);
+      q.sequences.indices.data == nullptr && (!q.appends || (q.rows == 1 && q.append.new_lengths.data == nullptr));
+  q.may_read_before_wait = plain && emulator::random_below(2) == 0;
+  if (q.may_read_before_wait) return kvc::launch_attend(q, nullptr);
   const emulator::Guess guess(p->cache);
   return kvc::launch_attend(q, nullptr);
 }

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "../attend.h"
 #include "../convert.h"
+#include "../visibility.h"
 #include "cpu.h"
 #include "prompt.h"
 

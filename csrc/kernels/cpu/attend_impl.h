@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "../attend.h"
 #include "../convert.h"
+#include "../visibility.h"
 #include "cpu.h"
 
 namespace kvc {

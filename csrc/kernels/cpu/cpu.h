@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../attend.h"
 #include "../params.h"
+#include "../visibility.h"
 
 namespace kvc {
 namespace cpu {

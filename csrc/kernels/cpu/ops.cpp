@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../convert.h"
-#include "../layout.h"
+#include "../ring.h"
 #include "cpu.h"
 
 namespace kvc {
@@ -144,7 +144,7 @@ void advance_state(const AppendParams& p) {
       const int64_t entry = (p.first_layer + layer) * c.batch + in_cache;
       const SequenceState next =
           state_after_append({*seen_of(c, entry), *first_of(c, entry)}, appended_rows(p, b), c.ring.divisor);
-      *seen_of(c, entry) = next.seen;
+      *seen_of(c, entry) = next.seqlen;
       *first_of(c, entry) = next.first;
     }
   }
@@ -361,7 +361,7 @@ void move_states(const CopySequencesParams& p, const std::vector<SequencePair>& 
     }
     for (size_t i = 0; i < pairs.size(); ++i) {
       const int64_t entry = layer * c.batch + pairs[i].destination;
-      *seen_of(c, entry) = states[i].seen;
+      *seen_of(c, entry) = states[i].seqlen;
       *first_of(c, entry) = states[i].first;
     }
   }
@@ -410,7 +410,7 @@ void copy_from_states(const CopyFromParams& p) {
       if (pair.source < 0) continue;
       const SequenceState after = CopyPlan::make(state_of(p.source, layer, pair.source), p).after;
       const int64_t entry = layer * p.cache.batch + pair.destination;
-      *seen_of(p.cache, entry) = after.seen;
+      *seen_of(p.cache, entry) = after.seqlen;
       *first_of(p.cache, entry) = after.first;
     }
   }

@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../attend.h"
 #include "../params.h"
+#include "../visibility.h"
 #include "cpu.h"
 
 namespace kvc {

@@ -294,7 +294,7 @@ struct PromptAttention {
     to[head_dim + 1] = total_sum[lane];
   }
 
-  void write_answer(int64_t lane, int64_t t, int64_t query_head) {
+  void write_output(int64_t lane, int64_t t, int64_t query_head) {
     const LanePlace at = place_of(lane);
     const float* from = totals + at.strip_lane * head_dim + (lane - at.strip_lane);
     const double total = total_sum[lane];
@@ -336,7 +336,7 @@ struct PromptAttention {
       if (tile.partials != nullptr) {
         write_partial(lane, t * p.query_heads + query_head);
       } else {
-        write_answer(lane, t, query_head);
+        write_output(lane, t, query_head);
       }
     }
   }

@@ -1,54 +1,51 @@
-// prompt attention: softmax(scale * Q K^T) V for many queries of each sequence, over FP16 keys and values as they lie
-// in the cache, by the tensor core instructions of sm_80 and newer. (prompt_sm90.cu has the kernel for sm_90a.)
+// Attention of many queries: softmax(scale * Q K^T) V for many queries of each sequence, over FP16 keys and values as
+// they lie in the cache, by the tensor core instructions of sm_80 and newer. (many_queries_sm90.cu has the kernel for
+// sm_90a.)
 //
-// Grid: for each sequence, KV head and tile of its queries (prompt_common.cuh) a block, or several (`splits`) that
+// Grid: for each sequence, KV head and tile of its queries (many_queries.cuh) a block, or several (`splits`) that
 // share the tiles of keys; where head_dim is over 256, one for each 128 columns of the answer. A block copies tiles of
 // keys and values into shared memory, one ahead of the one that it works on. Each warp multiplies it with 16 queries of
 // its own: scores, weights, weighted sums, with a running maximum and sum (online softmax: Milakov and Gimelshein,
 // 2018; tiles and their order: FlashAttention-2, Dao, 2023).
 //
 // A call's new positions lie in the cache by now, unless storing them would evict what its queries still see: then they
-// are read from the call's tensors, rounded to FP16 on the way, and stored afterwards (prompt_order.cu).
+// are read from the call's tensors, rounded to FP16 on the way, and stored afterwards (append_order.cu).
 #include <atomic>
 
-#include "launch.h"
-#include "prompt_common.cuh"
+#include "../launch.h"
+#include "many_queries_output.cuh"
 
 namespace kvc {
 namespace {
 
-// kDepth: 16-element steps of a row; 16 * kDepth is the largest head_dim of this instance. kKeys: of a tile. kStages:
-// tiles that there is room for. kParts: of a query and of a weight. kHighInRegisters: the high parts of queries.
-template <int kDepth_, int kWarps_, int kKeys_, int kStages_, int kParts_, bool kHighInRegisters_>
-struct PromptBlock {
-  static constexpr int kDepth = kDepth_, kWarps = kWarps_, kKeys = kKeys_, kStages = kStages_, kParts = kParts_;
-  static constexpr bool kHighInRegisters = kHighInRegisters_;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kQueries = 16 * kWarps;
-  static constexpr int kPieces = kDepth > 16 ? kDepth / 8 : 1;  // that the answer's columns are cut into
-  static constexpr int kWidth = 16 * kDepth / kPieces;          // columns of a piece
-  static constexpr int kKeyChunks = 2 * kDepth;                 // 16-byte chunks of a row
+// kParts: FP16 parts of a query and of a weight.
+template <typename Config, int kParts_>
+struct ManyQueriesBlock : ManyQueriesShape<Config> {
+  using Shape = ManyQueriesShape<Config>;
+  using Shape::kDepth, Shape::kKeys, Shape::kStages, Shape::kHighInRegisters, Shape::kQueries, Shape::kPieces,
+      Shape::kWidth;
+  static constexpr int kParts = kParts_;
+  static constexpr int kKeyChunks = 2 * kDepth;  // 16-byte chunks of a row
   static constexpr int kValueChunks = kWidth / 8;
   static constexpr int kKeyBytes = kKeys * kKeyChunks * 16;
   static constexpr int kStageBytes = kKeyBytes + kKeys * kValueChunks * 16;
   static constexpr int kSharedParts = kHighInRegisters ? kParts - 1 : kParts;  // of queries, in shared memory
-  static constexpr int kBlocks = kDepth <= 8 ? 2 : 1;                          // a multiprocessor
 
   // What a block knows of itself: registers are rare.
   struct Shared {
     AttendPlan plan;
     BlockUnit unit;
     KeyTiles<kKeys> tiles;
-    const uint16_t* keys;      // of its head
-    const uint16_t* values;    // likewise, from its first column on
-    SeenRange seen[kQueries];  // by the block's queries; by those of a warp that has none, nothing
+    const uint16_t* keys;            // of its head
+    const uint16_t* values;          // likewise, from its first column on
+    VisibleRange visible[kQueries];  // by the block's queries; by those of a warp that has none, nothing
   };
   static constexpr int kQueriesAt = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int kStagesAt = kQueriesAt + kSharedParts * kQueries * kDepth * 32;
   static constexpr int kBytes = kStagesAt + kStages * kStageBytes;
   static_assert(kBytes <= 101376, "what a block has on sm_86, sm_89 and sm_120");
 
-  static PromptParts KVC_HD parts(int64_t splits) { return {static_cast<int>(splits), kQueries, kPieces, kWidth}; }
+  static PartialsLayout KVC_HD layout(int64_t splits) { return {static_cast<int>(splits), kQueries, kPieces, kWidth}; }
 
   // Where a chunk of a row lies in a tile: rows are spread over the banks, so that eight of them are read at a time.
   // From a chunk to the eighth after it, and from a row to the eighth after it, it is always as far.
@@ -62,7 +59,7 @@ struct PromptBlock {
 
 // Writes a block's answers, or leaves its part of them in the workspace.
 template <typename Block, int kBlocks>
-__device__ __forceinline__ void finish(const AttendParams& p, const PromptDivision& division, const PromptRows& rows,
+__device__ __forceinline__ void finish(const AttendParams& p, const ManyDivision& division, const LaneSoftmax& rows,
                                        const FragmentC (&sums)[kBlocks], typename Block::Shared& shared) {
   const uint32_t thread = anew(threadIdx.x);
   const BlockUnit block = shared.unit;
@@ -82,12 +79,13 @@ __device__ __forceinline__ void finish(const AttendParams& p, const PromptDivisi
     return;
   }
   const int64_t part = (int64_t{block.unit} * Block::kPieces + piece) * splits + block.split;
-  leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::parts(1).floats(), queries, rows, row, 0, sums);
+  leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::layout(1).floats(), queries, rows, row, 0,
+                                             sums);
 }
 
 template <typename Block>
-__global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
-    prompt_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division) {
+__global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
+    many_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division) {
   constexpr int kDepth = Block::kDepth;
   constexpr int kParts = Block::kParts;
   constexpr int kKeyBlocks = Block::kKeys / 8;
@@ -111,7 +109,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   let_next_launch_begin();
   if (Block::kPieces > 1 && piece * Block::kWidth >= head_dim) return;
   if (threadIdx.x == 0) {
-    shared.plan = prompt_plan(p, block.entry, block.sequence);
+    shared.plan = read_plan(p, block.entry, block.sequence);
     shared.unit = block;
     shared.tiles =
         KeyTiles<Block::kKeys>::of(shared.plan, group_size(first_query), group_size(first_query + queries - 1));
@@ -125,8 +123,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   // Tiles [stop, next] of keys are this block's, the last first.
   const int32_t splits = static_cast<int32_t>(division.division.splits);
   const int32_t split = static_cast<int32_t>(block.split);
-  const int32_t stop = static_cast<int32_t>(int64_t{tiles.count} * split / splits);
-  int32_t next = static_cast<int32_t>(int64_t{tiles.count} * (split + 1) / splits) - 1;
+  const int32_t stop = first_tile_of(tiles.count, split, splits);
+  int32_t next = first_tile_of(tiles.count, split + 1, splits) - 1;
   const auto ask_for = [&](int32_t tile, int stage) {
     if (tile >= stop) {
       const int32_t row0 = tiles.row(tile);
@@ -153,12 +151,12 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     return first_query + static_cast<uint32_t>(row < queries ? row : queries - 1);
   };
   const uint32_t number[2] = {number_of(warp_first + lane / 4), number_of(warp_first + lane / 4 + 8)};
-  PromptRows rows;
+  LaneSoftmax rows;
   rows.clear();
   if (lane < 16) {
-    SeenRange range = plan.range_of(group_size(number_of(warp_first + lane)));
+    VisibleRange range = plan.range_of(group_size(number_of(warp_first + lane)));
     if (warp_first >= queries) range.end = 0;
-    shared.seen[warp_first + lane] = range;
+    shared.visible[warp_first + lane] = range;
   }
 
   // Queries become FP16 parts, in the order in which a lane holds the left operand of a product.
@@ -240,8 +238,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
     stage = stage + 1 == Block::kStages ? 0 : stage + 1;
     const int32_t row0 = tiles.row(next);
     const int32_t row_end = tiles.row_end(next);
-    const SeenRange oldest = shared.seen[warp_first];
-    const SeenRange newest = shared.seen[warp_first + 15];
+    const VisibleRange oldest = shared.visible[warp_first];
+    const VisibleRange newest = shared.visible[warp_first + 15];
     const int32_t sinks_held = static_cast<int32_t>(plan.sinks_held);
     const bool unseen = row0 >= newest.end || (row0 >= sinks_held && row_end <= oldest.begin);
     if (!unseen) {
@@ -282,8 +280,9 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
       const bool clear =
           row_end - row0 == Block::kKeys && row_end <= oldest.end && (row0 >= newest.begin || row_end <= sinks_held);
       if (!clear) {
-        const SeenRange seen[2] = {shared.seen[warp_first + lane / 4], shared.seen[warp_first + lane / 4 + 8]};
-        hide_unseen(products, seen, row0, row_end, sinks_held);
+        const VisibleRange visible[2] = {shared.visible[warp_first + lane / 4],
+                                         shared.visible[warp_first + lane / 4 + 8]};
+        hide_invisible(products, visible, row0, row_end, sinks_held);
       }
       float rescale[2];
       rows.weigh(products, p.softcap, rescale);
@@ -343,35 +342,32 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocks)
   finish<Block>(p, division, rows, sums, shared);
 }
 
-template <typename Block>
-cudaError_t launch_blocks(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+template <typename Config, int kParts>
+cudaError_t launch_config(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  using Block = ManyQueriesBlock<Config, kParts>;
+  Gpu gpu;
+  cudaError_t error = current_gpu(gpu);
   if (error != cudaSuccess) return error;
-  const int64_t units = prompt_units(p, Block::kQueries) * Block::kPieces;
-  const int64_t splits =
-      prompt_splits(p, units, int64_t{multiprocessors} * Block::kBlocks, Block::kKeys, Block::parts(1).floats());
-  parts = Block::parts(splits);
-  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
-  const auto kernel = prompt_kernel<Block>;
+  const Schedule schedule =
+      schedule_many_queries<ManyQueriesShape<Config>>(AttendShape::of(p), gpu, "many_queries", false);
+  if (!schedule.exists()) return cudaErrorInvalidConfiguration;
+  print_if_asked(schedule, gpu);
+  layout = Block::layout(schedule.splits);
+  const auto kernel = many_queries_kernel<Block>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Block::kBytes);
   if (error != cudaSuccess) return error;
-  OverlappingLaunch launch(units * splits, Block::kThreads, Block::kBytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_prompt(p, Block::kQueries, splits, multiprocessors));
+  PdlLaunch launch(schedule.blocks, schedule.threads, Block::kBytes, stream, gpu.major);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, divide_many(p, Block::kQueries, schedule.splits, gpu));
 }
 
 std::atomic<bool> portable_preferred{false};
 
 template <int kParts>
-cudaError_t launch_parts(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_blocks<PromptBlock<4, 4, 64, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 128) return launch_blocks<PromptBlock<8, 4, 64, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 256) return launch_blocks<PromptBlock<16, 4, 32, 2, kParts, true>>(p, parts, stream);
-  if (p.cache.head_dim <= 512) return launch_blocks<PromptBlock<32, 2, 16, 1, kParts, false>>(p, parts, stream);
+cudaError_t launch_parts(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  if (p.cache.head_dim <= 64) return launch_config<ManyQueries64, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 128) return launch_config<ManyQueries128, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 256) return launch_config<ManyQueries256, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 512) return launch_config<ManyQueries512, kParts>(p, layout, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -379,9 +375,9 @@ cudaError_t launch_parts(const AttendParams& p, PromptParts& parts, cudaStream_t
 
 void prefer_portable_prompts(bool portable) { portable_preferred = portable; }
 
-cudaError_t launch_prompt(const AttendParams& p, PromptParts& parts, cudaStream_t stream) {
-  if (!portable_preferred && serves_sm90(p)) return launch_prompt_sm90(p, parts, stream);
-  return p.rounds ? launch_parts<1>(p, parts, stream) : launch_parts<2>(p, parts, stream);
+cudaError_t launch_many_queries(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
+  if (!portable_preferred && serves_sm90(p)) return launch_many_queries_sm90(p, layout, stream);
+  return p.rounds ? launch_parts<1>(p, layout, stream) : launch_parts<2>(p, layout, stream);
 }
 
 }  // namespace kvc

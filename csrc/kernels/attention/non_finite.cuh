@@ -1,4 +1,4 @@
-// Values that are not finite in attention on tensor cores (decode_attention.cu).
+// Values that are not finite in attention on tensor cores (few_queries.cu).
 //
 // A softmax weight of a finite score is never 0, so an infinite value makes the answer infinite however little it
 // weighs. The FP16 parts of a small weight are 0 though, and 0 times an infinity is NaN. So the kernel lets such a
@@ -6,7 +6,7 @@
 // that its query sees, one by one. That costs time only where there are such values.
 #pragma once
 
-#include "attend_common.cuh"
+#include "common.cuh"
 
 namespace kvc {
 
@@ -15,7 +15,7 @@ __device__ __forceinline__ bool is_finite_half(uint16_t bits) { return (bits & 0
 __device__ __forceinline__ bool is_nan(float x) { return x != x; }
 
 // The rows of one head, as one query sees them.
-struct SeenRows {
+struct VisibleRows {
   const AttendParams& p;
   const AttendPlan& plan;
   const BlockUnit& block;
@@ -63,24 +63,25 @@ struct SeenRows {
 
 // Element d of the answer of a query, `number` of those that share this block's KV head, which came out as NaN although
 // the query's scores are not. The block's place is found once more here, so that the kernel need not keep it for this.
-__device__ __noinline__ float settled_element(const AttendParams& p, const Division& division, const AttendPlan& plan,
-                                              uint32_t number, uint32_t d) {
+__device__ __noinline__ float resolved_element(const AttendParams& p, const Division& division, const AttendPlan& plan,
+                                               uint32_t number, uint32_t d) {
   const BlockUnit block = BlockUnit::of(p, division, blockIdx.x);
   const uint32_t t = division.group_size(number);
   const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
-  return SeenRows{p, plan, block, t, query_head}.sum_of_non_finite(d);
+  return VisibleRows{p, plan, block, t, query_head}.sum_of_non_finite(d);
 }
 
-struct SettleNonFinite {
+struct ResolveNonFinite {
   const AttendParams& p;
   const Division& division;
   const AttendPlan& plan;
 
-  __device__ __forceinline__ void operator()(uint32_t number, uint32_t d, Running state, Vec<float, 4>& sums) const {
+  __device__ __forceinline__ void operator()(uint32_t number, uint32_t d, SoftmaxState state,
+                                             Vec<float, 4>& sums) const {
     if (!is_nan(sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3]) || is_nan(state.sum)) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (is_nan(sums.x[i])) sums.x[i] = settled_element(p, division, plan, number, d + i);
+      if (is_nan(sums.x[i])) sums.x[i] = resolved_element(p, division, plan, number, d + i);
     }
   }
 };

@@ -1,10 +1,10 @@
 // Where a position lies: the ring, the sinks, and how appending and truncating move the state.
 //
 // A sequence of a layer has N slots. Its state is two numbers:
-//   seen   the positions ever appended (so the next position's number),
-//   first  the oldest position still readable that is not a sink; never below `sinks`.
+//   seqlen  the positions ever appended (so the next position's number),
+//   first   the oldest position still readable that is not a sink; never below `sinks`.
 // Position p lies in slot p if p < sinks, else in slot sinks + (p - sinks) mod ring, ring = N - sinks.
-// Held are the positions [0, min(seen, sinks)) and [first, seen). Chronological index 0 is the oldest of them.
+// Held are the positions [0, min(seqlen, sinks)) and [first, seqlen). Chronological index 0 is the oldest of them.
 //
 // The GPU kernels and the CPU kernels share these functions, so that what is tested on a CPU is what runs on a GPU.
 #pragma once
@@ -17,26 +17,26 @@
 
 namespace kvc {
 
-constexpr int64_t kNoSlot = -1;   // nothing lies there: an index that is not held, or a row that a later one overwrites
+constexpr int64_t kNoSlot = -1;   // an index that is not held, or a row that a later row of the call overwrites
 constexpr int64_t kPadding = -2;  // a row of left padding, which is not appended at all
 
 KVC_HD int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
 KVC_HD int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct SequenceState {
-  int64_t seen;
+  int64_t seqlen;
   int64_t first;
 };
 
 KVC_HD SequenceState state_after_append(SequenceState s, int64_t appended, int64_t ring) {
-  const int64_t seen = s.seen + appended;
-  return {seen, imax(s.first, seen - ring)};
+  const int64_t seqlen = s.seqlen + appended;
+  return {seqlen, imax(s.first, seqlen - ring)};
 }
 
-KVC_HD int64_t held_sinks(SequenceState s, int64_t sinks) { return imin(s.seen, sinks); }
+KVC_HD int64_t held_sinks(SequenceState s, int64_t sinks) { return imin(s.seqlen, sinks); }
 
 KVC_HD int64_t held_positions(SequenceState s, int64_t sinks) {
-  return held_sinks(s, sinks) + imax(s.seen - s.first, 0);
+  return held_sinks(s, sinks) + imax(s.seqlen - s.first, 0);
 }
 
 // Keeps the `length` oldest held positions. Evicted ones do not come back: `first` stays, unless sinks go too, and
@@ -51,49 +51,45 @@ KVC_HD SequenceState state_after_truncate(SequenceState s, int64_t length, int64
 KVC_HD SequenceState empty_state(int64_t sinks) { return {0, sinks}; }
 
 // What is left in a ring of that many slots: the sinks and the newest.
-KVC_HD SequenceState state_in_ring(SequenceState s, int64_t ring) { return {s.seen, imax(s.first, s.seen - ring)}; }
+KVC_HD SequenceState state_in_ring(SequenceState s, int64_t ring) { return {s.seqlen, imax(s.first, s.seqlen - ring)}; }
 
 // How many of the oldest `held` positions stay when the newest `n` go. A negative `n` counts as 0.
 KVC_HD int64_t length_without_newest(int64_t held, int64_t n) { return imax(held - imax(n, 0), 0); }
 
-// Truncates one of the chosen sequences, or of all, in one layer.
+// Truncates the sequence of an entry, in one layer.
 KVC_HD void truncate_entry(const TruncateParams& p, int64_t layer, int64_t entry) {
   const int64_t sequence = p.sequences.sequence(entry, p.batch);
   if (sequence < 0) return;
-  int64_t* seen = p.state + layer * p.batch + sequence;
-  int64_t* first = seen + p.layers * p.batch;
+  int64_t* seqlen = p.state + layer * p.batch + sequence;
+  int64_t* first = seqlen + p.layers * p.batch;
   SequenceState s = empty_state(p.sinks);
   if (!p.resets) {
-    s = {*seen, *first};
+    s = {*seqlen, *first};
     const int64_t n = p.lengths.data == nullptr ? p.length : imax(p.lengths[entry], 0);
     const int64_t length = p.newest ? length_without_newest(held_positions(s, p.sinks), n) : n;
     s = state_after_truncate(s, length, p.sinks);
   }
-  *seen = s.seen;
+  *seqlen = s.seqlen;
   *first = s.first;
 }
 
 // How many of T rows of entry b are appended: the last new_lengths[b], clamped to 0..T.
 KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
   if (p.sequences.indices.data != nullptr && p.sequences.sequence(b, p.cache.batch) < 0) return 0;
-  if (p.new_lengths == nullptr) return p.rows;
-  // The launch before may be about to write them: volatile keeps what is read early out of the way of what is read
-  // later.
-  const int64_t n = p.new_lengths_are_32_bit ? static_cast<const volatile int32_t*>(p.new_lengths)[b]
-                                             : static_cast<const volatile int64_t*>(p.new_lengths)[b];
-  return imin(imax(n, 0), p.rows);
+  if (p.new_lengths.data == nullptr) return p.rows;
+  return imin(imax(p.new_lengths[b], 0), p.rows);
 }
 
 // The slots of the rows of one append to one sequence.
 struct AppendPlan {
   int64_t padding;  // rows before this one are left padding
-  int64_t base;     // what follows the sinks is counted from 0: the place of the first appended row, in [-sinks, ring)
+  int64_t base;     // place of the first appended row: counted from 0 behind the sinks, so in [-sinks, ring)
   int64_t lost;     // appended rows before this one are overwritten by later ones of the same call (sinks excepted)
   int64_t sinks;
   Divider ring;
 
-  KVC_HD static AppendPlan make(int64_t seen, int64_t rows, int64_t appended, const CacheView& c) {
-    const int64_t past_sinks = seen - c.sinks;
+  KVC_HD static AppendPlan make(int64_t seqlen, int64_t rows, int64_t appended, const CacheView& c) {
+    const int64_t past_sinks = seqlen - c.sinks;
     return {rows - appended, past_sinks < 0 ? past_sinks : c.ring.mod(past_sinks), appended - c.ring.divisor, c.sinks,
             c.ring};
   }

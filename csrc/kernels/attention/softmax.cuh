@@ -1,25 +1,19 @@
-// Partial softmaxes and how they become one (online softmax: Milakov and Gimelshein, 2018).
+// Partial softmaxes and their merging (online softmax: Milakov and Gimelshein, 2018).
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "attend.h"
-#include "convert.h"
-#include "vec.cuh"
+#include "../convert.h"
+#include "../vec.cuh"
+#include "block_shapes.h"
 
 namespace kvc {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float minus_infinity() { return bits_float(0xff800000u); }
-
-// A running softmax of some rows for one query: weights 2^(score - max).
-struct alignas(8) Running {
-  float max;
-  float sum;
-};
 
 // The maximum of no rows. Finite, so that nothing is ever minus infinity less itself: the weight of a score of minus
 // infinity is 0, also beside this.
@@ -50,42 +44,43 @@ __device__ __forceinline__ float weight_of_finite(float x) {
 #endif
 }
 
-// Where partial softmaxes lie, all strides in floats.
-struct Parts {
-  const float* states;    // a Running for each part and query
+// Where partials lie. All strides are in floats.
+struct Partials {
+  const float* states;    // a SoftmaxState for each partial and query
   const float* sums;      // the weighted sums that belong to it
-  uint32_t state_stride;  // from one part's states to the next's
-  uint32_t sums_stride;   // from one part's sums to the next's; from one query's to the next's:
-  uint32_t query_stride;
-  uint32_t count;
+  uint32_t state_stride;  // from one partial's states to the next's
+  uint32_t sums_stride;   // from one partial's sums to the next's
+  uint32_t query_stride;  // from one query's sums to the next's
+  uint32_t count;         // of partials
 };
 
-// Merges the parts of each query in their order. A thread takes four elements of a query's answer at a time:
-// emit(query, d, state, sums) takes the merged state and the merged sums of the elements d to d + 3.
-// kKeepInfinite: no part's weight is 0, so that sums that are infinite stay so. Else they may become NaN.
+// Merges the partials of each query in their order. A thread takes four elements of a query's output at a time:
+// emit(query, d, state, sums) is given the merged state and the merged sums of the elements d to d + 3.
+// kKeepInfinite: no partial's weight is 0, so infinite sums stay infinite. Else they may become NaN.
 template <int kWidth, bool kKeepInfinite, typename Emit>
-__device__ __forceinline__ void merge_parts(const Parts& parts, uint32_t queries, uint32_t head_dim, const Emit& emit) {
+__device__ __forceinline__ void merge_partials(const Partials& partials, uint32_t queries, uint32_t head_dim,
+                                               const Emit& emit) {
   constexpr uint32_t kFours = kWidth / 4;
 #pragma unroll 1
   for (uint32_t item = threadIdx.x; item < queries * kFours; item += blockDim.x) {
     const uint32_t query = item / kFours;
     const uint32_t d = item % kFours * 4;
     if (d >= head_dim) continue;
-    const float* states = parts.states + 2 * query;
-    const float* sums = parts.sums + query * parts.query_stride + d;
-    Running merged = {kLeastScore, 0.0f};
+    const float* states = partials.states + 2 * query;
+    const float* sums = partials.sums + query * partials.query_stride + d;
+    SoftmaxState merged = {kLeastScore, 0.0f};
 #pragma unroll 4
-    for (uint32_t i = 0; i < parts.count; ++i) merged.max = fmaxf(merged.max, states[i * parts.state_stride]);
+    for (uint32_t i = 0; i < partials.count; ++i) merged.max = fmaxf(merged.max, states[i * partials.state_stride]);
     Vec<float, 4> value = {};
 #pragma unroll 4
-    for (uint32_t i = 0; i < parts.count; ++i) {
-      const Vec<float, 2> state = load<float, 2>(states + i * parts.state_stride);
-      const Vec<float, 4> part = load<float, 4>(sums + i * parts.sums_stride);
+    for (uint32_t i = 0; i < partials.count; ++i) {
+      const Vec<float, 2> state = load<float, 2>(states + i * partials.state_stride);
+      const Vec<float, 4> sum = load<float, 4>(sums + i * partials.sums_stride);
       const float difference = state.x[0] - merged.max;
       const float weight = kKeepInfinite ? weight_of_finite(difference) : power_of_two(difference);
       merged.sum = fmaf(state.x[1], weight, merged.sum);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) value.x[j] = fmaf(part.x[j], weight, value.x[j]);
+      for (int j = 0; j < 4; ++j) value.x[j] = fmaf(sum.x[j], weight, value.x[j]);
     }
     emit(query, d, merged, value);
   }

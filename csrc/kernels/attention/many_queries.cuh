@@ -1,4 +1,4 @@
-// What the kernels for many queries share: prompt_attention.cu, for every GPU, and prompt_sm90.cu.
+// What the kernels for many queries share: many_queries.cu, for every GPU, and many_queries_sm90.cu.
 //
 // The queries that share a KV head are numbered t * group + g. A block takes a tile of them, and the keys that they see
 // in tiles, the newest first. A warp has 16 of the queries; of these a lane has two, number lane / 4 and eight on: what
@@ -10,24 +10,24 @@
 // No sum stays in one for longer than a tile of keys. With kParts = 1 (precision="fp16") there is no low part.
 //
 // Values that are not finite make NaN of sums: 0 times them is NaN, and so is the difference of infinite products. An
-// answer with a NaN is noted in AttendParams::redo, and answered anew by prompt_finish.cu. So is a query whose largest
-// score is beyond kLargeScore: weights may then overflow, and its sum is made NaN.
+// answer with a NaN is noted in AttendParams::redo, and answered anew by many_queries_finish.cu. So is a query whose
+// largest score is beyond kLargeScore: weights may then overflow, and its sum is made NaN.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "attend_common.cuh"
+#include "common.cuh"
 
 namespace kvc {
 
-constexpr float kLog2PromptScale = 14;  // of a weight
+constexpr float kLog2WeightScale = 14;   // of a weight
 constexpr float kLargeScore = 16777216;  // 2^24: larger ones have no bit behind the point in FP32
 
-// How a launch left its answers: whole (`splits` 1), or in so many parts of each unit and piece, that lie behind each
-// other in the workspace. A part: weighted sums [queries][width], then states [queries].
-struct PromptParts {
+// How a launch left its outputs: whole (`splits` 1), or as partials that lie behind each other in the workspace, one
+// for each unit, piece and split. A partial: weighted sums [queries][width], then states [queries].
+struct PartialsLayout {
   int splits;
   int queries;  // of a unit
   int pieces;   // that head_dim is cut into
@@ -38,7 +38,7 @@ struct PromptParts {
 
 // How a launch is divided. Blocks that run at the same time take tiles of few heads, whose keys they share in L2; the
 // tiles that see most keys go first, so that the last blocks to run are short ones.
-struct PromptDivision {
+struct ManyDivision {
   Division division;     // a unit is a tile of the queries of a KV head
   FastDivider together;  // KV heads (of all sequences) that are walked together
   FastDivider walk;      // units of so many heads
@@ -68,51 +68,30 @@ inline bool lies_in_pairs(const Rows<Pointer>& rows, DType dtype) {
   return reinterpret_cast<uintptr_t>(rows.data) % bytes == 0 && strides % 2 == 0;
 }
 
-// Tiles of so many queries that a call has.
-inline int64_t prompt_units(const AttendParams& p, int64_t queries) {
-  const int64_t all = p.rows * (p.query_heads / p.cache.heads);
-  return p.sequences.entries(p.cache.batch) * p.cache.heads * ((all + queries - 1) / queries);
-}
-
-// How many blocks share the keys of a unit: as many as run at once, if there is room for what they leave, and tiles of
-// keys for each.
-inline int64_t prompt_splits(const AttendParams& p, int64_t units, int64_t at_once, int64_t keys, int64_t floats) {
-  const int64_t room = p.partial_floats / (units * floats);
-  const int64_t tiles = (p.cache.positions + p.rows) / keys;
-  return imax(imin(imin(at_once / units, room), tiles), 1);
-}
-
 // The division of a call into blocks that take `queries` queries of a KV head, and so many splits of the keys.
-inline PromptDivision divide_prompt(const AttendParams& p, int64_t queries, int64_t splits, int64_t multiprocessors) {
-  const int64_t sequence_heads = p.sequences.entries(p.cache.batch) * p.cache.heads;
-  const int64_t group = p.query_heads / p.cache.heads;
-  const int64_t tiles = (p.rows * group + queries - 1) / queries;
-  // At least four turns of all multiprocessors, so that the last tiles of queries to be taken are short ones.
-  int64_t together = imin(imax(8, (4 * multiprocessors + tiles - 1) / tiles), sequence_heads);
-  const int64_t most = imin(2 * together, sequence_heads);
-  while (sequence_heads % together != 0 && together < most) ++together;
-  while (sequence_heads % together != 0) --together;
-  PromptDivision d;
-  d.division = {FastDivider::by(static_cast<uint32_t>(sequence_heads * tiles)),
-                FastDivider::by(static_cast<uint32_t>(tiles)), FastDivider::by(static_cast<uint32_t>(p.cache.heads)),
-                FastDivider::by(static_cast<uint32_t>(group)), static_cast<uint32_t>(splits)};
+inline ManyDivision divide_many(const AttendParams& p, int64_t queries, int64_t splits, const Gpu& gpu) {
+  const AttendShape shape = AttendShape::of(p);
+  const int64_t units = query_tiles(shape, queries);
+  const int64_t together = heads_together(shape, queries, gpu);
+  ManyDivision d;
+  d.division = Division::of(shape, units, splits);
   d.together = FastDivider::by(static_cast<uint32_t>(together));
-  d.walk = FastDivider::by(static_cast<uint32_t>(together * tiles));
+  d.walk = FastDivider::by(static_cast<uint32_t>(together * (units / shape.sequence_heads())));
   d.query_in_pairs = lies_in_pairs(p.query, p.dtype);
   d.out_in_pairs = lies_in_pairs(p.out, p.dtype);
   return d;
 }
 
 // The queries of a block: `queries` of those of its KV head, from number `first_query` on.
-struct PromptTile {
+struct QueryTile {
   BlockUnit block;
   uint32_t first_query;
   int queries;
 
-  __device__ __forceinline__ PromptTile(const AttendParams& p, const PromptDivision& division, uint32_t most)
-      : PromptTile(division.unit(p, blockIdx.x), p, division, most) {}
-  __device__ __forceinline__ PromptTile(const BlockUnit& unit, const AttendParams& p, const PromptDivision& division,
-                                        uint32_t most)
+  __device__ __forceinline__ QueryTile(const AttendParams& p, const ManyDivision& division, uint32_t most)
+      : QueryTile(division.unit(p, blockIdx.x), p, division, most) {}
+  __device__ __forceinline__ QueryTile(const BlockUnit& unit, const AttendParams& p, const ManyDivision& division,
+                                       uint32_t most)
       : block(unit), first_query(unit.tile * most) {
     const uint32_t rest = division.division.group_size.divisor * static_cast<uint32_t>(p.rows) - first_query;
     queries = static_cast<int>(rest < most ? rest : most);
@@ -123,11 +102,11 @@ struct PromptTile {
   }
 };
 
-__device__ __forceinline__ AttendPlan prompt_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
+__device__ __forceinline__ AttendPlan read_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
   SequenceState state = empty_state(p.cache.sinks);
   if (sequence >= 0) {
-    const volatile int64_t* seen = p.cache.state + p.layer * p.cache.batch + sequence;
-    state = {seen[0], seen[p.cache.layers * p.cache.batch]};
+    const volatile int64_t* seqlen = p.cache.state + p.layer * p.cache.batch + sequence;
+    state = {seqlen[0], seqlen[p.cache.layers * p.cache.batch]};
   }
   return AttendPlan::make(p, entry, state, p.appends && p.first_lengths[entry] > 0);
 }
@@ -291,25 +270,25 @@ __device__ __forceinline__ void load_pairs(const void* data, DType type, bool in
 // Products of a lane's two queries with keys that they do not see become minus infinity. The tile has the rows [row0,
 // row_end), and zeros behind them; `sinks` are held.
 template <int kBlocks>
-__device__ __forceinline__ void hide_unseen(FragmentC (&products)[kBlocks], const SeenRange (&seen)[2], int32_t row0,
-                                            int32_t row_end, int32_t sinks) {
+__device__ __forceinline__ void hide_invisible(FragmentC (&products)[kBlocks], const VisibleRange (&visible)[2],
+                                               int32_t row0, int32_t row_end, int32_t sinks) {
   const int32_t column = row0 + static_cast<int32_t>(threadIdx.x % 4) * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int32_t end = seen[h].end < row_end ? seen[h].end : row_end;
+    const int32_t end = visible[h].end < row_end ? visible[h].end : row_end;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int32_t row = column + 8 * i + e;
-        if (row >= end || (row < seen[h].begin && row >= sinks)) products[i].x[2 * h + e] = minus_infinity();
+        if (row >= end || (row < visible[h].begin && row >= sinks)) products[i].x[2 * h + e] = minus_infinity();
       }
     }
   }
 }
 
 // The softmax of a lane's two queries.
-struct PromptRows {
+struct LaneSoftmax {
   float factor[2];  // from products to scores
   float max[2];     // of scores, in powers of two
   float sum[2];     // of this lane's weights, each times 2^14
@@ -353,7 +332,7 @@ struct PromptRows {
       const float new_max = fmaxf(max[h], largest * scale);
       rescale[h] = power_of_two(max[h] - new_max);
       max[h] = new_max;
-      const float base = kLog2PromptScale - new_max;
+      const float base = kLog2WeightScale - new_max;
       float weights[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
@@ -377,7 +356,7 @@ struct PromptRows {
       if (fabsf(max[h]) > kLargeScore && max[h] != kLeastScore) sum[h] = bits_float(0x7fffffffu);
     }
   }
-  __device__ __forceinline__ Running running(int h) const { return {max[h] - kLog2PromptScale, sum[h]}; }
+  __device__ __forceinline__ SoftmaxState running(int h) const { return {max[h] - kLog2WeightScale, sum[h]}; }
 };
 
 // Weights of 16 keys (two blocks of a product) as the left operand of a product with those keys' values.
@@ -400,81 +379,5 @@ struct QueryPlace {
       : t(division.group_size(number)),
         head(block.head * division.group_size.divisor + (number - t * division.group_size.divisor)) {}
 };
-
-// Writes a lane's columns of an answer, those of `half` of a product's rows. T: of the answer. Is there a NaN?
-template <typename T, bool kInPairs, int kBlocks, typename Convert>
-__device__ __forceinline__ bool write_columns(T* row, int columns, const FragmentC (&sums)[kBlocks], int half,
-                                              float factor, const Convert& convert) {
-  bool is_nan = false;
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
-    if (8 * i >= columns) continue;
-    const float x = sums[i].x[2 * half] * factor;
-    const float y = sums[i].x[2 * half + 1] * factor;
-    is_nan = is_nan || x != x || y != y;
-    if constexpr (kInPairs) {
-      store<T, 2>(row + 8 * i, {{convert(x), convert(y)}});
-    } else {
-      row[8 * i] = convert(x);
-      row[8 * i + 1] = convert(y);
-    }
-  }
-  return is_nan;
-}
-
-// Writes a lane's part of the answers of its two queries, numbers number[h]: the columns that a product left it, of
-// those from `column` on. `there`: the queries exist. The sums are the queries' by now.
-template <int kBlocks>
-__device__ __forceinline__ void write_rows(const AttendParams& p, const PromptDivision& division,
-                                           const BlockUnit& block, const PromptRows& rows, const uint32_t (&number)[2],
-                                           const bool (&there)[2], int column, const FragmentC (&sums)[kBlocks]) {
-  const int lane_column = column + static_cast<int>(threadIdx.x % 4) * 2;
-  const int columns = static_cast<int>(p.cache.head_dim) - lane_column;
-  bool is_nan = false;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (!there[h]) continue;
-    const QueryPlace place(division.division, block, number[h]);
-    const int64_t offset =
-        block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride + lane_column;
-    const float factor = rows.sum[h] == 0.0f ? 0.0f : 1.0f / rows.sum[h];
-    const auto as_it_is = [](float x) { return x; };
-    const auto as_half = [&](float x) { return p.dtype == DType::f16 ? float_to_half(x) : float_to_bf16(x); };
-    float* const floats = static_cast<float*>(p.out.data) + offset;
-    uint16_t* const halves = static_cast<uint16_t*>(p.out.data) + offset;
-    if (p.dtype == DType::f32) {
-      is_nan |= division.out_in_pairs ? write_columns<float, true>(floats, columns, sums, h, factor, as_it_is)
-                                      : write_columns<float, false>(floats, columns, sums, h, factor, as_it_is);
-    } else {
-      is_nan |= division.out_in_pairs ? write_columns<uint16_t, true>(halves, columns, sums, h, factor, as_half)
-                                      : write_columns<uint16_t, false>(halves, columns, sums, h, factor, as_half);
-    }
-    if (p.lse != nullptr && lane_column == 0) {
-      const Running state = rows.running(h);
-      p.lse[(block.entry * p.rows + place.t) * p.query_heads + place.head] =
-          state.sum == 0.0f ? minus_infinity() : state.max * kLn2 + logf(state.sum);
-    }
-  }
-  if (is_nan) *p.redo = 1;
-}
-
-// A block's part of a unit whose keys are split: the weighted sums and states of its queries, left in the workspace.
-template <int kWidth, int kQueries, int kBlocks>
-__device__ __forceinline__ void leave_rows(float* part, int queries, const PromptRows& rows, const int (&row)[2],
-                                           int column, const FragmentC (&sums)[kBlocks]) {
-  const int lane = static_cast<int>(threadIdx.x % 4);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (row[h] >= queries) continue;
-    if (lane == 0 && column == 0) {
-      const Running state = rows.running(h);
-      store<float, 2>(part + kQueries * kWidth + 2 * row[h], {{state.max, state.sum}});
-    }
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      store<float, 2>(part + row[h] * kWidth + column + 8 * i + 2 * lane, {{sums[i].x[2 * h], sums[i].x[2 * h + 1]}});
-    }
-  }
-}
 
 }  // namespace kvc

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "layout.h"
 #include "params.h"
+#include "ring.h"
 
 namespace kvc {
 
@@ -19,14 +19,14 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2LeastWeight = -100.0f;
 
 // The rows that a query sees: [begin, end), and the sinks before `end`.
-struct SeenRange {
+struct VisibleRange {
   int32_t begin;
   int32_t end;
 };
 
 struct AttendPlan {
-  int64_t seen;        // positions in the cache before the call
-  int64_t total;       // and after it
+  int64_t seqlen;      // before the call
+  int64_t total;       // seqlen after the call
   int64_t padding;     // queries before this one are left padding and see nothing
   int64_t queries;     // T
   int64_t sinks_held;  // rows that are sinks
@@ -41,11 +41,11 @@ struct AttendPlan {
   bool appends;
 
   // `stored`: what the call appends is in the cache already, and `s` the state after that. (Nothing was evicted then.)
-  KVC_HD static AttendPlan make(const AttendParams& p, int64_t sequence, SequenceState s, bool stored = false) {
+  KVC_HD static AttendPlan make(const AttendParams& p, int64_t entry, SequenceState s, bool stored = false) {
     AttendPlan a;
-    const int64_t appended = p.appends ? appended_rows(p.append, sequence) : 0;
-    a.seen = stored ? s.seen - appended : s.seen;
-    a.total = a.seen + appended;
+    const int64_t appended = p.appends ? appended_rows(p.append, entry) : 0;
+    a.seqlen = stored ? s.seqlen - appended : s.seqlen;
+    a.total = a.seqlen + appended;
     a.padding = p.appends ? p.rows - appended : 0;
     a.queries = p.rows;
     a.sinks = p.cache.sinks;
@@ -56,7 +56,7 @@ struct AttendPlan {
     a.sinks_held = imin(a.total, a.sinks);
     a.oldest = a.oldest_for(a.padding);
     a.count = a.padding < p.rows ? a.sinks_held + imax(a.total - a.oldest, 0) : 0;
-    a.cached = a.seen <= a.sinks_held ? a.seen : a.sinks_held + imax(a.seen - a.oldest, 0);
+    a.cached = a.seqlen <= a.sinks_held ? a.seqlen : a.sinks_held + imax(a.seqlen - a.oldest, 0);
     a.cached = stored ? a.count : imin(a.cached, a.count);
     a.base = p.cache.ring.mod(a.oldest - a.sinks);
     return a;
@@ -83,10 +83,10 @@ struct AttendPlan {
   }
 
   // Where a row that is not cached lies in the call's keys and values.
-  KVC_HD int64_t input_row(int64_t row) const { return position(row) - seen + padding; }
+  KVC_HD int64_t input_row(int64_t row) const { return position(row) - seqlen + padding; }
 
   // Row numbers are at most max_positions + T, for which 32 bits do (checks.cpp).
-  KVC_HD SeenRange range_of(int64_t query) const {
+  KVC_HD VisibleRange range_of(int64_t query) const {
     if (query < padding) return {0, 0};
     const int64_t past = query_position(query) + 1;
     const int64_t end = past <= sinks_held ? past : sinks_held + imin(imax(past - oldest, 0), count - sinks_held);
@@ -105,24 +105,24 @@ struct AttendPlan {
   }
 };
 
-// The same for one query to a sequence, with numbers of 32 bits for what lies in a cache (of at most 2^30 positions):
-// which rows it sees is known without asking row by row, and all but the newest lie in the cache.
+// The plan for one query of a sequence: it sees all rows, and all but the newest lie in the cache. Numbers of 32 bits
+// do, as a cache has at most 2^30 positions.
 struct DecodePlan {
   SequenceState state;  // before the call
   int64_t appended;     // 0 or 1
   int32_t count;        // rows
   int32_t cached;       // rows before this one lie in the cache; if there is one more, it is the new position
   int32_t sinks_held;   // rows that are sinks: row r lies in slot r
-  int32_t wrap;         // rows from sinks_held to this one lie in slot r + offset, and from here on
-  int32_t offset;       // a ring's length before that
+  int32_t wrap;         // the first row past the end of the ring
+  int32_t offset;       // slot = row + offset from sinks_held to `wrap`, row + offset - ring from there on
   int32_t ring;
 
-  KVC_HD static DecodePlan make(const AttendParams& p, int64_t sequence, SequenceState s) {
+  KVC_HD static DecodePlan make(const AttendParams& p, int64_t entry, SequenceState s) {
     DecodePlan a;
     a.state = s;
-    a.appended = p.appends ? appended_rows(p.append, sequence) : 0;
+    a.appended = p.appends ? appended_rows(p.append, entry) : 0;
     const int64_t ring = p.cache.ring.divisor;
-    const int64_t total = s.seen + a.appended;
+    const int64_t total = s.seqlen + a.appended;
     const int64_t sinks_held = imin(total, p.cache.sinks);
     int64_t oldest = s.first;
     if (p.appends) oldest = imax(oldest, total - ring);

@@ -1,4 +1,4 @@
-// kernels/tensor.cuh on a CPU. Copies into shared memory happen at once or when they are waited for, as chance has it;
+// kernels/mma.cuh on a CPU. Copies into shared memory happen at once or when they are waited for, as chance has it;
 // products are summed in double and rounded once.
 #pragma once
 
@@ -127,9 +127,9 @@ inline uint16_t float_to_half_down(float x) {
   return half_to_float(h) > x ? static_cast<uint16_t>(h - 1) : h;
 }
 
-inline uint32_t sign_in(uint32_t* counter) { return (*counter)++; }
-inline unsigned long long sign_in_reader(unsigned long long* counter) { return (*counter)++; }
-inline void see_what_others_wrote() {}
+inline uint32_t arrive_release(uint32_t* counter) { return (*counter)++; }
+inline unsigned long long arrive_relaxed(unsigned long long* counter) { return (*counter)++; }
+inline void acquire_fence() {}
 
 #define KVC_DYNAMIC_SHARED(name) char* const name = ::emulator::dynamic_shared()
 

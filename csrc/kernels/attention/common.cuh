@@ -1,5 +1,5 @@
-// What the attention kernels share: how a launch is divided, elements of any dtype, the new row of an append, the state
-// that moves on, and the splits that become one answer.
+// What the attention kernels share: how a launch is divided, elements of any dtype, the new row of an append, the
+// state's advance, and the merging of partials.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,37 +7,58 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attend.h"
-#include "blocks.h"
-#include "chosen.cuh"
-#include "divide.h"
-#include "merge.cuh"
-#include "overlap.cuh"
-#include "tensor.cuh"
-#include "vec.cuh"
+#include "../divide.h"
+#include "../mma.cuh"
+#include "../pdl.cuh"
+#include "../vec.cuh"
+#include "../visibility.h"
+#include "schedule.h"
+#include "softmax.cuh"
 
 namespace kvc {
 
 using Counter = unsigned long long;
 
-// How a launch is divided. A unit is the queries that a block takes: those of one KV head of one sequence, or some of
-// them. Blocks that run at the same time take neighbouring units and the same rows, so that what they read lies
-// together.
+// The current device, as schedule.h takes it.
+inline cudaError_t current_gpu(Gpu& gpu) {
+  int device = 0;
+  int multiprocessors = 0;
+  int shared_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&gpu.major, cudaDevAttrComputeCapabilityMajor, device);
+  gpu.multiprocessors = multiprocessors;
+  gpu.shared_bytes = shared_bytes;
+  return error;
+}
+
+// How a launch is divided (schedule.h). A unit is a query tile of a KV head of an entry. Blocks that run at the same
+// time take neighbouring units and the same rows, so that what they read lies together.
 struct Division {
   FastDivider units;       // block b is split b / units of unit b % units
-  FastDivider tiles;       // parts that the queries of a KV head are cut into
+  FastDivider tiles;       // query tiles of a KV head
   FastDivider heads;       // KV heads
   FastDivider group_size;  // query heads to a KV head
   uint32_t splits;         // blocks that share the rows of a unit
+
+  static Division of(const AttendShape& shape, int64_t units, int64_t splits) {
+    return {FastDivider::by(static_cast<uint32_t>(units)),
+            FastDivider::by(static_cast<uint32_t>(units / shape.sequence_heads())),
+            FastDivider::by(static_cast<uint32_t>(shape.kv_heads)), FastDivider::by(static_cast<uint32_t>(shape.group)),
+            static_cast<uint32_t>(splits)};
+  }
 };
 
 struct BlockUnit {
   uint32_t unit;
   uint32_t split;
-  uint32_t tile;     // of queries
-  uint32_t entry;    // of the call's tensors: the cache's sequence number `sequence`, or none of them (-1), which holds
-  int64_t sequence;  // nothing and gets nothing
-  int64_t head;
+  uint32_t tile;  // the query tile
+  uint32_t entry;
+  int64_t sequence;  // of the entry; -1: none, which holds nothing and gets nothing
+  int64_t head;      // the KV head
 
   static __device__ __forceinline__ BlockUnit of(const AttendParams& p, const Division& division, uint32_t block) {
     BlockUnit b;
@@ -63,7 +84,7 @@ __device__ __forceinline__ float load_as_float(const void* data, int64_t i, DTyp
   return type == DType::f16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-// kCount elements as FP32, all on their way before the first is looked at; zeros from number `held` on.
+// kCount elements as FP32; zeros from number `held` on. All are loaded before the first is used.
 template <int kCount>
 __device__ __forceinline__ void load_floats(const void* data, int64_t offset, DType type, int held,
                                             float (&x)[kCount]) {
@@ -94,8 +115,8 @@ __device__ __forceinline__ uint16_t stored_element(const void* data, int64_t i, 
   return stored_half(load_as_float(data, i, type), saturate, overflows);
 }
 
-// New rows of a head in the call's own tensor. Passed by value, like all that a function which is not inlined takes: a
-// kernel's parameters are slow to read through a reference.
+// New rows of a head in the call's own tensor. Functions that are not inlined take it by value: a kernel's parameters
+// are slow to read through a reference.
 struct NewRows {
   const void* data;
   int64_t offset;      // of the sequence's head
@@ -111,7 +132,7 @@ struct NewRows {
         saturate(p.saturate) {}
 };
 
-// Eight elements of a new row, as they are stored. (Who stores them counts overflows.)
+// Eight elements of a new row, as they are stored. Overflows are counted elsewhere, where the row is stored.
 __device__ __forceinline__ Vec<uint16_t, 8> new_chunk(const NewRows& rows, int64_t row, int d) {
   const int64_t offset = rows.offset + row * rows.row_stride + d;
   Vec<uint16_t, 8> elements;
@@ -132,9 +153,10 @@ static __device__ __noinline__ float capped(float score, float softcap) {
   return softcap * tanhf(score / softcap) * kLog2e;
 }
 
-// The elements d to d + 3 of the answer of a query, number `number` of those that share a KV head.
-__device__ __forceinline__ void write_answer(const AttendParams& p, const Division& division, const BlockUnit& block,
-                                             uint32_t number, uint32_t d, Running state, const Vec<float, 4>& sums) {
+// Writes the elements d to d + 3 of a query's output. `number`: of the query, among those that share its KV head.
+__device__ __forceinline__ void write_output(const AttendParams& p, const Division& division, const BlockUnit& block,
+                                             uint32_t number, uint32_t d, SoftmaxState state,
+                                             const Vec<float, 4>& sums) {
   const uint32_t t = division.group_size(number);
   const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
   const int64_t offset = block.entry * p.out.batch_stride + t * p.out.row_stride + query_head * p.out.head_stride + d;
@@ -152,8 +174,8 @@ __device__ __forceinline__ void write_answer(const AttendParams& p, const Divisi
   }
 }
 
-// Stores the new row of a head, which this block has been chosen to do. Its slot is that of the position which the
-// append evicts: nobody reads it.
+// Stores the new row of a head; one block of each head does so. Its slot is that of the position which the append
+// evicts, so nobody reads it.
 __device__ __forceinline__ void store_new_row(const AttendParams& p, const BlockUnit& block, uint16_t* key,
                                               uint16_t* value) {
   const int head_dim = static_cast<int>(p.cache.head_dim);
@@ -170,84 +192,81 @@ __device__ __forceinline__ void store_new_row(const AttendParams& p, const Block
   }
 }
 
-// The state of a sequence moves on when all of its blocks have read it: one thread of each signs in (with a barrier
-// before), and later, when it matters no more how long that took, the one that was the last writes.
+// Advances the state of a sequence when all of its blocks have read it. One thread of each block counts it in, after a
+// barrier. The thread that was the last writes the new state later, when it no longer matters how long that takes.
 struct StateAdvance {
-  int64_t* seen;
+  int64_t* seqlen;
   int64_t* first;
   Counter* arrivals;
   Counter arrived = 0;
   SequenceState none;
   bool exists;
-  bool signs;
+  bool counts;
 
   __device__ __forceinline__ StateAdvance(const AttendParams& p, const BlockUnit& block)
       : none(empty_state(p.cache.sinks)),
         exists(block.sequence >= 0),
-        signs(exists && p.appends && p.rows == 1 && threadIdx.x == blockDim.x - 1) {
-    seen = p.cache.state + p.layer * p.cache.batch + imax(block.sequence, 0);
-    first = seen + p.cache.layers * p.cache.batch;
+        counts(exists && p.appends && p.rows == 1 && threadIdx.x == blockDim.x - 1) {
+    seqlen = p.cache.state + p.layer * p.cache.batch + imax(block.sequence, 0);
+    first = seqlen + p.cache.layers * p.cache.batch;
     arrivals = reinterpret_cast<Counter*>(first + p.cache.layers * p.cache.batch);
   }
   // volatile keeps these loads out of the read-only cache.
   __device__ __forceinline__ SequenceState read() const {
     if (!exists) return none;
-    return {*const_cast<const volatile int64_t*>(seen), *const_cast<const volatile int64_t*>(first)};
+    return {*const_cast<const volatile int64_t*>(seqlen), *const_cast<const volatile int64_t*>(first)};
   }
   __device__ __forceinline__ void all_have_read() {
-    if (signs) arrived = sign_in_reader(arrivals);
+    if (counts) arrived = arrive_relaxed(arrivals);
   }
   __device__ __forceinline__ void finish(const Division& division, SequenceState before, int64_t appended,
                                          int64_t ring) {
-    if (!signs || arrived + 1 != Counter{division.splits} * division.tiles.divisor * division.heads.divisor) {
+    if (!counts || arrived + 1 != Counter{division.splits} * division.tiles.divisor * division.heads.divisor) {
       return;
     }
     const SequenceState next = state_after_append(before, appended, ring);
-    *seen = next.seen;
+    *seqlen = next.seqlen;
     *first = next.first;
     *arrivals = 0;
   }
 };
 
-// What a split leaves in the workspace: weighted sums [kQueries][kWidth], then states [kQueries].
-template <int kWidth, int kQueries>
-constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
-
-// Ends a unit. What the block's own parts come to is the answer, or else it goes to the workspace, and the last block
-// of the unit to sign in merges what all of them left. `own` lies in shared memory, where all threads can read it by
-// now; the others' parts are copied to `room`, shared memory for `room_floats`, at least two parts: as many at a time
-// as fit there. What those come to takes the place of the last of them, and is the first of the next.
-// `settle(number, d, state, sums)` may change the sums of an answer before it is written. It is null where there is
-// nothing to settle, as infinite sums are kept: see merge_parts.
-template <int kWidth, int kQueries, typename Settle>
+// Ends a unit: merges the block's own partials, `own`, which lie in shared memory. With one split that is the output.
+// Else it is the split's partial and goes to the workspace; the last block of the unit to arrive merges those of all
+// splits. It copies them to `room`, shared memory for `room_floats`, at least two partials, as many at a time as fit.
+// What those come to takes the place of the last of them, and is the first of the next round.
+// `resolve(number, d, state, sums)` may change the sums of an output before it is written. It is null if infinite sums
+// are kept, see merge_partials.
+template <int kWidth, int kQueries, typename Resolve>
 __device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
-                                            uint32_t first_query, uint32_t queries, const Parts& own, bool& shared_last,
-                                            float* room, uint32_t room_floats, const Settle& settle) {
+                                            uint32_t first_query, uint32_t queries, const Partials& own,
+                                            bool& shared_last, float* room, uint32_t room_floats,
+                                            const Resolve& resolve) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
   float* const of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
   const uint32_t fit = room_floats / kFloats;
   const bool whole = division.splits == 1;
-  Parts parts = own;
-  float* left = whole ? nullptr : of_unit + block.split * kFloats;  // what the parts come to; null: it is the answer
+  Partials partials = own;
+  float* merged = whole ? nullptr : of_unit + block.split * kFloats;  // where they go; null: they are the output
 #pragma unroll 1
   for (uint32_t first = 0;;) {
-    merge_parts<kWidth, std::is_null_pointer_v<Settle>>(
-        parts, queries, static_cast<uint32_t>(p.cache.head_dim),
-        [&](uint32_t m, uint32_t d, Running state, Vec<float, 4>& sums) {
-          if (left == nullptr) {
-            if constexpr (!std::is_null_pointer_v<Settle>) settle(first_query + m, d, state, sums);
-            write_answer(p, division, block, first_query + m, d, state, sums);
+    merge_partials<kWidth, std::is_null_pointer_v<Resolve>>(
+        partials, queries, static_cast<uint32_t>(p.cache.head_dim),
+        [&](uint32_t m, uint32_t d, SoftmaxState state, Vec<float, 4>& sums) {
+          if (merged == nullptr) {
+            if constexpr (!std::is_null_pointer_v<Resolve>) resolve(first_query + m, d, state, sums);
+            write_output(p, division, block, first_query + m, d, state, sums);
             return;
           }
-          store<float, 4>(left + m * kWidth + d, sums);
-          if (d == 0) store<float, 2>(left + kQueries * kWidth + 2 * m, {state.max, state.sum});
+          store<float, 4>(merged + m * kWidth + d, sums);
+          if (d == 0) store<float, 2>(merged + kQueries * kWidth + 2 * m, {state.max, state.sum});
         });
-    if (left == nullptr) break;
+    if (merged == nullptr) break;
     __syncthreads();
     if (first == 0) {
       if (threadIdx.x == 0) {
-        shared_last = sign_in(p.tickets + block.unit) + 1 == division.splits;
-        if (shared_last) see_what_others_wrote();
+        shared_last = arrive_release(p.tickets + block.unit) + 1 == division.splits;
+        if (shared_last) acquire_fence();
       }
       __syncthreads();
       if (!shared_last) return;
@@ -260,9 +279,9 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
     end_copy_group();
     wait_for_copies<0>();
     __syncthreads();
-    parts = {room + kQueries * kWidth, room, kFloats, kFloats, kWidth, count};
+    partials = {room + kQueries * kWidth, room, kFloats, kFloats, kWidth, count};
     first += count - 1;
-    left = first + 1 == division.splits ? nullptr : of_unit + first * kFloats;
+    merged = first + 1 == division.splits ? nullptr : of_unit + first * kFloats;
   }
   if (division.splits > 1 && threadIdx.x == 0) p.tickets[block.unit] = 0;
 }

@@ -1,15 +1,15 @@
-// prompt finish: what remains to be done behind a kernel for many queries, a warp for each query.
+// What remains to be done behind a kernel for many queries: a warp for each query.
 //
-// Where blocks shared the keys of a tile of queries, they have left parts of answers in the workspace, which are merged
+// Where splits shared the keys of a query tile, they have left their partials in the workspace, which are merged
 // here in their order (flash decoding: Dao et al., 2023).
 //
 // On tensor cores values that are not finite make NaN of sums which they do not belong to, or which should be infinite
-// (prompt_common.cuh). An answer that has a NaN is answered anew in plain FP32: its warp goes through the rows that the
+// (many_queries.cuh). An answer that has a NaN is answered anew in plain FP32: its warp goes through the rows that the
 // query sees twice, for their maximum and for the sums. That takes long and is rare; where all answers are whole and no
 // NaN was noted, nothing is looked at.
-#include "attend_common.cuh"
-#include "launch.h"
-#include "prompt_common.cuh"
+#include "../launch.h"
+#include "common.cuh"
+#include "many_queries.cuh"
 
 namespace kvc {
 namespace {
@@ -61,7 +61,7 @@ struct ExactQuery {
 
   __device__ __forceinline__ void answer() {
     load();
-    const SeenRange range = plan.range_of(place.t);
+    const VisibleRange range = plan.range_of(place.t);
     const int64_t sinks = imin(plan.sinks_held, range.end);
     const int64_t begin = imax(range.begin, sinks);
     const int64_t count = range.end < 0 ? 0 : sinks + imax(range.end - begin, 0);
@@ -74,7 +74,7 @@ struct ExactQuery {
       is_nan = s != s || s == -minus_infinity();  // the weight of an infinite score is NaN
       largest = fmaxf(largest, s);
     }
-    Running state = {largest, 0.0f};
+    SoftmaxState state = {largest, 0.0f};
     float sums[kOfLane] = {};
 #pragma unroll 1
     for (int64_t i = 0; i < count && !is_nan; ++i) {
@@ -107,7 +107,7 @@ struct ExactQuery {
 };
 
 __device__ __noinline__ void answer_exactly(const AttendParams& p, const BlockUnit& block, const QueryPlace& place) {
-  const AttendPlan plan = prompt_plan(p, block.entry, block.sequence);
+  const AttendPlan plan = read_plan(p, block.entry, block.sequence);
   ExactQuery query{p, plan, block, place, {}};
   query.answer();
 }
@@ -123,32 +123,32 @@ __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& 
 }
 
 // Merges what the splits of a unit left of its query `row`, and writes the answer. Does it have a NaN?
-__device__ __forceinline__ bool merge_answer(const AttendParams& p, const PromptDivision& division,
+__device__ __forceinline__ bool merge_output(const AttendParams& p, const ManyDivision& division,
                                              const BlockUnit& block, uint32_t number, uint32_t row,
-                                             const PromptParts& parts) {
+                                             const PartialsLayout& layout) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t first = int64_t{block.unit} * parts.pieces * parts.splits;
+  const int64_t first = int64_t{block.unit} * layout.pieces * layout.splits;
   const auto part_of = [&](int piece, int split) {
-    return p.partials + (first + int64_t{piece} * parts.splits + split) * parts.floats();
+    return p.partials + (first + int64_t{piece} * layout.splits + split) * layout.floats();
   };
   const auto state_of = [&](int piece, int split) {
-    const Vec<float, 2> state = load<float, 2>(part_of(piece, split) + parts.queries * parts.width + 2 * row);
-    return Running{state.x[0], state.x[1]};
+    const Vec<float, 2> state = load<float, 2>(part_of(piece, split) + layout.queries * layout.width + 2 * row);
+    return SoftmaxState{state.x[0], state.x[1]};
   };
   bool found = false;
 #pragma unroll 1
   for (int d = 4 * lane; d < p.cache.head_dim; d += 128) {
-    const int piece = d / parts.width;
+    const int piece = d / layout.width;
     float max = kLeastScore;
 #pragma unroll 4
-    for (int i = 0; i < parts.splits; ++i) max = fmaxf(max, state_of(piece, i).max);
+    for (int i = 0; i < layout.splits; ++i) max = fmaxf(max, state_of(piece, i).max);
     // In FP64, as many parts of little weight may come behind one of much.
     double weights = 0.0;
     double merged[4] = {};
 #pragma unroll 4
-    for (int i = 0; i < parts.splits; ++i) {
-      const Running state = state_of(piece, i);
-      const Vec<float, 4> part = load<float, 4>(part_of(piece, i) + row * parts.width + d - piece * parts.width);
+    for (int i = 0; i < layout.splits; ++i) {
+      const SoftmaxState state = state_of(piece, i);
+      const Vec<float, 4> part = load<float, 4>(part_of(piece, i) + row * layout.width + d - piece * layout.width);
       const double weight = power_of_two(state.max - max);
       weights += state.sum * weight;
 #pragma unroll
@@ -158,7 +158,7 @@ __device__ __forceinline__ bool merge_answer(const AttendParams& p, const Prompt
 #pragma unroll
     for (int j = 0; j < 4; ++j) sums.x[j] = static_cast<float>(merged[j]);
     const float sum = static_cast<float>(weights);
-    write_answer(p, division.division, block, number, static_cast<uint32_t>(d), {max, sum}, sums);
+    write_output(p, division.division, block, number, static_cast<uint32_t>(d), {max, sum}, sums);
     const float all = sums.x[0] + sums.x[1] + sums.x[2] + sums.x[3] + sum;
     found = found || all != all;
   }
@@ -166,8 +166,8 @@ __device__ __forceinline__ bool merge_answer(const AttendParams& p, const Prompt
 }
 
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ PromptDivision division,
-                  const PromptParts parts) {
+    finish_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ ManyDivision division,
+                  const PartialsLayout layout) {
   wait_for_previous_launch();
   let_next_launch_begin();
   __shared__ uint32_t noted;
@@ -176,21 +176,21 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x == 0) *p.next_work = 0;
   }
   __syncthreads();
-  if (noted == 0 && parts.splits == 1) return;
+  if (noted == 0 && layout.splits == 1) return;
   constexpr uint32_t kWarps = kThreads / 32;
   const uint32_t warp = threadIdx.x / 32;
-  const uint32_t turns = static_cast<uint32_t>(parts.queries) / kWarps;  // of a block over a unit's queries
+  const uint32_t turns = static_cast<uint32_t>(layout.queries) / kWarps;  // of a block over a unit's queries
   const uint32_t items = division.division.units.divisor * turns;
   const uint32_t all_queries = division.division.group_size.divisor * static_cast<uint32_t>(p.rows);
 #pragma unroll 1
   for (uint32_t item = blockIdx.x; item < items; item += gridDim.x) {
     const BlockUnit block = division.unit(p, item / turns);
     const uint32_t row = item % turns * kWarps + warp;
-    const uint32_t number = block.tile * static_cast<uint32_t>(parts.queries) + row;
+    const uint32_t number = block.tile * static_cast<uint32_t>(layout.queries) + row;
     if (number >= all_queries) continue;
     const QueryPlace place(division.division, block, number);
     const bool found =
-        parts.splits > 1 ? merge_answer(p, division, block, number, row, parts) : has_nan(p, block, place);
+        layout.splits > 1 ? merge_output(p, division, block, number, row, layout) : has_nan(p, block, place);
     if (found) answer_exactly(p, block, place);
   }
   // The last block to have looked takes the note away: those that look later count themselves, too.
@@ -199,17 +199,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_prompt_finish(const AttendParams& p, const PromptParts& parts, cudaStream_t stream) {
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+cudaError_t launch_many_queries_finish(const AttendParams& p, const PartialsLayout& layout, cudaStream_t stream) {
+  Gpu gpu;
+  const cudaError_t error = current_gpu(gpu);
   if (error != cudaSuccess) return error;
-  const PromptDivision division = divide_prompt(p, parts.queries, 1, multiprocessors);
-  const int64_t items = int64_t{division.division.units.divisor} * (parts.queries / (kThreads / 32));
-  const int64_t blocks = imin(items, parts.splits > 1 ? 4 * multiprocessors : multiprocessors);
-  OverlappingLaunch launch(blocks, kThreads, 0, stream);
-  return cudaLaunchKernelEx(&launch.config, finish_kernel, p, division, parts);
+  const ManyDivision division = divide_many(p, layout.queries, 1, gpu);
+  const int64_t items = int64_t{division.division.units.divisor} * (layout.queries / (kThreads / 32));
+  const int64_t blocks = imin(items, (layout.splits > 1 ? 4 : 1) * gpu.multiprocessors);
+  PdlLaunch launch(blocks, kThreads, 0, stream, gpu.major);
+  return cudaLaunchKernelEx(&launch.config, finish_kernel, p, division, layout);
 }
 
 }  // namespace kvc

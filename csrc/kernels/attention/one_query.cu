@@ -1,24 +1,18 @@
 // Attention of one query to a KV head, T = 1: what a model without grouped-query attention does at every step. Tensor
-// cores (decode_attention.cu) could do little for a single query; here FP32 arithmetic works straight from the
-// registers that rows are loaded into, which streams faster than copies into shared memory.
+// cores (few_queries.cu) could do little for a single query. Here FP32 arithmetic works straight from the registers
+// that rows are loaded into, which streams faster than copies into shared memory.
 //
-// Grid: `splits` blocks for each sequence and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes
-// lanes load a row, 16 bytes each, so that one instruction loads kRows rows; the warps of a head take turns. Each of a
-// warp's kRows parts keeps a running softmax. Parts, then splits are merged in a fixed order (attend_common.cuh).
+// Grid: `splits` blocks for each entry and head. A warp takes kLoads * kRows neighbouring rows at a step: kLanes lanes
+// load a row, 16 bytes each, so one instruction loads kRows rows. The warps of a head take turns. The lanes of each of
+// the kRows rows keep a running softmax of their own. These partials, then those of the splits are merged in a fixed
+// order (common.cuh).
 //
-// The next step's rows are asked for as soon as this one's have been used: keys, then values.
-#include "attend_common.cuh"
-#include "launch.h"
+// The next step's rows are asked for as soon as this step's have been used: keys, then values.
+#include "../launch.h"
+#include "common.cuh"
 
 namespace kvc {
 namespace {
-
-constexpr int kLoads = 4;
-constexpr int kMostWarps = 8;
-// Of so many warps a multiprocessor has registers for two blocks, no more: where there was room for another, the next
-// launch's would be placed there, on few multiprocessors (docs/performance.md).
-constexpr int kBlocksAtATime = 2;
-constexpr int kWarpsAtATime = kBlocksAtATime * kMostWarps;
 
 struct Half8 {
   uint32_t x[4];
@@ -33,27 +27,10 @@ __device__ __forceinline__ void to_floats(const Half8& h, float (&f)[8]) {
 }
 
 template <int kLanes>
-struct SingleBlock {
-  static constexpr int kRows = 32 / kLanes;
-  static constexpr int kWidth = 8 * kLanes;
-  static constexpr int kStep = kLoads * kRows;
-  static constexpr int kPartStride = kWidth + 4;  // of a part's sums, in floats; 4: parts lie in different banks
-
-  struct Shared {
-    alignas(16) uint16_t new_key[kWidth];
-    alignas(16) uint16_t new_value[kWidth];
-    Running states[kMostWarps * kRows];
-    bool last;
-  };
-  static constexpr int kPartsAt = (sizeof(Shared) + 15) / 16 * 16;
-  static constexpr int64_t bytes(int warps) { return kPartsAt + int64_t{warps} * kRows * kPartStride * 4; }
-  static_assert(kPartStride == kPartialFloats<kWidth, 1>, "of two warps or more, there is room to merge two parts");
-};
-
-template <int kLanes>
-__global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
-    attend_single_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
-  using Block = SingleBlock<kLanes>;
+__global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQueryBlock<kLanes>::kBlocksAtATime)
+    one_query_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
+  using Block = OneQueryBlock<kLanes>;
+  constexpr int kLoads = Block::kLoads;
   constexpr int kRows = Block::kRows;
   constexpr int kStep = Block::kStep;
   KVC_DYNAMIC_SHARED(shared_bytes);
@@ -101,12 +78,12 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
       for (int i = 0; i < 4; ++i) to[u].x[i] = x.x[i];
     }
   };
-  // What the launch before writes is there when it is done. Where it does not touch this layer (`settled`), that can
-  // wait until the first rows have been asked for. (A loop, so that the code is there once: a launch this short waits
-  // for its instructions, too.)
+  // The previous launch may write the state, the queries and the new rows. Where it does not touch this layer
+  // (`may_read_before_wait`), the first rows are asked for before the wait. (A loop, so that the code is there once: a
+  // launch this short also waits for its instructions.)
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
-    if ((turn == 0) == p.settled) {
+    if ((turn == 0) == p.may_read_before_wait) {
       plan = DecodePlan::make(p, block.entry, advance.read());
       load_rows(keys, row, k);
       load_rows(values, row, v);
@@ -141,7 +118,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
 #pragma unroll
   for (int i = 0; i < 8; ++i) q[i] *= p.softcap > 0 ? p.scale : p.scale * kLog2e;
 
-  Running running = {kLeastScore, 0.0f};  // of this part; the sum is that of this lane's rows, see below
+  SoftmaxState running = {kLeastScore, 0.0f};  // of this part; the sum is that of this lane's rows, see below
   float acc[8] = {};
 #pragma unroll 1
   for (; first_of(row) < plan.count; row += stride) {
@@ -193,63 +170,39 @@ __global__ void __launch_bounds__(kMostWarps * 32, kBlocksAtATime)
 
   // Each part leaves its state and its sums. The lanes of one load have the same sum.
   const int part = lane / kLanes;
-  float* sums = reinterpret_cast<float*>(shared_bytes + Block::kPartsAt);
+  float* sums = reinterpret_cast<float*>(shared_bytes + Block::kSumsAt);
   running.sum += __shfl_xor_sync(kAllLanes, running.sum, kLanes / 2);
   running.sum += __shfl_xor_sync(kAllLanes, running.sum, kLanes / 4);
   if (chunk == 0) shared.states[warp * kRows + part] = running;
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
-    store<float, 4>(sums + (warp * kRows + part) * Block::kPartStride + chunk * 8 + i,
+    store<float, 4>(sums + (warp * kRows + part) * Block::kSumsStride + chunk * 8 + i,
                     {acc[i], acc[i + 1], acc[i + 2], acc[i + 3]});
   }
   advance.finish(division, plan.state, plan.appended, p.cache.ring.divisor);
   __syncthreads();
-  const Parts parts{&shared.states[0].max, sums, 2, Block::kPartStride, 0, static_cast<uint32_t>(warps * kRows)};
-  finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, parts, shared.last, sums,
-                                static_cast<uint32_t>(warps * kRows * Block::kPartStride), nullptr);
+  const Partials partials{&shared.states[0].max, sums, 2, Block::kSumsStride, 0, static_cast<uint32_t>(warps * kRows)};
+  finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, partials, shared.last, sums,
+                                static_cast<uint32_t>(warps * kRows * Block::kSumsStride), nullptr);
 }
 
 template <int kLanes>
 cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
-  using Block = SingleBlock<kLanes>;
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  Gpu gpu;
+  const cudaError_t error = current_gpu(gpu);
   if (error != cudaSuccess) return error;
-  const int64_t units = p.sequences.entries(p.cache.batch) * p.cache.heads;
-  const int64_t room = p.partial_floats / (units * kPartialFloats<Block::kWidth, 1>);
-  // What follows depends on shapes alone, so that a call's answer does not depend on how it came to its lengths.
-  const int64_t rows_of_turn = kMostWarps * Block::kStep;
-  const int64_t turns = (p.cache.positions + rows_of_turn - 1) / rows_of_turn;
-  const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns), 1);
-  const auto blocks_of = [&](int warps) {
-    return Blocks{units, multiprocessors, kWarpsAtATime / warps, most_splits, kPartialFloats<Block::kWidth, 1>};
-  };
-  // Smaller blocks where those fill the GPU better. Where large ones do not all run at once, it is enough that small
-  // ones do not fill it worse: they are at different stages.
-  const Blocks large = blocks_of(kMostWarps);
-  const Blocks small = blocks_of(kMostWarps / 2);
-  const Blocks smallest = blocks_of(kMostWarps / 4);
-  int warps = kMostWarps;
-  int64_t splits = large.all_splits();
-  if (units > kBlocksAtATime * multiprocessors ? fill_better(small, large, 0)
-                                               : worth_splitting(small, large, splits, p.cache.positions, 0.25)) {
-    const bool very_many = units >= kMostWarps * multiprocessors && fill_better(smallest, small, 0);
-    warps = very_many ? kMostWarps / 4 : kMostWarps / 2;
-    splits = (very_many ? smallest : small).best_splits();
-  }
-  if (units * splits >= (int64_t{1} << 31)) return cudaErrorInvalidConfiguration;
-  const Division division{FastDivider::by(static_cast<uint32_t>(units)), FastDivider::by(1),
-                          FastDivider::by(static_cast<uint32_t>(p.cache.heads)), FastDivider::by(1),
-                          static_cast<uint32_t>(splits)};
-  OverlappingLaunch launch(units * splits, warps * 32, Block::bytes(warps), stream);
-  return cudaLaunchKernelEx(&launch.config, attend_single_kernel<kLanes>, p, division);
+  const AttendShape shape = AttendShape::of(p);
+  const Schedule schedule = schedule_one_query<kLanes>(shape, gpu);
+  if (!schedule.exists()) return cudaErrorInvalidConfiguration;
+  print_if_asked(schedule, gpu);
+  PdlLaunch launch(schedule.blocks, schedule.threads, schedule.shared_bytes, stream, gpu.major);
+  return cudaLaunchKernelEx(&launch.config, one_query_kernel<kLanes>, p,
+                            Division::of(shape, schedule.units, schedule.splits));
 }
 
 }  // namespace
 
-cudaError_t launch_attend_single(const AttendParams& p, cudaStream_t stream) {
+cudaError_t launch_one_query(const AttendParams& p, cudaStream_t stream) {
   if (p.cache.head_dim <= 64) return launch<8>(p, stream);
   if (p.cache.head_dim <= 128) return launch<16>(p, stream);
   return launch<32>(p, stream);

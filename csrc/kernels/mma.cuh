@@ -1,4 +1,4 @@
-// Warp-wide building blocks of the attention kernel: asynchronous copies into shared memory, matrix fragments, tensor
+// Warp-wide building blocks of the attention kernels: asynchronous copies into shared memory, matrix fragments, tensor
 // core products. Thin names over PTX; the tests' emulator (tests/emulator) has its own.
 //
 // Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane / 4, i = lane % 4:
@@ -29,7 +29,7 @@ struct FragmentC {
 }  // namespace kvc
 
 #if defined(KVC_EMULATED)
-#include "emulated_tensor.h"
+#include "emulated_mma.h"
 #else
 
 namespace kvc {
@@ -96,22 +96,22 @@ __device__ __forceinline__ void multiply_add(FragmentC& c, const FragmentA& a, c
       : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
 }
 
-// Adds one to a counter in global memory and returns what it was. What the block's threads wrote before (and a barrier
-// put before this) is in memory for whoever finds a higher count.
-__device__ __forceinline__ uint32_t sign_in(uint32_t* counter) {
+// Arrives with release: adds one to a counter in global memory, and returns what it was. What the block's threads wrote
+// before a barrier ahead of this is visible to whoever then acquires a higher count.
+__device__ __forceinline__ uint32_t arrive_release(uint32_t* counter) {
   uint32_t before;
   asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
-// The same where nothing was written that anybody is to see.
-__device__ __forceinline__ unsigned long long sign_in_reader(unsigned long long* counter) {
+// The same without release: nothing was written that others read.
+__device__ __forceinline__ unsigned long long arrive_relaxed(unsigned long long* counter) {
   unsigned long long before;
   asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], 1;\n" : "=l"(before) : "l"(counter) : "memory");
   return before;
 }
-// After a count that says so: what those who signed in before had written is to be seen (after a barrier, by the
-// block).
-__device__ __forceinline__ void see_what_others_wrote() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
+// After arrive_release: what the others wrote before they arrived is visible to this thread, and after a barrier to its
+// block.
+__device__ __forceinline__ void acquire_fence() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 
 // A block's shared memory whose size the launch decides.
 #define KVC_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]

@@ -1,0 +1,200 @@
+// What a block of each attention kernel consists of: queries, warps, key tiles, shared memory. The kernels are compiled
+// for these shapes, and schedule.h chooses among them. Plain C++, for the host and the device.
+#pragma once
+
+#include <cstdint>
+
+#include "../portable.h"
+#include "../visibility.h"
+
+namespace kvc {
+
+// A running softmax of some rows for one query: weights 2^(score - max).
+struct alignas(8) SoftmaxState {
+  float max;
+  float sum;
+};
+
+// The floats of the partial that a split leaves in the workspace: weighted sums [kQueries][kWidth], then states
+// [kQueries].
+template <int kWidth, int kQueries>
+constexpr int kPartialFloats = kQueries * kWidth + (2 * kQueries + 3) / 4 * 4;
+
+// one_query.cu. kLanes: lanes that load a row, 16 bytes each.
+template <int kLanes>
+struct OneQueryBlock {
+  static constexpr int kLoads = 4;  // rows that a lane loads at a step
+  static constexpr int kMostWarps = 8;
+  // A multiprocessor has registers for two blocks of so many warps, no more. Where there was room for a third, the next
+  // launch's blocks were placed there, on few multiprocessors (docs/performance.md).
+  static constexpr int kBlocksAtATime = 2;
+  static constexpr int kWarpsAtATime = kBlocksAtATime * kMostWarps;
+  static constexpr int kRows = 32 / kLanes;       // that a warp loads by one instruction
+  static constexpr int kWidth = 8 * kLanes;       // the largest head_dim
+  static constexpr int kStep = kLoads * kRows;    // rows of a warp's step
+  static constexpr int kSumsStride = kWidth + 4;  // floats from one row's sums to the next's; 4: in different banks
+
+  struct Shared {
+    alignas(16) uint16_t new_key[kWidth];
+    alignas(16) uint16_t new_value[kWidth];
+    SoftmaxState states[kMostWarps * kRows];
+    bool last;
+  };
+  static constexpr int kSumsAt = (sizeof(Shared) + 15) / 16 * 16;
+  static constexpr int64_t bytes(int warps) { return kSumsAt + int64_t{warps} * kRows * kSumsStride * 4; }
+  static_assert(kSumsStride == kPartialFloats<kWidth, 1>, "two warps or more have room to merge two partials");
+};
+
+// Configurations of few_queries.cu: how a block's queries are shared out, and how far ahead it copies.
+//   kQuads:  a warp has 4 * kQuads queries.
+//   kWarps:  warps of a group, which work on the same key tiles, each with queries of its own.
+//   kStages: of a group. A stage has room for the keys, or the values, of a key tile.
+enum class FewQueriesConfig { four_large, four_small, eight_large, eight_small, sixteen };
+struct FourQueriesLarge {
+  static constexpr int kQuads = 1, kWarps = 1, kStages = 4;
+  static constexpr FewQueriesConfig kConfig = FewQueriesConfig::four_large;
+  static constexpr const char* kName = "FourQueriesLarge";
+};
+struct FourQueriesSmall {
+  static constexpr int kQuads = 1, kWarps = 1, kStages = 2;
+  static constexpr FewQueriesConfig kConfig = FewQueriesConfig::four_small;
+  static constexpr const char* kName = "FourQueriesSmall";
+};
+struct EightQueriesLarge {
+  static constexpr int kQuads = 1, kWarps = 2, kStages = 4;
+  static constexpr FewQueriesConfig kConfig = FewQueriesConfig::eight_large;
+  static constexpr const char* kName = "EightQueriesLarge";
+};
+struct EightQueriesSmall {
+  static constexpr int kQuads = 2, kWarps = 1, kStages = 2;
+  static constexpr FewQueriesConfig kConfig = FewQueriesConfig::eight_small;
+  static constexpr const char* kName = "EightQueriesSmall";
+};
+struct SixteenQueries {
+  static constexpr int kQuads = 2, kWarps = 2, kStages = 4;
+  static constexpr FewQueriesConfig kConfig = FewQueriesConfig::sixteen;
+  static constexpr const char* kName = "SixteenQueries";
+};
+
+// few_queries.cu. kDepth: head_dim in steps of 16 elements; 16 * kDepth is the largest head_dim of the instance.
+template <int kDepth, typename Config>
+struct FewQueriesBlock : Config {
+  using Config::kQuads;
+  using Config::kStages;
+  using Config::kWarps;
+  static constexpr int kTileRows = 16;  // of a key tile
+  static constexpr int kQueries = 4 * kQuads * kWarps;
+  static constexpr int kWidth = 16 * kDepth;
+  static constexpr int kChunks = 2 * kDepth;  // 16-byte chunks of a row
+  static constexpr int kStageBytes = kTileRows * kChunks * 16;
+  // Groups of warps, at most; a launch may have fewer. Large blocks of all head sizes over 64 have as many bytes.
+  static constexpr int kGroups = kDepth > 8 ? 64 / kDepth : kStages == 2 ? 4 : 8;
+  static_assert(kGroups < 16, "each has a named barrier, beside the block's own");
+  static constexpr int kQueryStride = kWidth + 8;  // floats from a query's sums to the next's, spread over the banks
+  static constexpr int kGroupBytes = kStages * kStageBytes;
+  static_assert(kGroupBytes >= (kQueries * kQueryStride + 4) * 4, "a group's stages have room for its warps' sums");
+
+  // What lies in a block's shared memory, with the stages of all groups behind it.
+  struct Shared {
+    alignas(16) uint32_t operand[kQueries * kWidth];  // the queries: two FP16 numbers for each FP32 one
+    SoftmaxState states[kGroups][kQueries];
+    float factor[kQueries];  // from a query's products to scores
+    AttendPlan plan;
+    bool last;
+  };
+  static constexpr int kStagesAt = (sizeof(Shared) + 127) / 128 * 128;
+  static constexpr int64_t bytes(int groups) { return kStagesAt + int64_t{groups} * kGroupBytes; }
+
+  static constexpr int kThreads = kGroups * kWarps * 32;
+  // How many blocks of so many threads a multiprocessor has registers for. From sm_100 on the compiler needs more.
+  KVC_HD static constexpr int by_registers(bool from_sm_100) {
+    if (kStages == 4) return kDepth <= 8 && kQuads * kWarps == 1 && !from_sm_100 ? 2 : 1;
+    if (kQuads == 2 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
+    return kDepth > 8 || from_sm_100 || (kDepth == 4 && kQuads == 1) ? 3 : 4;
+  }
+
+  // Where a chunk of a row lies in a stage. Rows are spread over the banks, so that eight of them are read at a time.
+  KVC_HD static int place(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 16; }
+};
+
+// The key tiles that a group of warps takes in few_queries.cu: `first`, and every `stride`-th from there on.
+struct TileTurns {
+  uint32_t first;
+  uint32_t stride;
+
+  KVC_HD static TileTurns of(uint32_t split, uint32_t splits, uint32_t group, uint32_t groups) {
+    return {split * groups + group, splits * groups};
+  }
+};
+
+// The first of the key tiles that a split takes in the kernels for many queries. It ends where the next split begins.
+KVC_HD int32_t first_tile_of(int32_t tiles, int64_t split, int64_t splits) {
+  return static_cast<int32_t>(tiles * split / splits);
+}
+
+// Configurations of many_queries.cu, by the largest head_dim.
+//   kDepth:  head_dim in steps of 16 elements.
+//   kWarps:  each has 16 queries.
+//   kKeys:   rows of a key tile.
+//   kStages: key tiles, with their values, that there is room for.
+//   kHighInRegisters: the queries' high FP16 parts are kept in registers.
+struct ManyQueries64 {
+  static constexpr int kDepth = 4, kWarps = 4, kKeys = 64, kStages = 2;
+  static constexpr bool kHighInRegisters = true;
+  static constexpr const char* kName = "ManyQueries64";
+};
+struct ManyQueries128 {
+  static constexpr int kDepth = 8, kWarps = 4, kKeys = 64, kStages = 2;
+  static constexpr bool kHighInRegisters = true;
+  static constexpr const char* kName = "ManyQueries128";
+};
+struct ManyQueries256 {
+  static constexpr int kDepth = 16, kWarps = 4, kKeys = 32, kStages = 2;
+  static constexpr bool kHighInRegisters = true;
+  static constexpr const char* kName = "ManyQueries256";
+};
+struct ManyQueries512 {
+  static constexpr int kDepth = 32, kWarps = 2, kKeys = 16, kStages = 1;
+  static constexpr bool kHighInRegisters = false;
+  static constexpr const char* kName = "ManyQueries512";
+};
+
+template <typename Config>
+struct ManyQueriesShape : Config {
+  static constexpr int kThreads = 32 * Config::kWarps;
+  static constexpr int kQueries = 16 * Config::kWarps;
+  static constexpr int kPieces = Config::kDepth > 16 ? Config::kDepth / 8 : 1;  // that an output's columns are cut into
+  static constexpr int kWidth = 16 * Config::kDepth / kPieces;                  // columns of a piece
+  static constexpr int kBlocksAtATime = Config::kDepth <= 8 ? 2 : 1;            // on a multiprocessor
+};
+
+// Configurations of many_queries_sm90.cu, by the largest head_dim. kStages: key tiles, and as many of values, that
+// there is room for; with one FP16 part of a query there is more.
+template <int kParts>
+struct Sm90Queries64 {
+  static constexpr int kDepth = 4, kKeys = 128, kStages = 2;
+  static constexpr const char* kName = "Sm90Queries64";
+};
+template <int kParts>
+struct Sm90Queries128 {
+  static constexpr int kDepth = 8, kKeys = 128, kStages = 2;
+  static constexpr const char* kName = "Sm90Queries128";
+};
+template <int kParts>
+struct Sm90Queries256 {
+  static constexpr int kDepth = 16, kKeys = 64, kStages = 3 - kParts;
+  static constexpr const char* kName = "Sm90Queries256";
+};
+
+template <typename Config>
+struct Sm90Shape : Config {
+  static constexpr int kGroupThreads = 128;           // of a warpgroup
+  static constexpr int kGroupQueries = 64;            // of a warpgroup that multiplies
+  static constexpr int kThreads = 3 * kGroupThreads;  // one warpgroup loads, two multiply
+  static constexpr int kQueries = 2 * kGroupQueries;
+  static constexpr int kPieces = 1;  // an output's columns are not cut
+  static constexpr int kWidth = 16 * Config::kDepth;
+  static constexpr int kBlocksAtATime = 1;
+};
+
+}  // namespace kvc
