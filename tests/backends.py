@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import hashlib
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +22,11 @@ from kvcache_ext._extension import extension
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
 EMULATOR_VARIABLE = "KVC_TEST_EMULATOR"  # the way to a library of build_emulator's that the tests are to use
+EMULATOR = ROOT / "tests" / "emulator"
+EMULATOR_OPTIONS = (
+    *("-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused", "-fPIC"),
+    *("-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow", "-fno-sanitize-recover=all"),
+)
 CPU_BACKENDS = ("cpu-generic", "cpu-avx2", "cpu-avx512", "emulated")
 
 
@@ -37,19 +47,42 @@ class Unavailable(Exception):
 
 
 def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
-    """Compiles the GPU kernels' own source to run on a CPU (tests/emulator), into `folder`."""
+    """Compiles the GPU kernels' own source to run on a CPU (tests/emulator), into `folder`; a file at a time on each
+    core."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise Unavailable("no C++ compiler to build the emulator with")
+    options = [*EMULATOR_OPTIONS, f"-I{EMULATOR}", f"-I{kernels}"]
+    sources = [EMULATOR / "emulator.cpp", *sorted(kernels.rglob("*.cu"))]
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+
+    def compile_one(source: Path, target: str) -> None:
+        subprocess.run([compiler, *options, "-o", target, "-c", "-x", "c++", str(source)], check=True)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_one, sources, objects))
     library = folder / "libemulated.so"
-    source_folder = ROOT / "tests" / "emulator"
-    command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    command += ["-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow"]
-    command += ["-fno-sanitize-recover=all"]
-    command += [f"-I{source_folder}", f"-I{kernels}", "-o", str(library), str(source_folder / "emulator.cpp")]
-    command += ["-x", "c++", *(str(source) for source in sorted(kernels.rglob("*.cu")))]
-    subprocess.run(command, check=True)
+    subprocess.run([compiler, *EMULATOR_OPTIONS, "-shared", "-o", str(library), *objects], check=True)
     return library
+
+
+def built_emulator() -> Path:
+    """The emulator of this checkout's kernels, built once for all processes, and again when a source changes."""
+    digest = hashlib.sha256(" ".join(EMULATOR_OPTIONS).encode())
+    for root in (KERNELS, EMULATOR):
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    place = ROOT / "build" / "emulator"
+    place.mkdir(parents=True, exist_ok=True)
+    wanted = place / f"libemulated-{digest.hexdigest()[:16]}.so"
+    with open(place / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not wanted.exists():
+            for old in place.glob("libemulated-*.so"):
+                old.unlink()
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                build_emulator(Path(folder)).rename(wanted)
+    return wanted
 
 
 @contextlib.contextmanager

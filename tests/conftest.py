@@ -20,7 +20,7 @@ from backends import (  # noqa: F401
     ROOT,
     Backend,
     Unavailable,
-    build_emulator,
+    built_emulator,
     using,
 )
 
@@ -38,12 +38,12 @@ def gradient_mode() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulator_library() -> Path:
     """The GPU kernels' own source, compiled to run on a CPU (tests/emulator)."""
     if EMULATOR_VARIABLE in os.environ:
         return Path(os.environ[EMULATOR_VARIABLE])
     try:
-        return build_emulator(tmp_path_factory.mktemp("emulator"))
+        return built_emulator()
     except Unavailable as reason:
         pytest.skip(str(reason))
 

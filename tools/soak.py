@@ -11,7 +11,6 @@ import faulthandler
 import os
 import random
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -25,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from backends import CPU_BACKENDS, Backend, Unavailable, build_emulator, using
+from backends import CPU_BACKENDS, Backend, Unavailable, built_emulator, using
 from model_steps import Failure, seeded_run, shrunk
 
 from kvcache_ext import build_info
@@ -87,44 +86,43 @@ def main() -> int:
     started = said = time.monotonic()
     taken: Counter[str] = Counter()
     failed: dict[int, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        emulator = ""
-        if options.device == "emulated":
-            try:
-                emulator = str(build_emulator(Path(folder)))
-            except Unavailable as reason:
-                raise SystemExit(f"soak: {reason}") from None
-        # Processes of their own also on a GPU: one that crashes is reported like any other failure.
-        pool = ProcessPoolExecutor(
-            jobs, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(options.device, emulator)
-        )
-        waiting = iter(runs)
-        running: dict[Future[tuple[Counter[str], str]], int] = {}
-        with pool:
-            while not failed:
-                for run in waiting:
-                    left = steps - run * size if options.run is None else size
-                    running[pool.submit(take_run, f"{seed}/{run}", min(size, left))] = run
-                    if len(running) >= 2 * jobs:
-                        break
-                if not running:
+    emulator = ""
+    if options.device == "emulated":
+        try:
+            emulator = str(built_emulator())
+        except Unavailable as reason:
+            raise SystemExit(f"soak: {reason}") from None
+    # Processes of their own also on a GPU: one that crashes is reported like any other failure.
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(options.device, emulator)
+    )
+    waiting = iter(runs)
+    running: dict[Future[tuple[Counter[str], str]], int] = {}
+    with pool:
+        while not failed:
+            for run in waiting:
+                left = steps - run * size if options.run is None else size
+                running[pool.submit(take_run, f"{seed}/{run}", min(size, left))] = run
+                if len(running) >= 2 * jobs:
                     break
-                try:
-                    for future in wait(running, return_when=FIRST_COMPLETED)[0]:
-                        counts, failure = future.result()
-                        taken += counts
-                        if failure:
-                            failed[running[future]] = failure
-                        del running[future]
-                except BrokenProcessPool:
-                    text = "A process ended, in one of these runs or before its first (what it said is above).\n"
-                    failed = dict.fromkeys(sorted(running.values()), text)
-                now = time.monotonic()
-                if now - said > 10:
-                    said, done = now, sum(taken.values())
-                    print(f"soak: {done:,} of {steps:,} steps, {done / (now - started):,.0f} a second", flush=True)
-            for future in running:
-                future.cancel()
+            if not running:
+                break
+            try:
+                for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                    counts, failure = future.result()
+                    taken += counts
+                    if failure:
+                        failed[running[future]] = failure
+                    del running[future]
+            except BrokenProcessPool:
+                text = "A process ended, in one of these runs or before its first (what it said is above).\n"
+                failed = dict.fromkeys(sorted(running.values()), text)
+            now = time.monotonic()
+            if now - said > 10:
+                said, done = now, sum(taken.values())
+                print(f"soak: {done:,} of {steps:,} steps, {done / (now - started):,.0f} a second", flush=True)
+        for future in running:
+            future.cancel()
     done, seconds = sum(taken.values()), time.monotonic() - started
     print("soak: " + ", ".join(f"{count:,} {name}" for name, count in taken.most_common()))
     if failed:
