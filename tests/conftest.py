@@ -65,11 +65,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def left_out(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Long tests, and of each test's cases on the emulated GPU kernels all but every fourth, the first included."""
-    out = {item for item in items if item.get_closest_marker("long") is not None}
+    """Long tests, and of each test's cases on the emulated GPU kernels all but every fourth, the first included.
+
+    `@pytest.mark.long("emulated")`: long for the emulated kernels alone.
+    """
+    out = set()
     counts: dict[str, int] = {}
     for item in items:
-        if "emulated" in item.nodeid.partition("[")[2]:
+        emulated = "emulated" in item.nodeid.partition("[")[2]
+        mark = item.get_closest_marker("long")
+        if mark is not None and (emulated or not mark.args):
+            out.add(item)
+        elif emulated:
             name = item.nodeid.partition("[")[0]
             if counts.get(name, 0) % EMULATED_SHARE != 0:
                 out.add(item)

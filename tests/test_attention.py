@@ -606,6 +606,7 @@ def of_large_scores(rows: int, heads: int, head_dim: int, size: float) -> torch.
     return x
 
 
+@pytest.mark.long("emulated")
 @pytest.mark.parametrize(
     ("rows", "group", "head_dim", "held"),
     [
@@ -710,6 +711,7 @@ def test_merge_states_of_infinite_answers(device: torch.device, difference: floa
     assert float(lse) == pytest.approx(math.log1p(math.exp(-difference)) + difference)
 
 
+@pytest.mark.long("emulated")
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (1, 20), (64, 1)])
 @pytest.mark.parametrize(("infinite", "largest"), [(5, 2490), (2490, 5), (1030, 2490), (2490, 1030)])
 def test_infinite_values_far_from_the_largest_score(

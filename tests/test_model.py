@@ -103,6 +103,7 @@ def test_a_difference_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(smaller.log) <= 3 and "truncate" in smaller.log[-1]  # the cache, at most a graph's capture, the call
 
 
+@pytest.mark.long
 def test_the_soak(tmp_path: Path) -> None:
     """The program itself: its steps, its verdict, and one run again."""
 

@@ -157,6 +157,7 @@ def test_the_policy_is_that_of_construction() -> None:
     assert cache.overflow == "inf"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overflow", ["saturate", "inf"])
 def test_compiled(device: torch.device, overflow: str) -> None:
     torch._dynamo.reset()

@@ -278,6 +278,7 @@ def test_each_kind_of_file_says_who_reads_it(path: Path) -> None:
         open_layers(path)
 
 
+@pytest.mark.long
 def test_damaged_files_change_nothing(path: Path) -> None:
     """A bit turned in every byte, and every length."""
     device = torch.device("cpu")

@@ -99,6 +99,7 @@ def test_a_loaded_cache_is_a_cache(models: Any, device: torch.device, tmp_path: 
         assert torch.equal(generate(model, inputs, cache, max_new_tokens=8), want)
 
 
+@pytest.mark.long
 def test_another_process_goes_on(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     model = make_model("gemma2")

@@ -637,6 +637,7 @@ def test_a_text_fed_twice_with_masks_that_generate_prepares(models: Any, device:
         model.generation_config.disable_compile = False
 
 
+@pytest.mark.long
 def test_several_tokens_that_were_fed_before_in_compiled_code(models: Any, device: torch.device) -> None:
     """Compiled code cannot raise: the next call that is not compiled does."""
     model = models("llama")

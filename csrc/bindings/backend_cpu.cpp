@@ -84,23 +84,23 @@ void attend_few(const AttendParams& p) {
   const int64_t entries = p.sequences.entries(c.batch);
   std::vector<int64_t> first_run(static_cast<size_t>(entries) + 1);
   const int64_t most = std::max<int64_t>(1, kMostRuns / std::max<int64_t>(1, entries * p.rows));
-  for (int64_t b = 0; b < entries; ++b) {
-    const SequenceState state = cpu::state_of(c, p.layer, p.sequences.sequence(b, c.batch));
-    const AttendPlan plan = AttendPlan::make(p, b, state);
+  for (int64_t entry = 0; entry < entries; ++entry) {
+    const SequenceState state = cpu::state_of(c, p.layer, p.sequences.sequence(entry, c.batch));
+    const AttendPlan plan = AttendPlan::make(p, entry, state);
     const int64_t length = std::max(kLeastRun, (plan.count + most - 1) / most);
     for (int64_t row = 0; row < plan.count; row += length) {
-      runs.push_back({b, row, std::min(plan.count, row + length)});
+      runs.push_back({entry, row, std::min(plan.count, row + length)});
     }
-    first_run[static_cast<size_t>(b) + 1] = static_cast<int64_t>(runs.size());
+    first_run[static_cast<size_t>(entry) + 1] = static_cast<int64_t>(runs.size());
   }
   const int64_t state_floats = p.rows * p.query_heads * (c.head_dim + 2);
   const auto count = static_cast<int64_t>(runs.size());
   std::vector<float> states(static_cast<size_t>(count * state_floats));
   run_items(count, kLeastRun * c.heads * c.head_dim,
             [&](int64_t begin, int64_t end) { cpu::attend(p, runs.data(), begin, end, states.data()); });
-  for (int64_t b = 0; b < entries; ++b) {
-    const int64_t from = first_run[static_cast<size_t>(b)];
-    cpu::finish_attend(p, b, first_run[static_cast<size_t>(b) + 1] - from, states.data() + from * state_floats);
+  for (int64_t entry = 0; entry < entries; ++entry) {
+    const int64_t from = first_run[static_cast<size_t>(entry)];
+    cpu::finish_attend(p, entry, first_run[static_cast<size_t>(entry) + 1] - from, states.data() + from * state_floats);
   }
 }
 

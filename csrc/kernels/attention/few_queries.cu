@@ -25,8 +25,9 @@
 // row, in the slot of the position which the append evicts: nobody reads it. Whichever block arrives last of its
 // sequence advances the state, as all have read it by then. For T > 1 the caller appends afterwards.
 //
-// The kernel stays one function. As a struct with a method for each phase, the instance of 16 queries of 128 spilled
-// registers, and the others for head sizes over 64 needed up to 11 more of them, on sm_80 and sm_90a.
+// This file is longer than others, as the kernel stays one function. As a struct with a method for each phase, the
+// instance of 16 queries of 128 spilled registers, and the others for head sizes over 64 needed up to 11 more of them,
+// on sm_80 and sm_90a.
 #include "../launch.h"
 #include "common.cuh"
 #include "non_finite.cuh"

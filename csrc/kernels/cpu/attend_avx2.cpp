@@ -61,9 +61,9 @@ struct Avx2 {
 
 }  // namespace
 
-void attend_avx2(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
+void attend_avx2(const AttendParams& p, const AttendPlan& plan, int64_t entry, int64_t begin, int64_t end,
                  const float* queries, float* state, float* scores, uint16_t* converted) {
-  attend_rows<Avx2>(p, plan, sequence, begin, end, queries, state, scores, converted);
+  attend_rows<Avx2>(p, plan, entry, begin, end, queries, state, scores, converted);
 }
 
 void prompt_avx2(const AttendParams& p, const QueryTile& tile, const Conversions& conversions, float* scratch) {

@@ -72,9 +72,9 @@ struct Eight {
 
 }  // namespace
 
-void attend_generic(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
+void attend_generic(const AttendParams& p, const AttendPlan& plan, int64_t entry, int64_t begin, int64_t end,
                     const float* queries, float* state, float* scores, uint16_t* converted) {
-  attend_rows<Eight>(p, plan, sequence, begin, end, queries, state, scores, converted);
+  attend_rows<Eight>(p, plan, entry, begin, end, queries, state, scores, converted);
 }
 
 void prompt_generic(const AttendParams& p, const QueryTile& tile, const Conversions& conversions, float* scratch) {

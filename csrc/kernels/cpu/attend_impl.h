@@ -63,7 +63,7 @@ struct Attention {
 
   const AttendParams& p;
   const AttendPlan& plan;
-  int64_t sequence;
+  int64_t entry;
   int64_t group;  // query heads of a KV head
   int64_t head_dim;
   const float* queries;  // [T * Hq, D], scaled
@@ -208,8 +208,8 @@ struct Attention {
 
   void find_rows(int64_t row0, int rows) {
     const int64_t row_elements = p.cache.heads * head_dim;
-    const int64_t in_cache = imax(p.sequences.sequence(sequence, p.cache.batch), 0);
-    const int64_t start = (p.layer * p.cache.batch + in_cache) * p.cache.positions * row_elements;
+    const int64_t sequence = imax(p.sequences.sequence(entry, p.cache.batch), 0);
+    const int64_t start = (p.layer * p.cache.batch + sequence) * p.cache.positions * row_elements;
     for (int r = 0; r < rows; ++r) {
       if (row0 + r < plan.cached) {
         const int64_t offset = start + plan.slot(row0 + r) * row_elements;
@@ -224,7 +224,7 @@ struct Attention {
 
   const uint16_t* convert_row(const Rows<const void*>& from, int64_t row, uint16_t* to) {
     const int64_t size = dtype_size(p.append.dtype);
-    const int64_t offset = sequence * from.batch_stride + plan.input_row(row) * from.row_stride;
+    const int64_t offset = entry * from.batch_stride + plan.input_row(row) * from.row_stride;
     for (int64_t h = 0; h < p.cache.heads; ++h) {
       kGeneric.to_half(p.append.dtype, static_cast<const char*>(from.data) + (offset + h * from.head_stride) * size,
                        to + h * head_dim, head_dim, p.append.saturate, false);
@@ -284,10 +284,10 @@ struct Attention {
 };
 
 template <typename S>
-void attend_rows(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
+void attend_rows(const AttendParams& p, const AttendPlan& plan, int64_t entry, int64_t begin, int64_t end,
                  const float* queries, float* state, float* scores, uint16_t* converted) {
   Attention<S> attention{
-      p, plan, sequence, p.query_heads / p.cache.heads, p.cache.head_dim, queries, state, scores, converted, {}, {}};
+      p, plan, entry, p.query_heads / p.cache.heads, p.cache.head_dim, queries, state, scores, converted, {}, {}};
   attention.run(begin, end);
 }
 

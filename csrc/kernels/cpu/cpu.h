@@ -27,10 +27,10 @@ struct Conversions {
 
 constexpr int kTile = 16;  // rows that attention works on at a time
 
-// Adds the rows [begin, end) of one sequence to the states of its queries.
+// Adds the rows [begin, end) of an entry's sequence to the states of its queries.
 //   queries [T * Hq, D] scaled; state [T * Hq, D + 2]: weighted sum, maximum, sum of weights;
 //   scores [T * Hq, kTile], converted [2, kTile, H, D]: scratch
-using AttendRows = void (*)(const AttendParams& p, const AttendPlan& plan, int64_t sequence, int64_t begin, int64_t end,
+using AttendRows = void (*)(const AttendParams& p, const AttendPlan& plan, int64_t entry, int64_t begin, int64_t end,
                             const float* queries, float* state, float* scores, uint16_t* converted);
 
 // Attention of one query tile (prompt.h).
@@ -65,10 +65,14 @@ struct InstructionSet {
 const InstructionSet& instruction_set();        // the best that this machine has, or the one that was selected
 bool select_instruction_set(const char* name);  // false: no such name, or this machine lacks the instructions
 
-// Where a sequence of a layer stands; -1 stands for one that holds nothing.
+// The two numbers of a sequence's state, in place. `state_row`: layer * batch + sequence.
+inline int64_t* seqlen_of(const CacheView& c, int64_t state_row) { return c.state + state_row; }
+inline int64_t* first_of(const CacheView& c, int64_t state_row) { return c.state + c.layers * c.batch + state_row; }
+
+// The state of a sequence of a layer; of sequence -1: one that holds nothing.
 SequenceState state_of(const CacheView& cache, int64_t layer, int64_t sequence);
 
-// An item of append is one row of one sequence of one layer; of gather, one row of one sequence. Items of one call may
+// An item of append is one row of one entry of one layer; of gather, one row of one entry. Items of one call may
 // run in any order and on any thread; advance_state comes after all of them.
 int64_t append_items(const AppendParams& params);
 void append(const AppendParams& params, int64_t begin, int64_t end, bool stream);
@@ -80,13 +84,13 @@ void gather(const GatherParams& params, int64_t begin, int64_t end, bool stream)
 // Attention: the rows that a sequence's queries see are cut into runs, each on any thread; then each query's states of
 // all runs are merged, and the answer written. `states` [runs of all sequences, T * Hq, D + 2].
 struct AttendRun {
-  int64_t sequence;
+  int64_t entry;
   int64_t begin;
   int64_t end;
 };
 constexpr int64_t kMaxHeadDim = 512;
 void attend(const AttendParams& params, const AttendRun* runs, int64_t begin, int64_t end, float* states);
-void finish_attend(const AttendParams& params, int64_t sequence, int64_t runs, const float* states);
+void finish_attend(const AttendParams& params, int64_t entry, int64_t runs, const float* states);
 
 void truncate(const TruncateParams& params);
 

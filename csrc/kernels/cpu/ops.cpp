@@ -1,4 +1,5 @@
-// Every op but attention's inner loops on a CPU. Rows are taken one after the other, each a run of elements.
+// append, gather and attend on a CPU, but for the inner loops of conversion and attention. Rows are taken one after the
+// other, each a run of elements.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -22,9 +23,6 @@ void finish_streaming() {
   _mm_sfence();
 #endif
 }
-
-int64_t* seen_of(const CacheView& c, int64_t entry) { return c.state + entry; }
-int64_t* first_of(const CacheView& c, int64_t entry) { return c.state + c.layers * c.batch + entry; }
 
 // Rows are worked on in tiles: K's, then V's, and within each head after head where heads do not lie side by side, so
 // that reading and writing each go through memory in few long strides.
@@ -98,8 +96,8 @@ void load_tile(const Conversions& use, const GatherParams& p, const Rows<void*>&
 
 SequenceState state_of(const CacheView& c, int64_t layer, int64_t sequence) {
   if (sequence < 0) return empty_state(c.sinks);
-  const int64_t entry = layer * c.batch + sequence;
-  return {*seen_of(c, entry), *first_of(c, entry)};
+  const int64_t state_row = layer * c.batch + sequence;
+  return {*seqlen_of(c, state_row), *first_of(c, state_row)};
 }
 
 int64_t append_items(const AppendParams& p) { return p.layer_count * p.sequences.entries(p.cache.batch) * p.rows; }
@@ -108,20 +106,20 @@ void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
   const Conversions& use = *instruction_set().conversions;
   const int64_t entries = p.sequences.entries(c.batch);
-  while (begin < end) {  // a run of rows of one sequence of one layer
+  while (begin < end) {  // a run of rows of one entry of one layer
     const int64_t matrix = begin / p.rows;
     const int64_t first_row = begin - matrix * p.rows;
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
     begin += last_row - first_row;
     const int64_t layer = matrix / entries;
-    const int64_t sequence = matrix - layer * entries;  // of the call
-    const int64_t in_cache = p.sequences.sequence(sequence, c.batch);
-    if (in_cache < 0) continue;
-    const int64_t entry = (p.first_layer + layer) * c.batch + in_cache;
-    const AppendPlan plan = AppendPlan::make(*seen_of(c, entry), p.rows, appended_rows(p, sequence), c);
-    const int64_t key_start = layer * p.key.layer_stride + sequence * p.key.batch_stride;
-    const int64_t value_start = layer * p.value.layer_stride + sequence * p.value.batch_stride;
-    const int64_t cache_start = entry * c.positions * c.heads * c.head_dim;
+    const int64_t entry = matrix - layer * entries;  // of the call's tensors
+    const int64_t sequence = p.sequences.sequence(entry, c.batch);
+    if (sequence < 0) continue;
+    const int64_t state_row = (p.first_layer + layer) * c.batch + sequence;
+    const AppendPlan plan = AppendPlan::make(*seqlen_of(c, state_row), p.rows, appended_rows(p, entry), c);
+    const int64_t key_start = layer * p.key.layer_stride + entry * p.key.batch_stride;
+    const int64_t value_start = layer * p.value.layer_stride + entry * p.value.batch_stride;
+    const int64_t cache_start = state_row * c.positions * c.heads * c.head_dim;
     int64_t overflows = 0;
     for (int64_t row = first_row; row < last_row; row += kTileRows) {
       const int64_t count = imin(kTileRows, last_row - row);
@@ -138,14 +136,14 @@ void append(const AppendParams& p, int64_t begin, int64_t end, bool stream) {
 void advance_state(const AppendParams& p) {
   const CacheView& c = p.cache;
   for (int64_t layer = 0; layer < p.layer_count; ++layer) {
-    for (int64_t b = 0; b < p.sequences.entries(c.batch); ++b) {
-      const int64_t in_cache = p.sequences.sequence(b, c.batch);
-      if (in_cache < 0) continue;
-      const int64_t entry = (p.first_layer + layer) * c.batch + in_cache;
-      const SequenceState next =
-          state_after_append({*seen_of(c, entry), *first_of(c, entry)}, appended_rows(p, b), c.ring.divisor);
-      *seen_of(c, entry) = next.seqlen;
-      *first_of(c, entry) = next.first;
+    for (int64_t entry = 0; entry < p.sequences.entries(c.batch); ++entry) {
+      const int64_t sequence = p.sequences.sequence(entry, c.batch);
+      if (sequence < 0) continue;
+      const int64_t state_row = (p.first_layer + layer) * c.batch + sequence;
+      const SequenceState next = state_after_append({*seqlen_of(c, state_row), *first_of(c, state_row)},
+                                                    appended_rows(p, entry), c.ring.divisor);
+      *seqlen_of(c, state_row) = next.seqlen;
+      *first_of(c, state_row) = next.first;
     }
   }
 }
@@ -155,24 +153,24 @@ int64_t gather_items(const GatherParams& p) { return p.sequences.entries(p.cache
 void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
   const CacheView& c = p.cache;
   const Conversions& use = *instruction_set().conversions;
-  while (begin < end) {  // a run of rows of one sequence
-    const int64_t sequence = begin / p.rows;
-    const int64_t first_row = begin - sequence * p.rows;
+  while (begin < end) {  // a run of rows of one entry
+    const int64_t entry = begin / p.rows;
+    const int64_t first_row = begin - entry * p.rows;
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
-    const int64_t in_cache = p.sequences.sequence(sequence, c.batch);
-    const int64_t entry = p.layer * c.batch + imax(in_cache, 0);
-    const ReadPlan plan = ReadPlan::make(state_of(c, p.layer, in_cache), c);
-    const int64_t cache_start = entry * c.positions * c.heads * c.head_dim;
+    const int64_t sequence = p.sequences.sequence(entry, c.batch);
+    const int64_t state_row = p.layer * c.batch + imax(sequence, 0);
+    const ReadPlan plan = ReadPlan::make(state_of(c, p.layer, sequence), c);
+    const int64_t cache_start = state_row * c.positions * c.heads * c.head_dim;
     for (int64_t row = first_row; row < last_row; row += kTileRows) {
       const int64_t count = imin(kTileRows, last_row - row);
       int64_t slots[kTileRows];
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = row + i;
-        slots[i] = plan.slot(
-            p.indices == nullptr ? p.start + at : p.indices[sequence * p.indices_batch_stride + at * p.indices_stride]);
+        slots[i] = plan.slot(p.indices == nullptr ? p.start + at
+                                                  : p.indices[entry * p.indices_batch_stride + at * p.indices_stride]);
       }
-      load_tile(use, p, p.key, sequence * p.key.batch_stride, row, count, slots, c.k_cache + cache_start, stream);
-      load_tile(use, p, p.value, sequence * p.value.batch_stride, row, count, slots, c.v_cache + cache_start, stream);
+      load_tile(use, p, p.key, entry * p.key.batch_stride, row, count, slots, c.k_cache + cache_start, stream);
+      load_tile(use, p, p.value, entry * p.value.batch_stride, row, count, slots, c.v_cache + cache_start, stream);
     }
     begin += last_row - first_row;
   }
@@ -216,11 +214,11 @@ void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t
   std::vector<float> scores(static_cast<size_t>(queries * kTile));
   std::vector<uint16_t> converted(p.appends ? static_cast<size_t>(2 * kTile * c.heads * c.head_dim) : 0);
   for (int64_t run = begin; run < end; ++run) {
-    const int64_t b = runs[run].sequence;
-    const AttendPlan plan = AttendPlan::make(p, b, state_of(c, p.layer, p.sequences.sequence(b, c.batch)));
+    const int64_t entry = runs[run].entry;
+    const AttendPlan plan = AttendPlan::make(p, entry, state_of(c, p.layer, p.sequences.sequence(entry, c.batch)));
     for (int64_t m = 0; m < queries; ++m) {
-      const int64_t offset =
-          b * p.query.batch_stride + m / p.query_heads * p.query.row_stride + m % p.query_heads * p.query.head_stride;
+      const int64_t offset = entry * p.query.batch_stride + m / p.query_heads * p.query.row_stride +
+                             m % p.query_heads * p.query.head_stride;
       float* to = scaled.data() + m * c.head_dim;
       if (p.dtype == DType::f32) {
         std::memcpy(to, static_cast<const float*>(p.query.data) + offset, static_cast<size_t>(c.head_dim) * 4);
@@ -237,18 +235,18 @@ void attend(const AttendParams& p, const AttendRun* runs, int64_t begin, int64_t
     for (int64_t row = runs[run].begin; row < runs[run].end; row += kPieceRows) {
       const int64_t piece_end = imin(runs[run].end, row + kPieceRows);
       if (row == runs[run].begin) {
-        attend_rows(p, plan, b, row, piece_end, scaled.data(), state, scores.data(), converted.data());
+        attend_rows(p, plan, entry, row, piece_end, scaled.data(), state, scores.data(), converted.data());
       } else {
         piece.resize(static_cast<size_t>(queries * (c.head_dim + 2)));
         clear_states(piece.data(), queries, c.head_dim);
-        attend_rows(p, plan, b, row, piece_end, scaled.data(), piece.data(), scores.data(), converted.data());
+        attend_rows(p, plan, entry, row, piece_end, scaled.data(), piece.data(), scores.data(), converted.data());
         merge_states(state, piece.data(), queries, c.head_dim);
       }
     }
   }
 }
 
-void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const float* states) {
+void finish_attend(const AttendParams& p, int64_t entry, int64_t runs, const float* states) {
   const int64_t head_dim = p.cache.head_dim;
   const int64_t queries = p.rows * p.query_heads;
   for (int64_t m = 0; m < queries; ++m) {
@@ -264,7 +262,7 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
       for (int64_t d = 0; d < head_dim; ++d) merged[d] += weight * s[d];
     }
     const int64_t offset =
-        sequence * p.out.batch_stride + m / p.query_heads * p.out.row_stride + m % p.query_heads * p.out.head_stride;
+        entry * p.out.batch_stride + m / p.query_heads * p.out.row_stride + m % p.query_heads * p.out.head_stride;
     for (int64_t d = 0; d < head_dim; ++d) {
       const float answer = sum == 0.0 ? 0.0f : static_cast<float>(merged[d] / sum);
       if (p.dtype == DType::f32) {
@@ -275,143 +273,8 @@ void finish_attend(const AttendParams& p, int64_t sequence, int64_t runs, const 
       }
     }
     if (p.lse != nullptr) {
-      p.lse[sequence * queries + m] =
+      p.lse[entry * queries + m] =
           sum == 0.0 ? -INFINITY : static_cast<float>(static_cast<double>(max) * kLn2 + std::log(sum));
-    }
-  }
-}
-
-void truncate(const TruncateParams& p) {
-  for (int64_t layer = 0; layer < p.layers; ++layer) {
-    for (int64_t entry = 0; entry < p.sequences.entries(p.batch); ++entry) truncate_entry(p, layer, entry);
-  }
-}
-
-std::vector<SequencePair> sequence_pairs(const CopySequencesParams& p) {
-  std::vector<SequencePair> pairs;
-  for (int64_t i = 0; i < p.count; ++i) {
-    const SequencePair pair = sequence_pair(p, i);
-    if (pair.source != pair.destination) pairs.push_back(pair);
-  }
-  return pairs;
-}
-
-int64_t copy_sequences_items(const CopySequencesParams& p) { return p.cache.layers * p.cache.positions; }
-
-void copy_sequences(const CopySequencesParams& p, const std::vector<SequencePair>& pairs, int64_t begin, int64_t end) {
-  const CacheView& c = p.cache;
-  const int64_t row_elements = c.heads * c.head_dim;
-  const auto count = static_cast<int64_t>(pairs.size());
-  // Is nobody written to who is read? Then rows are copied at once, else a piece of all of them is read before it is
-  // written.
-  std::vector<bool> written(static_cast<size_t>(c.batch), false);
-  for (const SequencePair& pair : pairs) written[static_cast<size_t>(pair.destination)] = true;
-  const bool apart = std::none_of(pairs.begin(), pairs.end(),
-                                  [&](const SequencePair& pair) { return written[static_cast<size_t>(pair.source)]; });
-  constexpr int64_t kBufferElements = int64_t{1} << 14;  // what a first-level cache holds
-  const int64_t most = apart ? row_elements : imin(row_elements, imax(kBufferElements / imax(count, 1), 32));
-  std::vector<uint16_t> buffer(apart ? 0 : static_cast<size_t>(count * most));
-  std::vector<ReadPlan> plans(static_cast<size_t>(count));
-  while (begin < end) {  // a run of slots of one layer
-    const int64_t layer = begin / c.positions;
-    const int64_t first_slot = begin - layer * c.positions;
-    const int64_t last_slot = imin(c.positions, first_slot + (end - begin));
-    int64_t slots_end = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t entry = layer * c.batch + pairs[static_cast<size_t>(i)].source;
-      ReadPlan& plan = plans[static_cast<size_t>(i)];
-      plan = ReadPlan::make({*seen_of(c, entry), *first_of(c, entry)}, c);
-      slots_end = imax(slots_end, plan.slots_end());
-    }
-    for (int64_t slot = first_slot; slot < imin(last_slot, slots_end); ++slot) {
-      for (uint16_t* cache : {c.k_cache, c.v_cache}) {
-        for (int64_t column = 0; column < row_elements; column += most) {
-          const int64_t n = imin(most, row_elements - column);
-          const auto at = [&](int64_t sequence) {
-            return cache + ((layer * c.batch + sequence) * c.positions + slot) * row_elements + column;
-          };
-          const auto each = [&](const auto& copy) {
-            for (int64_t i = 0; i < count; ++i) {
-              if (!plans[static_cast<size_t>(i)].holds(slot)) continue;
-              const SequencePair& pair = pairs[static_cast<size_t>(i)];
-              copy(at(pair.source), at(pair.destination), buffer.data() + (apart ? 0 : i * most));
-            }
-          };
-          const size_t bytes = static_cast<size_t>(n) * 2;
-          if (apart) {
-            each([&](const uint16_t* from, uint16_t* to, uint16_t*) { std::memcpy(to, from, bytes); });
-          } else {
-            each([&](const uint16_t* from, uint16_t*, uint16_t* through) { std::memcpy(through, from, bytes); });
-            each([&](const uint16_t*, uint16_t* to, uint16_t* through) { std::memcpy(to, through, bytes); });
-          }
-        }
-      }
-    }
-    begin += last_slot - first_slot;
-  }
-}
-
-void move_states(const CopySequencesParams& p, const std::vector<SequencePair>& pairs) {
-  const CacheView& c = p.cache;
-  std::vector<SequenceState> states(pairs.size());
-  for (int64_t layer = 0; layer < c.layers; ++layer) {
-    for (size_t i = 0; i < pairs.size(); ++i) {
-      const int64_t entry = layer * c.batch + pairs[i].source;
-      states[i] = {*seen_of(c, entry), *first_of(c, entry)};
-    }
-    for (size_t i = 0; i < pairs.size(); ++i) {
-      const int64_t entry = layer * c.batch + pairs[i].destination;
-      *seen_of(c, entry) = states[i].seqlen;
-      *first_of(c, entry) = states[i].first;
-    }
-  }
-}
-
-namespace {
-
-int64_t copy_from_rows(const CopyFromParams& p) { return imin(p.cache.positions, p.source.positions); }
-
-}  // namespace
-
-int64_t copy_from_items(const CopyFromParams& p) { return p.cache.layers * p.count * copy_from_rows(p); }
-
-void copy_from(const CopyFromParams& p, int64_t begin, int64_t end) {
-  const int64_t row_elements = p.cache.heads * p.cache.head_dim;
-  const int64_t rows = copy_from_rows(p);
-  while (begin < end) {  // rows of one pair in one layer
-    const int64_t matrix = begin / rows;
-    const int64_t first_row = begin - matrix * rows;
-    const int64_t last_row = imin(rows, first_row + (end - begin));
-    begin += last_row - first_row;
-    const int64_t layer = matrix / p.count;
-    const SequencePair pair = sequence_pair(p, matrix - layer * p.count);
-    if (pair.source < 0) continue;
-    const CopyPlan plan = CopyPlan::make(state_of(p.source, layer, pair.source), p);
-    const int64_t source_start = (layer * p.source.batch + pair.source) * p.source.positions;
-    const int64_t destination_start = (layer * p.cache.batch + pair.destination) * p.cache.positions;
-    const int64_t rows_end = imin(last_row, plan.rows());
-    for (int64_t row = first_row; row < rows_end;) {
-      const SlotRun run = plan.run(row);
-      const int64_t count = imin(run.rows, rows_end - row);
-      const int64_t from = (source_start + run.from) * row_elements;
-      const int64_t to = (destination_start + run.to) * row_elements;
-      const size_t bytes = static_cast<size_t>(count * row_elements) * sizeof(uint16_t);
-      std::memcpy(p.cache.k_cache + to, p.source.k_cache + from, bytes);
-      std::memcpy(p.cache.v_cache + to, p.source.v_cache + from, bytes);
-      row += count;
-    }
-  }
-}
-
-void copy_from_states(const CopyFromParams& p) {
-  for (int64_t layer = 0; layer < p.cache.layers; ++layer) {
-    for (int64_t i = 0; i < p.count; ++i) {
-      const SequencePair pair = sequence_pair(p, i);
-      if (pair.source < 0) continue;
-      const SequenceState after = CopyPlan::make(state_of(p.source, layer, pair.source), p).after;
-      const int64_t entry = layer * p.cache.batch + pair.destination;
-      *seen_of(p.cache, entry) = after.seqlen;
-      *first_of(p.cache, entry) = after.first;
     }
   }
 }

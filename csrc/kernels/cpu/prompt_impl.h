@@ -157,8 +157,8 @@ struct PromptAttention {
   const uint16_t* stored_row(const uint16_t* cache, const Rows<const void*>& fresh, int64_t place) {
     const int64_t row = seen.row(place);
     if (row < plan.cached) {
-      const int64_t in_cache = imax(p.sequences.sequence(tile.entry, p.cache.batch), 0);
-      const int64_t start = (p.layer * p.cache.batch + in_cache) * p.cache.positions;
+      const int64_t sequence = imax(p.sequences.sequence(tile.entry, p.cache.batch), 0);
+      const int64_t start = (p.layer * p.cache.batch + sequence) * p.cache.positions;
       return cache + ((start + plan.slot(row)) * p.cache.heads + tile.head) * head_dim;
     }
     const int64_t offset =
