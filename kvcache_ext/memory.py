@@ -29,20 +29,29 @@ def state_bytes(num_layers: int, batch_size: int) -> int:
 WORKSPACE_FLOATS_OF_A_SEQUENCE = 4  # two int64 numbers
 
 
-def workspace_floats(device: torch.device | None, head_dim: int, batch_size: int) -> int:
-    """FP32 elements of attention's workspace: 1,024 tickets, two int64 numbers a sequence, and what blocks leave.
+def attention_serves(head_dim: int) -> bool:
+    """Whether attention kernels take such a head_dim. (Everything else takes any.)"""
+    return head_dim % 8 == 0 and head_dim <= 512
 
-    They leave weighted sums, maxima and sums of weights to be merged. There is room for 128 queries a multiprocessor
-    (256 queries on a CPU), for head sizes padded to a power of two: 8.8 MB on an H200 with head_dim 128. A launch is
-    cut into no more parts than there is room for. The two numbers of a sequence say how many of a prompt's positions
-    are stored before attention, and how many after it.
+
+def workspace_floats(device: torch.device | None, head_dim: int, batch_size: int) -> int:
+    """FP32 elements of attention's workspace: 1,024 counters, two int64 numbers a sequence, and room for partials.
+
+    A partial is a weighted sum, a maximum and a sum of weights, which a later block merges. There is room for those of
+    128 queries a multiprocessor (256 queries on a CPU), with head_dim padded to a power of two: 8.8 MB on an H200 with
+    head_dim 128. A launch has no more splits than there is room for. There is none where attention does not serve
+    head_dim. The two numbers of a sequence say how many of a prompt's positions are stored before attention, and how
+    many after it.
     """
+    fixed = 1024 + WORKSPACE_FLOATS_OF_A_SEQUENCE * batch_size
+    if not attention_serves(head_dim):
+        return fixed
     multiprocessors = MOST_MULTIPROCESSORS if device is None else 0
     if device is not None and device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     width = max(64, 1 << (head_dim - 1).bit_length())
     queries = 128 * multiprocessors or 8 * 32
-    return 1024 + WORKSPACE_FLOATS_OF_A_SEQUENCE * batch_size + queries * (width + 2)
+    return fixed + queries * (width + 2)
 
 
 def _read_number(path: str) -> int | None:

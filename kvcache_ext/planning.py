@@ -275,7 +275,7 @@ def print_plan(chosen: argparse.Namespace) -> None:
     sizes = ", ".join(f"{size} GB {'yes' if total <= size * GB else 'no'}" for size in USUAL_GPUS)
     print(f"  fits on an empty GPU of: {sizes}")
     print("  note: activations, other tensors and the CUDA context need room of their own")
-    if planned.head_dim % 8 or planned.head_dim > 512:
+    if not memory.attention_serves(planned.head_dim):
         print(f"  note: attend needs a head_dim of a multiple of 8, at most 512; {planned.head_dim} can only be read")
     for remark in shape.remarks:
         print(f"  note: {remark}")

@@ -164,6 +164,16 @@ def test_a_plan_counts_what_a_cache_allocates(device: torch.device) -> None:
     assert plan.workspace_bytes == cache.tensors.workspace.nbytes
 
 
+@pytest.mark.parametrize("head_dim", [12, 520, 2_000_003])
+def test_no_workspace_for_attention_that_is_refused(head_dim: int) -> None:
+    """It would take 142 GB on an H200 for the last."""
+    assert StreamingKVCacheFp16.plan(1, 1, 1, head_dim).workspace_bytes < 5_000
+    cache = StreamingKVCacheFp16(1, 2, 1, head_dim, device="cpu")
+    cache.append(0, torch.ones(head_dim), torch.ones(head_dim))
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8"):
+        cache.attend(0, torch.ones(1, head_dim))
+
+
 # A GPU of 4 GB, whoever else is on it: PyTorch's allocator gives no more, and the driver knows of no more.
 SMALL_GPU = """
 import torch

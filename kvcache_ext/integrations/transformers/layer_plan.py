@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...memory import attention_serves
 from .version import CROP_MARGIN, NAME
 
 
@@ -203,7 +204,7 @@ def check_attention(model: Any, plans: list[LayerPlan]) -> None:
     """Raises if this package's attention cannot serve the model."""
     instead = "make the cache with attention=None, which gives the model gathered keys and values"
     for i, plan in enumerate(plans):
-        if plan.head_dim % 8 or plan.head_dim > 512:
+        if not attention_serves(plan.head_dim):
             raise NotImplementedError(
                 f"Fp16Cache: {NAME!r} attention needs a head_dim that is a multiple of 8, at most 512, and layer {i} "
                 f"has {plan.head_dim}; {instead}"
