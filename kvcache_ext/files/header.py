@@ -33,7 +33,7 @@ LARGEST_POSITION = 2**62
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckedFile:
     """A file's small parts, read and checked."""
 
     layout: Layout
@@ -46,7 +46,7 @@ class Found:
     data_start: int  # where keys.0 begins
 
 
-def read_header(op: str, fd: int, source: Path, kind: Kind) -> Found:
+def read_header(op: str, fd: int, source: Path, kind: Kind) -> CheckedFile:
     """Raises ValueError where the file is not one of that kind, or is damaged."""
     status = os.fstat(fd)
     if stat.S_ISDIR(status.st_mode):
@@ -104,7 +104,7 @@ def read_header(op: str, fd: int, source: Path, kind: Kind) -> Found:
         flat = numbers[i * pairs : (i + 1) * pairs]
         return [flat[j : j + layout.batch_size] for j in range(0, pairs, layout.batch_size)]
 
-    found = Found(
+    found = CheckedFile(
         layout,
         matrix(0),
         matrix(1),
@@ -225,7 +225,7 @@ class _Description:
         return SmallTensor(name, dtype, tuple(shape))
 
 
-def _check_lengths(op: str, source: Path, found: Found) -> None:
+def _check_lengths(op: str, source: Path, found: CheckedFile) -> None:
     """Whether a cache can be in that state, and whether it fits the tensors' shapes."""
     sinks = found.layout.sink_positions
     wrong = f"{op}: {source} is damaged: no cache has the lengths that it gives"

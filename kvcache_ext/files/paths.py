@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transfer import on_device, saying
+from .transfer import on_device, reworded_oserror
 
 Progress = Callable[[int, int], object]
 
@@ -142,7 +142,7 @@ def reporting(op: str, path: Path, progress: Any, total: int) -> Iterator[Callab
 def check_target(op: str, target: Path) -> None:
     """That a file can be put there: it names a regular file or nothing."""
     mode = stat.S_IFREG
-    with suppress(FileNotFoundError), saying(f"{op}: path cannot be looked at", target):
+    with suppress(FileNotFoundError), reworded_oserror(f"{op}: path cannot be looked at", target):
         mode = target.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, f"{op}: path must name a file, not a folder", str(target))
@@ -155,7 +155,7 @@ def replacing(op: str, target: Path, size: int) -> Iterator[int]:
     """A new file to write to, which becomes `target` at the end, or is removed where there is an error."""
     folder = target.parent
     temporary = folder / f".{target.name[:40]}.{secrets.token_hex(4)}.tmp"
-    with saying(f"{op}: path cannot be written", target):
+    with reworded_oserror(f"{op}: path cannot be written", target):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
@@ -170,17 +170,17 @@ def replacing(op: str, target: Path, size: int) -> Iterator[int]:
                     str(target),
                 )
             yield fd
-            with saying(f"{op}: path cannot be written", target):
+            with reworded_oserror(f"{op}: path cannot be written", target):
                 os.fsync(fd)
         finally:
             os.close(fd)
-        with saying(f"{op}: path cannot be written", target):
+        with reworded_oserror(f"{op}: path cannot be written", target):
             os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    with suppress(PermissionError), saying(f"{op}: path is written, but its folder cannot be synced", target):
+    with suppress(PermissionError), reworded_oserror(f"{op}: path is written, but its folder cannot be synced", target):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # may be for writing only
         try:
             os.fsync(descriptor)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from . import transfer
-from .header import Found, read_header
+from .header import CheckedFile, read_header
 from .layout import Kind
 from .paths import reporting
-from .rows import NOWHERE, Block, Selection, block_size, cut
-from .transfer import InPlace, saying
+from .rows import NOWHERE, Block, Selection, block_size, blocks_of
+from .transfer import InPlace, reworded_oserror
 
 
 class OpenFile:
@@ -24,11 +24,11 @@ class OpenFile:
 
     def __init__(self, op: str, path: Path, kind: Kind) -> None:
         self.op, self.path = op, path
-        with saying(f"{op}: path cannot be read", path):
+        with reworded_oserror(f"{op}: path cannot be read", path):
             # O_NONBLOCK: a pipe would make it wait, and is refused by `read_header`.
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self.found: Found = read_header(op, self.fd, path, kind)
+            self.found: CheckedFile = read_header(op, self.fd, path, kind)
         except BaseException:
             self.close()
             raise
@@ -66,9 +66,9 @@ class OpenFile:
         ):
             report(0)
             memory = transfer.block_memory(selection.storages(), layout.blocks, min(block_bytes, data_bytes))
-            blocks = list(cut(selection.pieces(found.seen, first, lost), block_bytes))
+            blocks = list(blocks_of(selection.pieces(found.seen, first, lost), block_bytes))
             if verify:  # to nowhere
-                self._pass(memory, list(cut([(NOWHERE, 0, data_bytes)], block_bytes)), report)
+                self._pass(memory, list(blocks_of([(NOWHERE, 0, data_bytes)], block_bytes)), report)
             with self._emptying(selection, emptied):
                 done_before = data_bytes if verify else 0
                 self._pass(memory, blocks, lambda done: report(done_before + done))
@@ -82,7 +82,7 @@ class OpenFile:
         found, done = self.found, 0
         with ThreadPoolExecutor(transfer.THREADS) as pool:
             tasks = transfer.readers(self.op, memory, blocks, self.fd, found.data_start, self.path)
-            for i, crc in enumerate(transfer.in_turn(pool, tasks)):
+            for i, crc in enumerate(transfer.bounded_map(pool, tasks)):
                 if crc != found.checksums[1 + i]:
                     start = found.data_start + done
                     end = start + block_size(blocks[i]) - 1

@@ -164,7 +164,7 @@ def block_size(block: Block) -> int:
     return sum(size for _, _, size in block)
 
 
-def cut(pieces: Iterable[Piece], block_bytes: int) -> Iterator[Block]:
+def blocks_of(pieces: Iterable[Piece], block_bytes: int) -> Iterator[Block]:
     """Blocks of so many bytes; the last may be shorter."""
     block: Block = []
     room = block_bytes

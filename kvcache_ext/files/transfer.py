@@ -65,8 +65,8 @@ def transfer(call: Callable[[int, list[memoryview], int], int], fd: int, parts: 
 
 
 @contextmanager
-def saying(words: str, path: Path) -> Iterator[None]:
-    """An OSError within is raised again as one sentence, of the same kind."""
+def reworded_oserror(words: str, path: Path) -> Iterator[None]:
+    """Raises an OSError from within again, with the same errno and one sentence."""
     try:
         yield
     except OSError as error:
@@ -74,8 +74,8 @@ def saying(words: str, path: Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, f"{words}: {reason}", str(path)) from error
 
 
-def in_turn(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What tasks return, in order. At most BUFFERS are under way; the next one is made after a result was taken."""
+def bounded_map(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Results of tasks, in order, with at most BUFFERS of them running or waiting to be taken."""
     pending: deque[Future[T]] = deque()
     for task in tasks:
         pending.append(pool.submit(task))
@@ -194,7 +194,7 @@ def writers(
 
     def write(i: int, parts: list[memoryview], at: int) -> int:
         memory.wait(i)
-        with saying(f"{op}: path cannot be written", path):
+        with reworded_oserror(f"{op}: path cannot be written", path):
             transfer(os.pwritev, fd, parts, at)
         return crc_of(parts)
 
@@ -221,7 +221,7 @@ def readers(
 
 def read_parts(op: str, fd: int, parts: list[memoryview], offset: int, path: Path) -> None:
     try:
-        with saying(f"{op}: path cannot be read", path):
+        with reworded_oserror(f"{op}: path cannot be read", path):
             transfer(os.preadv, fd, parts, offset)
     except EOFError:
         raise ValueError(f"{op}: {path} was cut short while it was being read") from None

@@ -15,8 +15,8 @@ import torch
 from . import transfer
 from .layout import Layout, held
 from .paths import replacing, reporting
-from .rows import Selection, cut
-from .transfer import saying
+from .rows import Selection, blocks_of
+from .transfer import reworded_oserror
 
 
 def write(op: str, target: Path, selection: Selection, layout: Layout, small: bytes, progress: Any) -> None:
@@ -31,7 +31,7 @@ def write(op: str, target: Path, selection: Selection, layout: Layout, small: by
     data_bytes, block_bytes = layout.data_bytes, layout.block_bytes
 
     with replacing(op, target, len(head) + data_bytes + layout.checksum_bytes) as fd:
-        with saying(f"{op}: path cannot be written", target):
+        with reworded_oserror(f"{op}: path cannot be written", target):
             transfer.transfer(os.pwritev, fd, [memoryview(head)], 0)
         checksums = [zlib.crc32(head)]
         with (
@@ -43,9 +43,9 @@ def write(op: str, target: Path, selection: Selection, layout: Layout, small: by
         ):
             report(0)
             syncing: Future[None] | None = None
-            blocks = cut(selection.pieces(seen, first), block_bytes)
+            blocks = blocks_of(selection.pieces(seen, first), block_bytes)
             memory = transfer.block_memory(selection.storages(), layout.blocks, min(block_bytes, data_bytes))
-            for crc in transfer.in_turn(pool, transfer.writers(op, memory, blocks, fd, len(head), target)):
+            for crc in transfer.bounded_map(pool, transfer.writers(op, memory, blocks, fd, len(head), target)):
                 checksums.append(crc)
                 # The disk is to begin now: left to itself, the system lets some gigabytes pile up first.
                 if len(checksums) % transfer.SYNC_BLOCKS == 0 and (syncing is None or syncing.done()):
@@ -57,10 +57,10 @@ def write(op: str, target: Path, selection: Selection, layout: Layout, small: by
                 syncing.result()
         # The end of the file comes last: one that was left unfinished is too short.
         tail = struct.pack(f"<{len(checksums)}I", *checksums)
-        with saying(f"{op}: path cannot be written", target):
+        with reworded_oserror(f"{op}: path cannot be written", target):
             transfer.transfer(os.pwritev, fd, [memoryview(tail)], len(head) + data_bytes)
 
 
 def _sync(op: str, fd: int, path: Path) -> None:
-    with saying(f"{op}: path cannot be written", path):
+    with reworded_oserror(f"{op}: path cannot be written", path):
         os.fdatasync(fd)
