@@ -130,11 +130,6 @@ class StreamingKVCacheFp16:
         self.native = extension.Cache(*self.tensors)
 
     @property
-    def _calls(self) -> Any:
-        """Who does the calls: a `_C.Cache`, or what torch.compile can trace in its place."""
-        return TracedCalls(self.tensors) if is_compiling() else self.native
-
-    @property
     def overflow(self) -> str:
         """What becomes of values that FP16 cannot hold, "saturate" or "inf": as it was made."""
         return "saturate" if self.tensors.saturate else "inf"
@@ -217,7 +212,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        self._calls.append(layer, key, value, new_lengths, sequences)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls.append(layer, key, value, new_lengths, sequences)
 
     def append_all(
         self,
@@ -228,7 +224,8 @@ class StreamingKVCacheFp16:
         sequences: Sequence[int] | Tensor | None = None,
     ) -> None:
         """`append` to every layer in one launch: `keys`, `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
-        self._calls.append_all(keys, values, new_lengths, sequences)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls.append_all(keys, values, new_lengths, sequences)
 
     def truncate(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Keeps the `n` oldest held positions of every layer and sequence, or of the chosen sequences. No data moves.
@@ -250,7 +247,8 @@ class StreamingKVCacheFp16:
         A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
         lengths are not known, an `n` beyond what is held changes nothing.)
         """
-        self._calls.truncate(n, sequences)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls.truncate(n, sequences)
 
     def drop_newest(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Takes back the newest `n` positions of every layer and sequence, or of the chosen sequences. No data moves.
@@ -272,7 +270,8 @@ class StreamingKVCacheFp16:
         A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
         lengths are not known, an `n` beyond what is held takes back all of it.)
         """
-        self._calls.drop_newest(n, sequences)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls.drop_newest(n, sequences)
 
     def reset(self, sequences: Sequence[int] | Tensor | None = None) -> None:
         """Forgets every position of the chosen sequences (None: of all) in every layer. No data moves.
@@ -286,7 +285,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        self._calls.reset(sequences)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls.reset(sequences)
 
     def reorder(self, batch_indices: Sequence[int] | Tensor) -> None:
         """Sequence b becomes what sequence `batch_indices[b]` was, in every layer: beams change places. In place.
@@ -302,7 +302,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        self._calls.reorder(batch_indices)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls.reorder(batch_indices)
 
     def copy_sequence(
         self,
@@ -335,11 +336,12 @@ class StreamingKVCacheFp16:
         """
         if isinstance(src, int) and isinstance(dst, (list, tuple)):
             src = [src] * len(dst)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
         if source is None or source is self:
-            self._calls.copy_sequence(src, dst)
+            calls.copy_sequence(src, dst)
             return
         self._check_source(source)
-        self._calls.copy_from(src, dst, source.tensors if is_compiling() else source.native)
+        calls.copy_from(src, dst, source.tensors if is_compiling() else source.native)
 
     def _check_source(self, source: Any) -> None:
         if not isinstance(source, StreamingKVCacheFp16):
@@ -353,7 +355,8 @@ class StreamingKVCacheFp16:
 
     def clear(self) -> None:
         """Forgets every position and zeroes the overflow counters. No data moves."""
-        self._calls.clear()
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls.clear()
 
     # Reading
 
@@ -418,7 +421,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
         """
-        answer: tuple[Tensor, Tensor] = self._calls.gather(layer, indices, dtype, out, sequences)
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        answer: tuple[Tensor, Tensor] = calls.gather(layer, indices, dtype, out, sequences)
         return answer
 
     # Attention
@@ -469,7 +473,8 @@ class StreamingKVCacheFp16:
         on a GPU, and on a CPU from 10 queries on. On a GPU the only memory beside the answer is the cache's workspace
         (see `plan`), whatever `T` is. Lengths are read on the device: a call never waits, and a graph can capture it.
         """
-        answer: Tensor | tuple[Tensor, Tensor] = self._calls.attend(
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        answer: Tensor | tuple[Tensor, Tensor] = calls.attend(
             layer, query, scale, window, softcap, return_lse, out, _rounds(precision), sequences
         )
         return answer
@@ -499,7 +504,8 @@ class StreamingKVCacheFp16:
 
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
-        answer: Tensor | tuple[Tensor, Tensor] = self._calls.append_attend(
+        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        answer: Tensor | tuple[Tensor, Tensor] = calls.append_attend(
             layer,
             query,
             key,

@@ -1,18 +1,18 @@
 """The ops over plain tensors, as PyTorch's dispatcher knows them (`torch.ops.kvcache_ext.*`).
 
-`StreamingKVCacheFp16` calls its compiled half directly where it can; under `torch.compile` it calls these. They take a
+`StreamingKVCacheFp16` calls the native cache directly; under `torch.compile` it calls these. They take a
 cache as its tensors:
 
 - `k_cache`, `v_cache`: FP16 `[layers, batch, positions, kv_heads, head_dim]`, contiguous.
-- `state`: int64 `[3, layers, batch]`: positions seen; the oldest position still readable that is not a sink; and a
+- `state`: int64 `[3, layers, batch]`: seqlens; the oldest position held that is not a sink; and a
   scratch row that is zero between calls.
 - `overflow_counts`: int64 `[layers]`.
 
 `append`, `append_all`, `append_attend`, `copy_sequences`, `copy_from`, `truncate`, `reset` and `clear` change them in
 place and return nothing. Each op is written again in plain torch in `kvcache_ext.reference`.
 
-`sequences`, int64 or int32 `[n]`, are the batch slots that a call is about: its other tensors have batch n then. They
-must be distinct, which is not checked; entries whose slot is out of range are left out, and read as zeros.
+`sequences`, int64 or int32 `[n]`, are the sequences that a call is about: its other tensors have n entries then. They
+must be distinct, which is not checked; entries whose sequence is out of range are left out, and read as zeros.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ def slot_of(position: int, positions: int, sink_positions: int) -> int:
     return sink_positions + (position - sink_positions) % (positions - sink_positions)
 
 
-def held_positions(seen: int, first: int, sink_positions: int) -> list[int]:
+def held_positions(seqlen: int, first: int, sink_positions: int) -> list[int]:
     """The positions a sequence holds, oldest first: chronological index i is the i-th of them."""
-    return [*range(min(seen, sink_positions)), *range(first, seen)]
+    return [*range(min(seqlen, sink_positions)), *range(first, seqlen)]
 
 
 def _chosen(sequences: Tensor | None, batch: int) -> list[tuple[int, int]]:
@@ -60,13 +60,13 @@ def append(
     for i, b in _chosen(sequences, k_cache.shape[1]):
         count = rows if new_lengths is None else min(max(int(new_lengths[i]), 0), rows)
         for t in range(rows - count, rows):
-            seen = int(state[0, layer, b])
-            slot = slot_of(seen, positions, sink_positions)
+            seqlen = int(state[0, layer, b])
+            slot = slot_of(seqlen, positions, sink_positions)
             for cache, new in ((k_cache, key), (v_cache, value)):
                 cache[layer, b, slot], overflows = to_half(new[i, t], saturate)
                 overflow_counts[layer] += overflows
-            state[0, layer, b] = seen + 1
-            state[1, layer, b] = max(int(state[1, layer, b]), seen + 1 - (positions - sink_positions))
+            state[0, layer, b] = seqlen + 1
+            state[1, layer, b] = max(int(state[1, layer, b]), seqlen + 1 - (positions - sink_positions))
 
 
 def append_all(
@@ -147,10 +147,10 @@ def attend(
     out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64, device=query.device)
     for i, b in _chosen(sequences, k_cache.shape[1]):
-        seen = int(state[0, layer, b])
-        held = held_positions(seen, int(state[1, layer, b]), sink_positions)
+        seqlen = int(state[0, layer, b])
+        held = held_positions(seqlen, int(state[1, layer, b]), sink_positions)
         for t in range(rows):
-            own = seen - rows + t
+            own = seqlen - rows + t
             seen_by_it = [p for p in held if p <= own and (window is None or p < sink_positions or p > own - window)]
             if not seen_by_it:
                 continue
@@ -253,14 +253,14 @@ def copy_from(
         if not (0 <= source < source_batch and 0 <= destination < batch):
             continue
         for layer in range(layers):
-            seen, first = source_state[:2, layer, source].tolist()
-            first = max(first, seen - (positions - sink_positions))
-            for position in held_positions(seen, first, sink_positions):
+            seqlen, first = source_state[:2, layer, source].tolist()
+            first = max(first, seqlen - (positions - sink_positions))
+            for position in held_positions(seqlen, first, sink_positions):
                 slot = slot_of(position, positions, sink_positions)
                 source_slot = slot_of(position, source_positions, sink_positions)
                 k_cache[layer, destination, slot] = source_k_cache[layer, source, source_slot]
                 v_cache[layer, destination, slot] = source_v_cache[layer, source, source_slot]
-            state[0, layer, destination], state[1, layer, destination] = seen, first
+            state[0, layer, destination], state[1, layer, destination] = seqlen, first
 
 
 def truncate(
@@ -283,17 +283,17 @@ def truncate(
     for layer in range(layers):
         for i, b in _chosen(sequences, batch):
             n = max(int(length[i]), 0) if isinstance(length, Tensor) else length
-            seen, first = int(state[0, layer, b]), int(state[1, layer, b])
-            held = len(held_positions(seen, first, sink_positions))
+            seqlen, first = int(state[0, layer, b]), int(state[1, layer, b])
+            held = len(held_positions(seqlen, first, sink_positions))
             if newest:
                 n = max(held - n, 0)
             if n >= held:
                 continue
             if n < sink_positions:
-                seen, first = n, sink_positions
+                seqlen, first = n, sink_positions
             else:
-                seen = first + n - sink_positions
-            state[0, layer, b], state[1, layer, b] = seen, first
+                seqlen = first + n - sink_positions
+            state[0, layer, b], state[1, layer, b] = seqlen, first
 
 
 def reset(state: Tensor, sequences: Tensor | None = None, *, sink_positions: int = 0) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,12 +47,17 @@ class Unavailable(Exception):
     """A backend that this machine does not have."""
 
 
-def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
-    """Compiles the GPU kernels' own source to run on a CPU (tests/emulator), into `folder`; a file at a time on each
-    core."""
+def emulator_compiler() -> str:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise Unavailable("no C++ compiler to build the emulator with")
+    return compiler
+
+
+def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
+    """Compiles the GPU kernels' own source to run on a CPU (tests/emulator), into `folder`; a file at a time on each
+    core."""
+    compiler = emulator_compiler()
     options = [*EMULATOR_OPTIONS, f"-I{EMULATOR}", f"-I{kernels}"]
     sources = [EMULATOR / "emulator.cpp", *sorted(kernels.rglob("*.cu"))]
     objects = [str(folder / f"{source.stem}.o") for source in sources]
@@ -68,7 +74,8 @@ def build_emulator(folder: Path, kernels: Path = KERNELS) -> Path:
 
 def built_emulator() -> Path:
     """The emulator of this checkout's kernels, built once for all processes, and again when a source changes."""
-    digest = hashlib.sha256(" ".join(EMULATOR_OPTIONS).encode())
+    version = subprocess.run([emulator_compiler(), "--version"], capture_output=True).stdout
+    digest = hashlib.sha256(" ".join(EMULATOR_OPTIONS).encode() + version)
     for root in (KERNELS, EMULATOR):
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -79,7 +86,8 @@ def built_emulator() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not wanted.exists():
             for old in place.glob("libemulated-*.so"):
-                old.unlink()
+                if time.time() - old.stat().st_mtime > 24 * 3600:  # a younger one may be in use
+                    old.unlink()
             with tempfile.TemporaryDirectory(dir=place) as folder:
                 build_emulator(Path(folder)).rename(wanted)
     return wanted

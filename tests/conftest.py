@@ -85,7 +85,7 @@ def left_out(items: list[pytest.Item]) -> set[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.all or any("::" in argument for argument in config.args):
+    if config.option.all or config.option.keyword or any("::" in argument for argument in config.args):
         return
     out = left_out(items)
     config.hook.pytest_deselected(items=list(out))
@@ -105,7 +105,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     output = getattr(node, "workeroutput", {})
-    node.config.stash[LEFT_OUT] = output.get("left out", 0)
+    node.config.stash[LEFT_OUT] = max(node.config.stash.get(LEFT_OUT, 0), output.get("left out", 0))
     NOTES.extend(output.get("notes", []))
 
 

@@ -192,7 +192,7 @@ def test_nothing_to_append(backend: Backend) -> None:
 
 
 def test_a_large_append(backend: Backend) -> None:
-    """Enough to take the many-vectors path of the GPU kernel and several threads of the CPU's."""
+    """Enough to take the many-vectors path of the GPU kernel. (The CPU's threads: test_threads.py.)"""
     positions = 40 if backend.slow else 700
     heads = 60 if backend.slow else 8
     cache = make_cache(backend, num_layers=1, max_positions=positions, num_heads=heads, head_dim=128)

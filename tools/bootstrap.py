@@ -346,14 +346,14 @@ def run_programs(target: Target, arguments: list[str], chosen: Interpreter) -> i
     """Runs them all, also after one has failed; the first exit code that is not 0."""
     environment = chosen.environment()
     parallel: list[str] = []
-    if not chosen.lacks(["pytest-xdist"]) and not any(word.startswith("-n") for word in arguments):
+    if not chosen.lacks(["pytest-xdist"]) and not any(word.startswith("-n") or "xdist" in word for word in arguments):
         parallel = ["-n", "auto", "--dist", "worksteal"]  # a process a core (tests/conftest.py), of one thread each
     first_failure = 0
     for words in target.programs:
         command: list[str] = []
         for word in words:
             command += {"{args}": arguments, "{c++}": cxx_files(), "{parallel}": parallel}.get(word, [word])
-        if "{parallel}" in words:
+        if parallel and "{parallel}" in words:
             environment.setdefault("OMP_NUM_THREADS", "1")
         shown = shlex.join(command)
         shown = shown if len(shown) <= 100 else f"{shown[:100]} ..."

@@ -42,7 +42,7 @@ void HostLengths::note_other_writers() {
   version_ = version;
 }
 
-void HostLengths::note_launch() {
+void HostLengths::note_capture() {
   note_other_writers();
   if (!captured_ && graph_capture(state_.device()) != 0) captured_ = true;
   if (captured_) exact_ = false;
@@ -51,7 +51,7 @@ void HostLengths::note_launch() {
 template <typename Change>
 void HostLengths::change_states(int64_t first_layer, int64_t layer_count, const IntegerList& sequences,
                                 const Change& change) {
-  note_launch();
+  note_capture();
   if (sequences.given() && !sequences.host_values) exact_ = false;
   if (!exact_) return;
   const int64_t entries = sequences.given() ? static_cast<int64_t>(sequences.host_values->size()) : batch_;
@@ -63,10 +63,10 @@ void HostLengths::change_states(int64_t first_layer, int64_t layer_count, const 
   }
 }
 
-void HostLengths::appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged,
+void HostLengths::appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool has_new_lengths,
                            const IntegerList& sequences) {
   if (on_host()) return;
-  if (ragged) exact_ = false;
+  if (has_new_lengths) exact_ = false;
   change_states(first_layer, layer_count, sequences,
                 [&](int64_t, SequenceState s) { return state_after_append(s, rows, ring_.divisor); });
 }
@@ -87,7 +87,7 @@ void HostLengths::reset(const IntegerList& sequences) {
 
 void HostLengths::copied(const IntegerList& sources, const IntegerList& destinations) {
   if (on_host()) return;
-  note_launch();
+  note_capture();
   if (!sources.host_values || (destinations.given() && !destinations.host_values)) exact_ = false;
   if (!exact_) return;
   const size_t count = sources.host_values->size();
@@ -102,7 +102,7 @@ void HostLengths::copied(const IntegerList& sources, const IntegerList& destinat
 
 void HostLengths::copied_from(HostLengths* source, const IntegerList& sources, const IntegerList& destinations) {
   if (on_host()) return;
-  note_launch();
+  note_capture();
   const bool source_is_exact = source != nullptr && source->is_exact();
   if (!sources.host_values || !destinations.host_values || !source_is_exact) exact_ = false;
   if (!exact_) return;
@@ -116,9 +116,9 @@ void HostLengths::copied_from(HostLengths* source, const IntegerList& sources, c
 
 void HostLengths::cleared() {
   if (on_host()) return;
-  note_launch();
-  if (captured_) return;
-  // torch itself has just cleared the state tensor, which moves its version.
+  note_capture();
+  if (captured_) return;  // a replay may change the state unseen: what is known on the host stays inexact
+  // torch has just cleared the state tensor, which raised its version.
   if (!state_.is_inference()) version_ = static_cast<uint32_t>(state_._version());
   std::fill(seqlens_, seqlens_ + layers_ * batch_, 0);
   std::fill(firsts_, firsts_ + layers_ * batch_, sinks_);

@@ -27,8 +27,9 @@ class HostLengths {
   HostLengths& operator=(const HostLengths&) = delete;
 
   // Each of these is called after its op has been launched on the device.
-  // `ragged`: the op was given new_lengths.
-  void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool ragged, const IntegerList& sequences);
+  // `has_new_lengths`: the op was given new_lengths.
+  void appended(int64_t first_layer, int64_t layer_count, int64_t rows, bool has_new_lengths,
+                const IntegerList& sequences);
   // Each sequence keeps its `length` oldest positions, or as many as `lengths` says; with `newest` it loses that many
   // of its newest instead.
   void truncated(int64_t length, const IntegerList& lengths, const IntegerList& sequences, bool newest);
@@ -59,7 +60,7 @@ class HostLengths {
   // After a launch: the state of entry i's sequence becomes change(i, state) in each of the layers.
   template <typename Change>
   void change_states(int64_t first_layer, int64_t layer_count, const IntegerList& sequences, const Change& change);
-  void note_launch();         // the copy is inexact from now on if the launch was captured
+  void note_capture();        // the copy is inexact from now on if the launch was captured
   void note_other_writers();  // the copy is inexact if the state tensor's version is not the one last seen
 
   at::Tensor state_;

@@ -1,7 +1,7 @@
 // append: convert new keys and values to FP16, store them behind what each sequence has, advance its state.
 //
 // One launch covers the K and V rows of every layer and entry: a matrix of T rows each. Grid: the blocks of all
-// matrices, one after the other (tiling.h). The first kHalf threads of a block move keys, the others values, kUnroll
+// matrices, one after the other (tiling.h). The first kThreads threads of a block move keys, the others values, kUnroll
 // vectors a thread at a time. A thread loads them, learns from one thread where the sequence stands, converts, counts
 // overflows and stores. Few rows have a kernel of their own, below.
 //
@@ -19,7 +19,6 @@ namespace {
 
 using Counter = unsigned long long;  // what atomicAdd takes for 64 bits
 
-// Overflows of a row that is not stored count too: the counters are those of appending position by position.
 template <DType kType, int kVector>
 __device__ __forceinline__ Vec<uint16_t, kVector> convert(const Vec<typename Element<kType>::Type, kVector>& in,
                                                           bool saturate, uint32_t& overflows) {
@@ -41,16 +40,16 @@ __device__ __forceinline__ SequenceState read_state(const int64_t* seqlen, const
 // Few rows, as in decoding: one block for a layer and entry, so that no arrivals are counted. A thread has at most
 // kTurns vectors. What counts here is the time to the last store. So the slots are found while the previous launch is
 // still at work, as a guess, and again if that launch moved the sequence on.
-constexpr int kFewHalf = 512;  // threads that move keys, and as many that move values
+constexpr int kFewThreads = 512;  // that move keys, and as many that move values
 
 template <DType kType, int kVector, int kTurns>
-__global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendParams p, const Tiling tiling) {
+__global__ void __launch_bounds__(2 * kFewThreads) append_few_kernel(const AppendParams p, const Tiling tiling) {
   using T = typename Element<kType>::Type;
   let_next_launch_begin();
-  const bool is_value = threadIdx.x >= kFewHalf;
-  const uint32_t thread = threadIdx.x - (is_value ? kFewHalf : 0);
-  const int64_t layer = tiling.batch(blockIdx.x);
-  const int64_t entry = blockIdx.x - layer * tiling.batch.divisor;
+  const bool is_value = threadIdx.x >= kFewThreads;
+  const uint32_t thread = threadIdx.x - (is_value ? kFewThreads : 0);
+  const int64_t layer = tiling.entries(blockIdx.x);
+  const int64_t entry = blockIdx.x - layer * tiling.entries.divisor;
   const int64_t sequence = sequence_of_entry(p.sequences, entry, p.cache.batch);
   if (sequence < 0) return;
   const Rows<const void*>& rows = is_value ? p.value : p.key;
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
   int64_t row[kTurns];  // -1: none
 #pragma unroll
   for (int u = 0; u < kTurns; ++u) {
-    const uint32_t i = thread + u * kFewHalf;
+    const uint32_t i = thread + u * kFewThreads;
     row[u] = i / tiling.columns;
     const uint32_t column = i - static_cast<uint32_t>(row[u]) * tiling.columns;
     from[u] = source + row[u] * rows.row_stride + tiling.offset(rows, column);
@@ -79,8 +78,8 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
 #pragma unroll
     for (int u = 0; u < kTurns; ++u) slot[u] = row[u] < 0 ? kPadding : plan.slot(row[u]);
   };
-  SequenceState state = read_state(seqlen, first);
-  find_slots(state.seqlen, p.rows);
+  const SequenceState guess = read_state(seqlen, first);
+  find_slots(guess.seqlen, p.rows);
   wait_for_previous_launch();
 
   const SequenceState now = read_state(seqlen, first);
@@ -90,11 +89,12 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
     if (row[u] >= 0) in[u] = load<T, kVector>(from[u]);
   }
   const int64_t appended = appended_rows(p, entry);
-  if (now.seqlen != state.seqlen || appended != p.rows) find_slots(now.seqlen, appended);
+  if (now.seqlen != guess.seqlen || appended != p.rows) find_slots(now.seqlen, appended);
   uint32_t overflows = 0;
 #pragma unroll
   for (int u = 0; u < kTurns; ++u) {
     if (slot[u] == kPadding) continue;
+    // Overflows of a row that is not stored count too, as they would if positions were appended one by one.
     const Vec<uint16_t, kVector> out = convert<kType, kVector>(in[u], p.saturate, overflows);
     if (slot[u] >= 0) store<uint16_t, kVector>(to[u] + slot[u] * row_elements, out);
   }
@@ -112,15 +112,15 @@ __global__ void __launch_bounds__(2 * kFewHalf) append_few_kernel(const AppendPa
   }
 }
 
-template <DType kType, int kVector, int kHalf, int kUnroll>
-__global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p, const Tiling tiling) {
+template <DType kType, int kVector, int kThreads, int kUnroll>
+__global__ void __launch_bounds__(2 * kThreads) append_kernel(const AppendParams p, const Tiling tiling) {
   using T = typename Element<kType>::Type;
   let_next_launch_begin();
   const BlockPart part = BlockPart::make(tiling, blockIdx.x);
-  const bool is_value = threadIdx.x >= kHalf;
-  const uint32_t thread = threadIdx.x - (is_value ? kHalf : 0);
-  const int64_t layer = tiling.batch(part.matrix);
-  const int64_t entry = part.matrix - layer * tiling.batch.divisor;
+  const bool is_value = threadIdx.x >= kThreads;
+  const uint32_t thread = threadIdx.x - (is_value ? kThreads : 0);
+  const int64_t layer = tiling.entries(part.matrix);
+  const int64_t entry = part.matrix - layer * tiling.entries.divisor;
   const int64_t sequence = sequence_of_entry(p.sequences, entry, p.cache.batch);
   if (sequence < 0) return;
 
@@ -136,20 +136,20 @@ __global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p,
   const int64_t appended = appended_rows(p, entry);
 
   __shared__ AppendPlan shared_plan;
-  __shared__ int64_t shared_run;  // the slot of the block's first row if its rows' slots follow each other, else -1
+  __shared__ int64_t shared_first_slot;  // of the block's rows, if their slots follow each other; else -1
   SequenceState state{0, 0};
   if (threadIdx.x == 0) {
     state = read_state(seqlen, first);
     const AppendPlan plan = AppendPlan::make(state.seqlen, p.rows, appended, p.cache);
     shared_plan = plan;
-    shared_run = plan.run(part.row_begin, part.row_end);
+    shared_first_slot = plan.run(part.row_begin, part.row_end);
   }
 
   // Rows are counted from the block's first here. The first are on their way while one thread waits for the state.
   const T* from = source + part.row_begin * rows.row_stride;
   const int row_count = static_cast<int>(part.row_end - part.row_begin);
   const int thread_row = static_cast<int>(thread >> tiling.log2_width);
-  const int thread_rows = kHalf >> tiling.log2_width;
+  const int thread_rows = kThreads >> tiling.log2_width;
   uint32_t column = part.column_begin + (thread & (tiling.width - 1));
   int row0 = thread_row;
   Vec<T, kVector> in[kUnroll];
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p,
   }
 
   uint32_t overflows = 0;
-  const int64_t run = shared_run;
+  const int64_t run = shared_first_slot;
   if (run >= 0) {
     cache += run * row_elements;
     while (column < part.column_end && row0 < row_count) {
@@ -222,17 +222,17 @@ __global__ void __launch_bounds__(2 * kHalf) append_kernel(const AppendParams p,
   }
 }
 
-template <DType kType, int kVector, int kHalf, int kUnroll>
+template <DType kType, int kVector, int kThreads, int kUnroll>
 cudaError_t launch(const AppendParams& p, int turns, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
   const int64_t entries = p.sequences.entries(p.cache.batch);
-  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kHalf, kUnroll, turns,
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kThreads, kUnroll, turns,
                     p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  PdlLaunch launch(grid, 2 * kHalf, 0, stream);
-  return cudaLaunchKernelEx(&launch.config, append_kernel<kType, kVector, kHalf, kUnroll>, p, tiling);
+  PdlLaunch launch(grid, 2 * kThreads, 0, stream);
+  return cudaLaunchKernelEx(&launch.config, append_kernel<kType, kVector, kThreads, kUnroll>, p, tiling);
 }
 
 template <DType kType, int kVector, int kTurns>
@@ -240,11 +240,11 @@ cudaError_t launch_few(const AppendParams& p, cudaStream_t stream) {
   Tiling tiling;
   int64_t grid;
   const int64_t entries = p.sequences.entries(p.cache.batch);
-  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kFewHalf, 1, kTurns,
+  if (!Tiling::make(tiling, p.rows, p.cache.heads, p.cache.head_dim, kVector, kFewThreads, 1, kTurns,
                     p.layer_count * entries, entries, grid)) {
     return cudaErrorInvalidConfiguration;
   }
-  PdlLaunch launch(p.layer_count * entries, 2 * kFewHalf, 0, stream);
+  PdlLaunch launch(p.layer_count * entries, 2 * kFewThreads, 0, stream);
   return cudaLaunchKernelEx(&launch.config, append_few_kernel<kType, kVector, kTurns>, p, tiling);
 }
 
@@ -260,8 +260,8 @@ cudaError_t launch_for(const AppendParams& p, cudaStream_t stream) {
     return launch<kType, 1, 128, 4>(p, 1, stream);
   }
   const int64_t vectors = p.rows * p.cache.heads * (p.cache.head_dim / kVector);
-  if (vectors <= kFewHalf) return launch_few<kType, kVector, 1>(p, stream);
-  if (vectors <= 2 * kFewHalf) return launch_few<kType, kVector, 2>(p, stream);
+  if (vectors <= kFewThreads) return launch_few<kType, kVector, 1>(p, stream);
+  if (vectors <= 2 * kFewThreads) return launch_few<kType, kVector, 2>(p, stream);
   return vectors * p.layer_count * p.sequences.entries(p.cache.batch) < kManyVectors
              ? launch<kType, kVector, 128, 1>(p, 1, stream)
              : launch<kType, kVector, 128, 2>(p, 2, stream);

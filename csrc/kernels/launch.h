@@ -11,10 +11,12 @@ namespace kvc {
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream);
 
-// Attention. launch_attend chooses the kernel by the number of queries.
+// Attention. launch_attend (few_queries.cu) chooses the kernel by the number of queries.
 cudaError_t launch_attend(const AttendParams& params, cudaStream_t stream);
 cudaError_t launch_one_query(const AttendParams& params, cudaStream_t stream);
-// Many queries (AttendParams::many), and the append of the call's new positions.
+// Many queries (AttendParams::many), and the append of the call's new positions. Up to five launches: which positions
+// are stored before attention (append_order.cu), their append, attention, its end (many_queries_finish.cu), the other
+// append.
 cudaError_t launch_attend_many(const AttendParams& params, cudaStream_t stream);
 // launch_attend_many calls these. The first leaves whole answers or partials, as `layout` then says; the last ends it.
 struct PartialsLayout;

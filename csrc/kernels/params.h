@@ -77,8 +77,8 @@ struct AppendParams {
   Rows<const void*> key;     // [layer_count, B, T, H, D] of `dtype`
   Rows<const void*> value;   // [layer_count, B, T, H, D] of `dtype`
   DType dtype;
-  Integers new_lengths;  // [B], or null: all T rows of every entry
   bool saturate;         // else finite values beyond the FP16 range become +-inf
+  Integers new_lengths;  // [B], or null: all T rows of every entry
   ChosenSequences sequences = {};
 };
 

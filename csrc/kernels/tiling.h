@@ -26,12 +26,12 @@ struct Tiling {
   FastDivider column_blocks;  // blocks side by side
   FastDivider blocks;         // blocks of one matrix
   FastDivider head_vectors;   // vectors of one head
-  FastDivider batch;          // sequences of a layer
+  FastDivider entries;        // of the call: entries(matrix) is the matrix's layer
 
   // For blocks of `threads` threads, a power of two, that each hold `unroll` vectors at a time, at most `turns` times.
   // False when the launch would need more blocks than a grid has.
   static bool make(Tiling& t, int64_t rows, int64_t heads, int64_t head_dim, int vector, int threads, int unroll,
-                   int turns, int64_t matrices, int64_t batch, int64_t& grid) {
+                   int turns, int64_t matrices, int64_t entries, int64_t& grid) {
     const int64_t columns = heads * (head_dim / vector);
     if (columns >= (int64_t{1} << 30) || heads * head_dim >= (int64_t{1} << 31)) return false;
     uint32_t log2_width = 0;
@@ -57,7 +57,7 @@ struct Tiling {
     t.column_blocks = FastDivider::by(static_cast<uint32_t>(column_blocks));
     t.blocks = FastDivider::by(static_cast<uint32_t>(blocks));
     t.head_vectors = FastDivider::by(static_cast<uint32_t>(head_dim / vector));
-    t.batch = FastDivider::by(static_cast<uint32_t>(batch));
+    t.entries = FastDivider::by(static_cast<uint32_t>(entries));
     return true;
   }
 

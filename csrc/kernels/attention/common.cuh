@@ -174,8 +174,8 @@ __device__ __forceinline__ void write_output(const AttendParams& p, const Divisi
   }
 }
 
-// Stores the new row of a head; one block of each head does so. Its slot is that of the position which the append
-// evicts, so nobody reads it.
+// Stores the new row of a head; one block of each head does so. No query of this call sees its slot: it is empty, or
+// holds the position that the append evicts.
 __device__ __forceinline__ void store_new_row(const AttendParams& p, const BlockUnit& block, uint16_t* key,
                                               uint16_t* value) {
   const int head_dim = static_cast<int>(p.cache.head_dim);

@@ -22,7 +22,7 @@
 //
 // With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way. So
 // the output is bit for bit that of attending after the append. For T = 1 one block of each head also stores the new
-// row, in the slot of the position which the append evicts: nobody reads it. Whichever block arrives last of its
+// row (store_new_row). Whichever block arrives last of its
 // sequence advances the state, as all have read it by then. For T > 1 the caller appends afterwards.
 //
 // This file is longer than others, as the kernel stays one function. As a struct with a method for each phase, the
@@ -61,9 +61,9 @@ __device__ __forceinline__ uint32_t high_and_low(float x) {
   return high | static_cast<uint32_t>(low) << 16;
 }
 
-// The same of a weight, which is not negative, with neither part negative and the low one at least the smallest FP16
-// number: a value that is infinite is to stay that in both products. (Below 2^-38 of the largest weight the high part
-// is 0, and what an infinite value comes to is NaN at first: non_finite.cuh.)
+// Both parts of a weight. Neither is negative, and a positive weight's low part is never 0. So an infinite value stays
+// infinite in both products. (Below 2^-38 of the largest weight the high part is 0. An infinite value then gives NaN at
+// first: non_finite.cuh.)
 __device__ __forceinline__ uint32_t weight_parts(float x) {
   const uint16_t high = float_to_half_down(x);
   uint32_t low = float_to_half((x - half_to_float(high)) * 2048.0f);
@@ -163,17 +163,17 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const TileTurns turns = TileTurns::of(block.split, division.splits, group, groups);
   uint32_t tiles = 0;             // of all rows
   uint32_t copied = turns.first;  // the one whose turn it is
-  int64_t copied_offset = -1;  // of this thread's first chunk of it, where its rows lie in the cache in a row; else -1
+  int64_t copied_offset = -1;     // of this thread's first chunk in that tile, if the tile's slots follow each other
   const auto copy_to_stage = [&](bool of_values, char* at, bool with_new_rows) {
     if (copied < tiles) {
       const int64_t row0 = static_cast<int64_t>(copied) * kTileRows;
       if (!of_values) {
         const int64_t slot0 = plan.slot(row0);
         const int chunk = copier % kChunks;
-        const bool in_a_row =
+        const bool contiguous =
             row0 + kTileRows <= plan.cached && plan.slot(row0 + kTileRows - 1) - slot0 == kTileRows - 1;
         copied_offset =
-            in_a_row ? (slot0 + copier / kChunks) * row_elements + (chunk * 8 < head_dim ? chunk * 8 : 0) : -1;
+            contiguous ? (slot0 + copier / kChunks) * row_elements + (chunk * 8 < head_dim ? chunk * 8 : 0) : -1;
       }
       if (copied_offset >= 0) {
         constexpr int kRowsAtATime = kChunks < kCopiers ? kCopiers / kChunks : 1;
@@ -211,12 +211,12 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   };
 
   // The previous launch may write the state, the queries and the new rows. Where it does not touch this layer
-  // (`may_read_before_wait`), the first rows are asked for before the wait. (A loop, so that the code is there once: a
-  // launch this short also waits for its instructions.)
+  // (`may_read_before_wait`), the first rows are asked for before the wait. One pass of the loop asks for rows, the
+  // other waits. (A loop, so that the code is there once: a launch this short also waits for its instructions.)
   StateAdvance advance(p, block);
 #pragma unroll 1
-  for (int turn = 0; turn < 2; ++turn) {
-    if ((turn == 0) == p.may_read_before_wait) {
+  for (int pass = 0; pass < 2; ++pass) {
+    if ((pass == 0) == p.may_read_before_wait) {
       if (threadIdx.x == 0) shared.plan = AttendPlan::make(p, block.entry, advance.read());
       __syncthreads();
       tiles = static_cast<uint32_t>((plan.count + kTileRows - 1) / kTileRows);
@@ -232,13 +232,11 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   }
   advance.all_have_read();
   if (stores && plan.total > plan.seqlen) {
-    // One block of each head stores the new row. Its slot is that of the position which the append evicts: nobody reads
-    // it.
     if (block.split == 0 && block.tile == 0) {
       const int64_t offset = plan.slot(plan.count - 1) * row_elements;
       store_new_row(p, block, keys + offset, values + offset);
     }
-    // Where its tile has been asked for before it could be read, it is still missing.
+    // If its tile was copied before the wait, the new row is not in it yet.
     const uint32_t tile = static_cast<uint32_t>(plan.cached / kTileRows);
     const uint32_t turn = (tile - turns.first) / turns.stride;
     if (p.may_read_before_wait && tile >= turns.first && (tile - turns.first) % turns.stride == 0 &&
@@ -287,7 +285,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   }
   __syncthreads();
 
-  // Of an operand a lane holds column lane / 4, of a product those of query lane % 4 of each four of the warp's.
+  // Operand: a lane holds column lane / 4. Product: it holds the columns of query lane % 4 in each quad of the warp's
+  // queries.
   const uint32_t mine = member * 4 * kQuads + lane % 4;
   const auto query_part = [&](int n, int k) {
     const Vec<uint32_t, 2> pair =
@@ -303,18 +302,18 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       for (int k = 0; k < kDepth; ++k) q[n][k] = query_part(n, k);
     }
   }
-  // Tiles [clear_begin, clear_end) are seen by every query of this block.
-  uint32_t clear_begin = 0;
-  uint32_t clear_end = static_cast<uint32_t>(plan.count / kTileRows);
+  // Key tiles of which every query of this block sees every row.
+  uint32_t fully_visible_begin = 0;
+  uint32_t fully_visible_end = static_cast<uint32_t>(plan.count / kTileRows);
   if (p.rows > 1) {
     const int64_t oldest_query = division.group_size(first_query);
     const int64_t newest_query = division.group_size(first_query + queries - 1);
     const int64_t past_oldest = plan.query_position(oldest_query) + 1;
     const int64_t begin = plan.sinks_held + imax(plan.oldest_for(newest_query) - plan.oldest, 0);
     const int64_t end = plan.sinks_held + imax(past_oldest - plan.oldest, 0);
-    clear_begin = static_cast<uint32_t>((begin + kTileRows - 1) / kTileRows);
-    clear_end = static_cast<uint32_t>(imin(plan.count, end) / kTileRows);
-    if (oldest_query < plan.padding || past_oldest < plan.sinks_held) clear_end = 0;
+    fully_visible_begin = static_cast<uint32_t>((begin + kTileRows - 1) / kTileRows);
+    fully_visible_end = static_cast<uint32_t>(imin(plan.count, end) / kTileRows);
+    if (oldest_query < plan.padding || past_oldest < plan.sinks_held) fully_visible_end = 0;
   }
 
   SoftmaxState states[kQuads];
@@ -339,8 +338,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     wait_for_copies<kStages - 1>();
     sync_group();
 
-    // Products of keys (rows) and the two parts of the queries (columns), in two sums that do not wait for each other
-    // (where there are many queries, those do not wait for each other).
+    // Products of keys (rows) and the two parts of the queries (columns). Two sums, so that one product need not wait
+    // for the other; with many queries their own sums suffice.
     constexpr int kSums = kQuads * kWarps < 4 ? 2 : 1;
     FragmentC products[kQuads][kSums] = {};
 #pragma unroll
@@ -360,7 +359,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     next_stage();
     // Scores of rows lane / 4 and eight on; then weights.
     const int64_t row0 = static_cast<int64_t>(tile) * kTileRows;
-    const bool clear = tile >= clear_begin && tile < clear_end;
+    const bool clear = tile >= fully_visible_begin && tile < fully_visible_end;
     const auto sees = [&](int n, int64_t row) {
       const uint32_t m = n * 4 + mine < queries ? n * 4 + mine : 0;
       return row < plan.count && (p.rows == 1 || plan.sees(division.group_size(first_query + m), row));

@@ -1,17 +1,17 @@
 // Attention of many queries for sm_90a (H100, H200): what many_queries.cu does, by the products of warpgroups (wgmma)
-// and bulk copies of tiles (TMA), with twice its speed.
+// and bulk copies of tiles (TMA). It is about twice as fast (docs/performance.md, rows `prompt/.../portable`).
 //
 // A block has three warpgroups. The first finds the next tile of 128 queries that nobody works on, and copies tiles of
 // keys and values into shared memory; the other two multiply them with 64 of the queries each, that lie in shared
 // memory as FP16 parts. Barriers in shared memory say when a tile is there, and when both have done with it (the scheme
-// of FlashAttention-3: Shah et al., 2024). There are as many blocks as multiprocessors: while the answers of one tile
-// of queries are written, keys of the next are on their way. A tile whose rows lie one after the other in the cache is
+// of FlashAttention-3: Shah et al., 2024). There is at most one block a multiprocessor: while the output of one tile
+// of queries is written, keys of the next are on their way. A tile whose rows lie one after the other in the cache is
 // one bulk copy; what remains (the end of what is held, where the ring wraps, new rows in the call's own tensors) the
 // first warpgroup copies row by row.
 //
-// With one FP16 part (kParts 1) the products of a tile's scores run beside those of the tile's before with its values.
-// With two parts there is no room in registers for that, and little to gain: one warpgroup multiplies while the other
-// weighs.
+// With one FP16 part (kParts 1) the tensor cores compute a tile's scores while they multiply the previous tile's
+// weights with its values. With two parts there is no room in registers for that, and little to gain: one warpgroup
+// multiplies while the other weighs.
 #include "../launch.h"
 #include "../tensor_map.h"
 #include "many_queries_output.cuh"
@@ -37,7 +37,7 @@ struct Multiplier {
   int group;  // 0 or 1
   const typename Block::Work* work;
   LaneSoftmax rows;
-  FragmentC sums[Block::kPieces][Block::kColumns / 8];
+  FragmentC sums[Block::kColumnSteps][Block::kColumns / 8];
   Stage<Block::kStages> stage;
 
   // The first of this lane's two queries, counted from the block's first; the other is eight on.
@@ -65,7 +65,7 @@ struct Multiplier {
     rows.factor[0] = shared.factor[row()];
     rows.factor[1] = shared.factor[row() + 8];
 #pragma unroll
-    for (int piece = 0; piece < Block::kPieces; ++piece) {
+    for (int piece = 0; piece < Block::kColumnSteps; ++piece) {
 #pragma unroll
       for (int i = 0; i < Block::kColumns / 8; ++i) sums[piece][i] = {};
     }
@@ -74,7 +74,7 @@ struct Multiplier {
   // A tile's products become weights; `rescale`: what the sums of tiles before are to be multiplied with.
   __device__ __forceinline__ void weigh(Products& products, int32_t tile, float (&rescale)[2]) {
     rows.cap(products, p.softcap);
-    if (tile > work->last_clear[group] || tile < work->first_clear[group]) {
+    if (tile > work->last_fully_visible[group] || tile < work->first_fully_visible[group]) {
       const int32_t row0 = work->tiles.row(tile);
       const int32_t row_end = work->tiles.row_end(tile);
       const int32_t sinks = static_cast<int32_t>(work->plan.sinks_held);
@@ -89,11 +89,11 @@ struct Multiplier {
   // One tile after the other: scores, weights, sums. While one warpgroup weighs, the other may multiply.
   __device__ __forceinline__ void take_tiles() {
 #pragma unroll 1
-    for (int32_t tile = work->last_tile; tile >= work->stop; --tile, stage.advance()) {
+    for (int32_t tile = work->newest_tile; tile >= work->oldest_tile; --tile, stage.advance()) {
       uint64_t* const keys_empty = shared.keys_empty + stage.number;
       uint64_t* const values_empty = shared.values_empty + stage.number;
       wait_barrier(shared.keys_full + stage.number, stage.parity);
-      if (tile > work->last_seen[group]) {
+      if (tile > work->newest_visible[group]) {
         give_back(keys_empty);
         wait_barrier(shared.values_full + stage.number, stage.parity);
         give_back(values_empty);
@@ -114,7 +114,7 @@ struct Multiplier {
       if constexpr (kParts == 1) {
         rescale_sums(sums, rescale);
 #pragma unroll
-        for (int piece = 0; piece < Block::kPieces; ++piece) {
+        for (int piece = 0; piece < Block::kColumnSteps; ++piece) {
           begin_products();
           multiply_values<Block, true>(sums[piece], weights, values(stage.number, piece));
         }
@@ -124,24 +124,23 @@ struct Multiplier {
         give_back(values_empty);
       } else {
 #pragma unroll
-        for (int piece = 0; piece < Block::kPieces; ++piece) {
+        for (int piece = 0; piece < Block::kColumnSteps; ++piece) {
           FragmentC of_tile[Block::kColumns / 8];
           begin_products();
           multiply_values<Block, false>(of_tile, weights, values(stage.number, piece));
           end_products();
           wait_for_products<0>();
           hold_products(of_tile);
-          if (piece + 1 == Block::kPieces) give_back(values_empty);
+          if (piece + 1 == Block::kColumnSteps) give_back(values_empty);
           add_sums(sums[piece], of_tile, rescale);
         }
       }
     }
   }
 
-  // The products of a tile's scores run beside those of the tile's before with its values, and both beside the
-  // weighing.
+  // For one FP16 part: see the head of the file.
   __device__ __forceinline__ void take_tiles_ahead() {
-    if (work->last_tile < work->stop) return;
+    if (work->newest_tile < work->oldest_tile) return;
     Weights weights;
     float rescale[2];
     {
@@ -151,11 +150,11 @@ struct Multiplier {
       wait_for_products<0>();
       hold_products(products);
       give_back(shared.keys_empty + stage.number);
-      weigh(products, work->last_tile, rescale);
+      weigh(products, work->newest_tile, rescale);
       take_weights(weights, products);
     }
 #pragma unroll 1
-    for (int32_t tile = work->last_tile - 1; tile >= work->stop; --tile) {
+    for (int32_t tile = work->newest_tile - 1; tile >= work->oldest_tile; --tile) {
       const Stage<Block::kStages> before = stage;  // of the tile whose weights we have
       stage.advance();
       Products products;
@@ -185,7 +184,7 @@ struct Multiplier {
     stage.advance();
   }
 
-  // The answers, or a part of them to be merged.
+  // Writes the output, or this split's partial.
   __device__ __forceinline__ void finish() {
     rows.add_lanes();
     const QueryTile& tile = work->tile;
@@ -194,15 +193,15 @@ struct Multiplier {
       const uint32_t number[2] = {tile.number(both[0]), tile.number(both[1])};
       const bool there[2] = {both[0] < tile.queries, both[1] < tile.queries};
 #pragma unroll
-      for (int piece = 0; piece < Block::kPieces; ++piece) {
+      for (int piece = 0; piece < Block::kColumnSteps; ++piece) {
         write_rows(p, division, tile.block, rows, number, there, piece * Block::kColumns, sums[piece]);
       }
       return;
     }
-    const int64_t part = int64_t{tile.block.unit} * division.division.splits + tile.block.split;
+    const int64_t partial = int64_t{tile.block.unit} * division.division.splits + tile.block.split;
 #pragma unroll
-    for (int piece = 0; piece < Block::kPieces; ++piece) {
-      leave_rows<Block::kWidth, Block::kQueries>(p.partials + part * Block::layout(1).floats(), tile.queries, rows,
+    for (int piece = 0; piece < Block::kColumnSteps; ++piece) {
+      leave_rows<Block::kWidth, Block::kQueries>(p.partials + partial * Block::layout(1).floats(), tile.queries, rows,
                                                  both, piece * Block::kColumns, sums[piece]);
     }
   }
@@ -223,18 +222,18 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const ManyDivis
   work.tile = tile;
   work.plan = plan;
   work.tiles = tiles;
-  work.last_tile = first_tile_of(tiles.count, tile.block.split + 1, splits) - 1;
-  work.stop = first_tile_of(tiles.count, tile.block.split, splits);
+  work.newest_tile = first_tile_of(tiles.count, tile.block.split + 1, splits) - 1;
+  work.oldest_tile = first_tile_of(tiles.count, tile.block.split, splits);
 #pragma unroll 1
   for (int group = 0; group < 2; ++group) {
     const VisibleRange oldest = plan.range_of(group_size(tile.number(kGroupQueries * group)));
     const VisibleRange newest = plan.range_of(group_size(tile.number(kGroupQueries * group + kGroupQueries - 1)));
     const bool idle = kGroupQueries * group >= tile.queries || newest.end == 0;
-    work.last_seen[group] = idle ? -1 : tiles.reaching(newest.end) - 1;
-    work.last_clear[group] = tiles.within(oldest.end) - 1;
-    work.first_clear[group] = newest.begin <= plan.sinks_held
-                                  ? 0
-                                  : static_cast<int32_t>(imax(tiles.reaching(newest.begin), tiles.sink_tiles));
+    work.newest_visible[group] = idle ? -1 : tiles.reaching(newest.end) - 1;
+    work.last_fully_visible[group] = tiles.within(oldest.end) - 1;
+    work.first_fully_visible[group] = newest.begin <= plan.sinks_held
+                                          ? 0
+                                          : static_cast<int32_t>(imax(tiles.reaching(newest.begin), tiles.sink_tiles));
   }
 }
 

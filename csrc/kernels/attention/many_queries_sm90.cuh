@@ -33,22 +33,22 @@ struct Sm90Block : Sm90Shape<Config> {
   static constexpr int kTileBytes = kPanels * kPanelBytes;
   static constexpr int kQueryPanelBytes = kGroupQueries * kRowBytes;
   static constexpr int kQueryPartBytes = kPanels * kQueryPanelBytes;
-  static constexpr int kColumns = kWidth > 128 ? 64 : kWidth;  // of the answer, that are multiplied at a time
-  static constexpr int kPieces = kWidth / kColumns;
+  static constexpr int kColumns = kWidth > 128 ? 64 : kWidth;  // of the output, that are multiplied at a time
+  static constexpr int kColumnSteps = kWidth / kColumns;
   static constexpr bool kAhead = kParts == 1 && kDepth <= 8;
 
-  // A tile of queries, or a part of the keys of one.
+  // A query tile, or one split of it.
   struct Work {
     bool exists;
     QueryTile tile;
     AttendPlan plan;
     KeyTiles<kKeys> tiles;
-    int32_t last_tile;  // of keys: the first that is taken
-    int32_t stop;       // and the last
-    // For each warpgroup, of the tiles of keys: the last that its queries see something of, and those that all of them
-    // see all of, if there are any.
-    int32_t last_seen[2];
-    int32_t first_clear[2], last_clear[2];
+    // Key tiles, both included; they are taken from the newest to the oldest.
+    int32_t newest_tile, oldest_tile;
+    // For each warpgroup: the newest key tile of which its queries see a row.
+    int32_t newest_visible[2];
+    // For each warpgroup: the key tiles of which all its queries see every row, both included, if there are any.
+    int32_t first_fully_visible[2], last_fully_visible[2];
   };
   struct Shared {
     Work work[2];
@@ -69,7 +69,7 @@ struct Sm90Block : Sm90Shape<Config> {
   }
 };
 
-// A stage's number, and the parity of its barriers' phase.
+// Whose turn it is of some buffers that are used in turn, and the parity of its barriers' phase.
 template <int kStages>
 struct Stage {
   int number = 0;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block
   const BlockUnit& block = work.tile.block;
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
-  for (int32_t tile = work.last_tile; tile >= work.stop; --tile) {
+  for (int32_t tile = work.newest_tile; tile >= work.oldest_tile; --tile) {
     const int32_t row0 = work.tiles.row(tile);
     const int32_t end = work.tiles.row_end(tile);
     const bool whole = plan.lie_in_a_row(row0, row0 + Block::kKeys);  // also of rows that nobody here sees

@@ -2,7 +2,7 @@
 //
 // A softmax weight of a finite score is never 0, so an infinite value makes the answer infinite however little it
 // weighs. The FP16 parts of a small weight are 0 though, and 0 times an infinity is NaN. So the kernel lets such a
-// value make NaN of a sum. Before an answer is written, its elements that are NaN are settled by a look at the values
+// value make NaN of a sum. Before an answer is written, its elements that are NaN are computed anew from the values
 // that its query sees, one by one. That costs time only where there are such values.
 #pragma once
 

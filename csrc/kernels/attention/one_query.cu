@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
     const int64_t offset = block.entry * p.query.batch_stride + block.head * p.query.head_stride + chunk * 8;
     load_floats(p.query.data, offset, p.dtype, real ? 8 : 0, q);
   }
-  // The new row, as it is stored: each block keeps it for itself, and one stores it. (Its slot is that of the position
-  // which the append evicts: nobody reads it.)
+  // The new row, as it is stored. Each block keeps it for itself, and one stores it (as store_new_row says).
   if (plan.appended != 0) {
     const int64_t slot_offset = head_offset + plan.slot(plan.count - 1) * row_elements;
 #pragma unroll 1

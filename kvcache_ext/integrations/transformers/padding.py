@@ -101,7 +101,8 @@ class Padding:
     ) -> Tensor | None:
         """Checks and records a 2D mask `[B, columns + T]`. Returns what `attend` needs to know of the new tokens.
 
-        None: all are real. int32 `[B, 1, 1, 1]`: left padding. int8 `[B, 1, 1, T]`: padding anywhere. See protocol.py.
+        None: all are real. int32 `[B, 1, 1, 1]`: left padding, or one token that the host does not look at (on a GPU).
+        int8 `[B, 1, 1, T]`: padding anywhere. See protocol.py.
 
         On a GPU several tokens cost one synchronisation. One token costs none: a mask that disagrees with what was
         recorded is then noticed at the next step. With `refuse_padding` a new token that is padding is an error too.

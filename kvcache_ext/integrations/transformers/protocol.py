@@ -19,8 +19,8 @@ arrive than that, so some of these are not what they seem. This file defines the
         |     `-- calls masks.make_mask(q_offset, kv_length, kv_offset, mask_function, 2D mask)
         |           is_plain(mask_function)?                   [3] a pattern is recognised by its closures
         |           yes: layer.mask_for(2D mask) has padding.py check and record the mask. It returns
-        |                     None                             no padding among the new tokens
-        |                     int32 [B, 1, 1, 1]               [4] left padding: how many new tokens are real
+        |                     None                             no padding, and the host knows it
+        |                     int32 [B, 1, 1, 1]               [4] left padding, or one token on a GPU: how many real
         |                     int8  [B, 1, 1, T]               [4] padding anywhere: which new tokens are real
         |           no: returns bool [B, 1, T, columns]        the 4D mask of the pattern
         v
@@ -29,7 +29,8 @@ arrive than that, so some of these are not what they seem. This file defines the
         |     returns         PendingKeyValues, twice          [5] in place of the key and of the value
         |
         `-- calls attention.attend(query, PendingKeyValues, PendingKeyValues, mask)
-              None, int32, int8:  layer.append_attend -> StreamingKVCacheFp16.append_attend(new_lengths=) -> kernel
+              None, int32, int8:  layer.append_attend -> StreamingKVCacheFp16.append_attend(new_lengths=)
+                                  -> AppendParams::new_lengths; kernels: appended_rows (ring.h), AttendPlan (visibility.h)
               bool, float:        layer.append_gather, then torch's attention under the mask
         |
         v
