@@ -54,13 +54,13 @@ constexpr int64_t kLeastRun = 256;
 //   4,096 positions from memory   6 queries 5.1, 4.2    8: 5.0, 5.6   16: 7.6, 8.8    32: 11.5, 17.2
 //   4,096 in the cache            6 queries 4.1, 4.1    8: 4.1, 5.0   16: 5.6, 10.3   64: 16.0, 41.6
 //   256                           4 queries 0.27, 0.2   8: 0.26, 0.4  16: 0.36, 0.76  32: 0.58, 1.6
-constexpr int64_t kPromptQueries = 10;
+constexpr int64_t kManyQueries = 10;
 
 // Below this many multiplications a thread's start costs more than its help.
 constexpr int64_t kMultiplicationsPerThread = int64_t{1} << 20;
 
 // Items differ in their cost, so each thread takes the next item when it is done with one.
-void attend_prompt(const AttendParams& p) {
+void attend_many(const AttendParams& p) {
   cpu::PromptCall call(p);
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
@@ -105,8 +105,8 @@ void attend_few(const AttendParams& p) {
 }
 
 void attend(const AttendParams& p, c10::Device device) {
-  if (p.rows * (p.query_heads / p.cache.heads) >= kPromptQueries) {
-    attend_prompt(p);
+  if (p.rows * (p.query_heads / p.cache.heads) >= kManyQueries) {
+    attend_many(p);
   } else {
     attend_few(p);
   }

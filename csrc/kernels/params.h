@@ -103,8 +103,8 @@ struct GatherParams {
 constexpr int64_t kAttendTickets = 1022;
 constexpr int64_t kWorkspaceWords = kAttendTickets + 2;
 
-// Whether the GPU's kernels for many queries serve a call. `rows`: queries of an entry. `group`: query heads to a KV
-// head.
+// Whether the GPU's kernels for many queries serve a call. (A CPU's begin at another number: backend_cpu.cpp.) `rows`:
+// T. `group`: query heads to a KV head.
 KVC_HD bool is_for_many(int64_t rows, int64_t group) { return rows > 1 && rows * group > 16; }
 
 // Attention of T queries of each sequence over what one layer holds; with `appends`, over that and T new positions, as

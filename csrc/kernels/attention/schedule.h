@@ -30,12 +30,12 @@ struct Gpu {
 
 // What is chosen by: the shape of a call.
 struct AttendShape {
-  int64_t entries;         // of the call's tensors
-  int64_t kv_heads;        // H
-  int64_t group;           // query heads to a KV head
-  int64_t new_tokens;      // T
-  int64_t positions;       // N
-  int64_t partial_floats;  // of the workspace: room for partials
+  int64_t entries;          // of the call's tensors
+  int64_t kv_heads;         // H
+  int64_t group;            // query heads to a KV head
+  int64_t query_positions;  // T
+  int64_t positions;        // N
+  int64_t room_floats;      // of the workspace, for partials
 
   static AttendShape of(const AttendParams& p) {
     return {p.sequences.entries(p.cache.batch),
@@ -46,7 +46,7 @@ struct AttendShape {
             p.partial_floats};
   }
   int64_t sequence_heads() const { return entries * kv_heads; }
-  int64_t queries() const { return new_tokens * group; }  // that share a KV head
+  int64_t queries() const { return query_positions * group; }  // that share a KV head
 };
 
 // What was chosen.
@@ -74,6 +74,8 @@ inline void print_if_asked(const Schedule& s, const Gpu& gpu) {
                static_cast<long long>(s.units), static_cast<long long>(s.splits),
                static_cast<long long>(gpu.multiprocessors));
 }
+
+constexpr int64_t kReserved = 1024;  // what the GPU keeps of a block's shared memory
 
 inline int64_t blocks_for(int64_t items, int64_t of_a_block) { return (items + of_a_block - 1) / of_a_block; }
 
@@ -151,7 +153,7 @@ inline bool worth_splitting(const Candidate& small, const Candidate& large, int6
 
 // Whether a call's queries are one to a KV head, which one_query.cu answers.
 inline bool is_one_query(const AttendShape& shape, int64_t head_dim) {
-  return shape.new_tokens == 1 && shape.group == 1 && head_dim <= 256;
+  return shape.query_positions == 1 && shape.group == 1 && head_dim <= 256;
 }
 
 // Smaller blocks have to fill a quarter more of the GPU. With less, 6 sequences of 32 heads were 0 to 6% slower.
@@ -162,7 +164,7 @@ Schedule schedule_one_query(const AttendShape& shape, const Gpu& gpu) {
   using Block = OneQueryBlock<kLanes>;
   constexpr int64_t kFloats = kPartialFloats<Block::kWidth, 1>;
   const int64_t units = shape.sequence_heads();
-  const int64_t room = shape.partial_floats / (units * kFloats);
+  const int64_t room = shape.room_floats / (units * kFloats);
   const int64_t turns = blocks_for(shape.positions, Block::kMostWarps * Block::kStep);
   const int64_t most_splits = units > kAttendTickets ? 1 : imax(imin(room, turns), 1);
   const auto of_warps = [&](int warps) {
@@ -206,7 +208,6 @@ constexpr int64_t kEightQueriesLongCache = 8192;
 // launch's blocks. Else the next launch's blocks, which come early (PDL), would be placed where there is room, and
 // leave other multiprocessors idle. (48 sequences of 1,024 positions: 1.21 to 1.12 times a kernel that only reads.)
 inline int64_t shared_for_a_share(int64_t bytes, int64_t blocks, const Gpu& gpu) {
-  constexpr int64_t kReserved = 1024;  // what the GPU keeps of a block's shared memory
   return imax(bytes, gpu.shared_bytes / (blocks_for(blocks, gpu.multiprocessors) + 1) + kReserved);
 }
 
@@ -226,12 +227,11 @@ struct FewQueriesCandidate : Candidate {
     turns = blocks_for(shape.positions, groups * Block::kTileRows);
     units = shape.sequence_heads() * blocks_for(shape.queries(), Block::kQueries);
     multiprocessors = gpu.multiprocessors;
-    constexpr int64_t kReserved = 1024;  // what the GPU keeps of a block's shared memory
     const int64_t by_shared = (gpu.shared_bytes + kReserved) / (Block::bytes(groups) + kReserved);
     const int64_t by_registers = Block::by_registers(gpu.major >= 10) * Block::kGroups / groups;
     at_a_time = imax(imin(by_shared, by_registers), 1);
     partial_floats = kPartialFloats<Block::kWidth, Block::kQueries>;
-    const int64_t room = shape.partial_floats / (units * partial_floats);
+    const int64_t room = shape.room_floats / (units * partial_floats);
     // Partials are merged in the shared memory of the stages, two at a time at least.
     const bool can_merge = groups * Block::kGroupBytes >= 2 * 4 * partial_floats;
     most_splits = units <= kAttendTickets && can_merge ? imax(imin(room, turns), 1) : 1;
@@ -322,8 +322,8 @@ inline int64_t heads_together(const AttendShape& shape, int64_t queries, const G
 template <typename Shape>
 Schedule schedule_many_queries(const AttendShape& shape, const Gpu& gpu, const char* kernel, bool persistent) {
   const int64_t units = query_tiles(shape, Shape::kQueries) * Shape::kPieces;
-  const int64_t room = shape.partial_floats / (units * Shape::kQueries * (Shape::kWidth + 2));
-  const int64_t key_tiles = (shape.positions + shape.new_tokens) / Shape::kKeys;
+  const int64_t room = shape.room_floats / (units * Shape::kQueries * (Shape::kWidth + 2));
+  const int64_t key_tiles = (shape.positions + shape.query_positions) / Shape::kKeys;
   const int64_t at_once = gpu.multiprocessors * Shape::kBlocksAtATime;
   const int64_t splits = imax(imin(imin(at_once / units, room), key_tiles), 1);
   const int64_t blocks = persistent ? imin(units * splits, gpu.multiprocessors) : units * splits;

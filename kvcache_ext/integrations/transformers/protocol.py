@@ -30,7 +30,7 @@ arrive than that, so some of these are not what they seem. This file defines the
         |
         `-- calls attention.attend(query, PendingKeyValues, PendingKeyValues, mask)
               None, int32, int8:  layer.append_attend -> StreamingKVCacheFp16.append_attend(new_lengths=)
-                                  -> AppendParams::new_lengths; kernels: appended_rows (ring.h), AttendPlan (visibility.h)
+                                  -> AppendParams::new_lengths -> appended_rows (ring.h), AttendPlan (visibility.h)
               bool, float:        layer.append_gather, then torch's attention under the mask
         |
         v
