@@ -110,181 +110,84 @@ __device__ __forceinline__ uint64_t operand_after(uint64_t operand, int bytes) {
   return operand + static_cast<uint64_t>(bytes >> 4);
 }
 
-// c (64 x 8 kBlocks; `adds`, else it is replaced) += a b. Depth 16. In the first a's and b's rows are the product's
-// rows and columns (queries, keys); in the second a is in registers, and b's rows are the depth (keys of values). What
-// replaces has instructions of its own: else c would be alive, and take registers, before it begins to be.
+// Products: c (64 x 8 kBlocks) = a b, or c += a b. Depth 16. In `rows` a's and b's rows are the product's rows and
+// columns (queries, keys). In `columns` a is in registers, and b's rows are the depth (keys of values).
+//
+// What replaces c has an instruction of its own: else c would be alive, and take registers, before it begins to be. PTX
+// names each register of c, so macros spell the lists.
+
+#define KVC_REGISTERS_32                                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define KVC_REGISTERS_64                                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+  "%59, %60, %61, %62, %63"
+#define KVC_BLOCK(access, i) access(c[i].x[0]), access(c[i].x[1]), access(c[i].x[2]), access(c[i].x[3])
+#define KVC_BLOCKS_8(access, i)                                                                       \
+  KVC_BLOCK(access, i), KVC_BLOCK(access, i + 1), KVC_BLOCK(access, i + 2), KVC_BLOCK(access, i + 3), \
+      KVC_BLOCK(access, i + 4), KVC_BLOCK(access, i + 5), KVC_BLOCK(access, i + 6), KVC_BLOCK(access, i + 7)
+#define KVC_BLOCKS_16(access, i) KVC_BLOCKS_8(access, i), KVC_BLOCKS_8(access, i + 8)
+
+// `adds`: 0 or 1. `operands`: of a, b and what follows them, by their numbers.
+#define KVC_WGMMA(columns, adds, registers, operands)                                      \
+  "{\n"                                                                                    \
+  ".reg .pred adds;\n"                                                                     \
+  "setp.ne.b32 adds, " adds                                                                \
+  ", 0;\n"                                                                                 \
+  "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.f16.f16 {" registers "}, " operands \
+  ";\n"                                                                                    \
+  "}\n"
+
 __device__ __forceinline__ void multiply_rows(FragmentC (&c)[8], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, adds, 1, 1, 0, 0;\n"
-      "}\n"
-      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]), "=f"(c[1].x[0]), "=f"(c[1].x[1]),
-        "=f"(c[1].x[2]), "=f"(c[1].x[3]), "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
-        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]), "=f"(c[4].x[0]), "=f"(c[4].x[1]),
-        "=f"(c[4].x[2]), "=f"(c[4].x[3]), "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
-        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]), "=f"(c[7].x[0]), "=f"(c[7].x[1]),
-        "=f"(c[7].x[2]), "=f"(c[7].x[3])
-      : "l"(a), "l"(b));
+  asm volatile(KVC_WGMMA("64", "0", KVC_REGISTERS_32, "%32, %33, adds, 1, 1, 0, 0")
+               : KVC_BLOCKS_8("=f", 0)
+               : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[8], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, adds, 1, 1, 0, 0;\n"
-      "}\n"
-      : "+f"(c[0].x[0]), "+f"(c[0].x[1]), "+f"(c[0].x[2]), "+f"(c[0].x[3]), "+f"(c[1].x[0]), "+f"(c[1].x[1]),
-        "+f"(c[1].x[2]), "+f"(c[1].x[3]), "+f"(c[2].x[0]), "+f"(c[2].x[1]), "+f"(c[2].x[2]), "+f"(c[2].x[3]),
-        "+f"(c[3].x[0]), "+f"(c[3].x[1]), "+f"(c[3].x[2]), "+f"(c[3].x[3]), "+f"(c[4].x[0]), "+f"(c[4].x[1]),
-        "+f"(c[4].x[2]), "+f"(c[4].x[3]), "+f"(c[5].x[0]), "+f"(c[5].x[1]), "+f"(c[5].x[2]), "+f"(c[5].x[3]),
-        "+f"(c[6].x[0]), "+f"(c[6].x[1]), "+f"(c[6].x[2]), "+f"(c[6].x[3]), "+f"(c[7].x[0]), "+f"(c[7].x[1]),
-        "+f"(c[7].x[2]), "+f"(c[7].x[3])
-      : "l"(a), "l"(b));
+  asm volatile(KVC_WGMMA("64", "1", KVC_REGISTERS_32, "%32, %33, adds, 1, 1, 0, 0")
+               : KVC_BLOCKS_8("+f", 0)
+               : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void multiply_columns(FragmentC (&c)[8], const FragmentA& a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 1;\n"
-      "}\n"
-      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]), "=f"(c[1].x[0]), "=f"(c[1].x[1]),
-        "=f"(c[1].x[2]), "=f"(c[1].x[3]), "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
-        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]), "=f"(c[4].x[0]), "=f"(c[4].x[1]),
-        "=f"(c[4].x[2]), "=f"(c[4].x[3]), "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
-        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]), "=f"(c[7].x[0]), "=f"(c[7].x[1]),
-        "=f"(c[7].x[2]), "=f"(c[7].x[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+  asm volatile(KVC_WGMMA("64", "0", KVC_REGISTERS_32, "{%32, %33, %34, %35}, %36, adds, 1, 1, 1")
+               : KVC_BLOCKS_8("=f", 0)
+               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
 }
 __device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[8], const FragmentA& a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 1;\n"
-      "}\n"
-      : "+f"(c[0].x[0]), "+f"(c[0].x[1]), "+f"(c[0].x[2]), "+f"(c[0].x[3]), "+f"(c[1].x[0]), "+f"(c[1].x[1]),
-        "+f"(c[1].x[2]), "+f"(c[1].x[3]), "+f"(c[2].x[0]), "+f"(c[2].x[1]), "+f"(c[2].x[2]), "+f"(c[2].x[3]),
-        "+f"(c[3].x[0]), "+f"(c[3].x[1]), "+f"(c[3].x[2]), "+f"(c[3].x[3]), "+f"(c[4].x[0]), "+f"(c[4].x[1]),
-        "+f"(c[4].x[2]), "+f"(c[4].x[3]), "+f"(c[5].x[0]), "+f"(c[5].x[1]), "+f"(c[5].x[2]), "+f"(c[5].x[3]),
-        "+f"(c[6].x[0]), "+f"(c[6].x[1]), "+f"(c[6].x[2]), "+f"(c[6].x[3]), "+f"(c[7].x[0]), "+f"(c[7].x[1]),
-        "+f"(c[7].x[2]), "+f"(c[7].x[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+  asm volatile(KVC_WGMMA("64", "1", KVC_REGISTERS_32, "{%32, %33, %34, %35}, %36, adds, 1, 1, 1")
+               : KVC_BLOCKS_8("+f", 0)
+               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
 }
 __device__ __forceinline__ void multiply_rows(FragmentC (&c)[16], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
-      "%59, %60, %61, %62, %63"
-      "}, %64, %65, adds, 1, 1, 0, 0;\n"
-      "}\n"
-      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]), "=f"(c[1].x[0]), "=f"(c[1].x[1]),
-        "=f"(c[1].x[2]), "=f"(c[1].x[3]), "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
-        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]), "=f"(c[4].x[0]), "=f"(c[4].x[1]),
-        "=f"(c[4].x[2]), "=f"(c[4].x[3]), "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
-        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]), "=f"(c[7].x[0]), "=f"(c[7].x[1]),
-        "=f"(c[7].x[2]), "=f"(c[7].x[3]), "=f"(c[8].x[0]), "=f"(c[8].x[1]), "=f"(c[8].x[2]), "=f"(c[8].x[3]),
-        "=f"(c[9].x[0]), "=f"(c[9].x[1]), "=f"(c[9].x[2]), "=f"(c[9].x[3]), "=f"(c[10].x[0]), "=f"(c[10].x[1]),
-        "=f"(c[10].x[2]), "=f"(c[10].x[3]), "=f"(c[11].x[0]), "=f"(c[11].x[1]), "=f"(c[11].x[2]), "=f"(c[11].x[3]),
-        "=f"(c[12].x[0]), "=f"(c[12].x[1]), "=f"(c[12].x[2]), "=f"(c[12].x[3]), "=f"(c[13].x[0]), "=f"(c[13].x[1]),
-        "=f"(c[13].x[2]), "=f"(c[13].x[3]), "=f"(c[14].x[0]), "=f"(c[14].x[1]), "=f"(c[14].x[2]), "=f"(c[14].x[3]),
-        "=f"(c[15].x[0]), "=f"(c[15].x[1]), "=f"(c[15].x[2]), "=f"(c[15].x[3])
-      : "l"(a), "l"(b));
+  asm volatile(KVC_WGMMA("128", "0", KVC_REGISTERS_64, "%64, %65, adds, 1, 1, 0, 0")
+               : KVC_BLOCKS_16("=f", 0)
+               : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[16], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
-      "%59, %60, %61, %62, %63"
-      "}, %64, %65, adds, 1, 1, 0, 0;\n"
-      "}\n"
-      : "+f"(c[0].x[0]), "+f"(c[0].x[1]), "+f"(c[0].x[2]), "+f"(c[0].x[3]), "+f"(c[1].x[0]), "+f"(c[1].x[1]),
-        "+f"(c[1].x[2]), "+f"(c[1].x[3]), "+f"(c[2].x[0]), "+f"(c[2].x[1]), "+f"(c[2].x[2]), "+f"(c[2].x[3]),
-        "+f"(c[3].x[0]), "+f"(c[3].x[1]), "+f"(c[3].x[2]), "+f"(c[3].x[3]), "+f"(c[4].x[0]), "+f"(c[4].x[1]),
-        "+f"(c[4].x[2]), "+f"(c[4].x[3]), "+f"(c[5].x[0]), "+f"(c[5].x[1]), "+f"(c[5].x[2]), "+f"(c[5].x[3]),
-        "+f"(c[6].x[0]), "+f"(c[6].x[1]), "+f"(c[6].x[2]), "+f"(c[6].x[3]), "+f"(c[7].x[0]), "+f"(c[7].x[1]),
-        "+f"(c[7].x[2]), "+f"(c[7].x[3]), "+f"(c[8].x[0]), "+f"(c[8].x[1]), "+f"(c[8].x[2]), "+f"(c[8].x[3]),
-        "+f"(c[9].x[0]), "+f"(c[9].x[1]), "+f"(c[9].x[2]), "+f"(c[9].x[3]), "+f"(c[10].x[0]), "+f"(c[10].x[1]),
-        "+f"(c[10].x[2]), "+f"(c[10].x[3]), "+f"(c[11].x[0]), "+f"(c[11].x[1]), "+f"(c[11].x[2]), "+f"(c[11].x[3]),
-        "+f"(c[12].x[0]), "+f"(c[12].x[1]), "+f"(c[12].x[2]), "+f"(c[12].x[3]), "+f"(c[13].x[0]), "+f"(c[13].x[1]),
-        "+f"(c[13].x[2]), "+f"(c[13].x[3]), "+f"(c[14].x[0]), "+f"(c[14].x[1]), "+f"(c[14].x[2]), "+f"(c[14].x[3]),
-        "+f"(c[15].x[0]), "+f"(c[15].x[1]), "+f"(c[15].x[2]), "+f"(c[15].x[3])
-      : "l"(a), "l"(b));
+  asm volatile(KVC_WGMMA("128", "1", KVC_REGISTERS_64, "%64, %65, adds, 1, 1, 0, 0")
+               : KVC_BLOCKS_16("+f", 0)
+               : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void multiply_columns(FragmentC (&c)[16], const FragmentA& a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
-      "%59, %60, %61, %62, %63"
-      "}, {%64, %65, %66, %67}, %68, adds, 1, 1, 1;\n"
-      "}\n"
-      : "=f"(c[0].x[0]), "=f"(c[0].x[1]), "=f"(c[0].x[2]), "=f"(c[0].x[3]), "=f"(c[1].x[0]), "=f"(c[1].x[1]),
-        "=f"(c[1].x[2]), "=f"(c[1].x[3]), "=f"(c[2].x[0]), "=f"(c[2].x[1]), "=f"(c[2].x[2]), "=f"(c[2].x[3]),
-        "=f"(c[3].x[0]), "=f"(c[3].x[1]), "=f"(c[3].x[2]), "=f"(c[3].x[3]), "=f"(c[4].x[0]), "=f"(c[4].x[1]),
-        "=f"(c[4].x[2]), "=f"(c[4].x[3]), "=f"(c[5].x[0]), "=f"(c[5].x[1]), "=f"(c[5].x[2]), "=f"(c[5].x[3]),
-        "=f"(c[6].x[0]), "=f"(c[6].x[1]), "=f"(c[6].x[2]), "=f"(c[6].x[3]), "=f"(c[7].x[0]), "=f"(c[7].x[1]),
-        "=f"(c[7].x[2]), "=f"(c[7].x[3]), "=f"(c[8].x[0]), "=f"(c[8].x[1]), "=f"(c[8].x[2]), "=f"(c[8].x[3]),
-        "=f"(c[9].x[0]), "=f"(c[9].x[1]), "=f"(c[9].x[2]), "=f"(c[9].x[3]), "=f"(c[10].x[0]), "=f"(c[10].x[1]),
-        "=f"(c[10].x[2]), "=f"(c[10].x[3]), "=f"(c[11].x[0]), "=f"(c[11].x[1]), "=f"(c[11].x[2]), "=f"(c[11].x[3]),
-        "=f"(c[12].x[0]), "=f"(c[12].x[1]), "=f"(c[12].x[2]), "=f"(c[12].x[3]), "=f"(c[13].x[0]), "=f"(c[13].x[1]),
-        "=f"(c[13].x[2]), "=f"(c[13].x[3]), "=f"(c[14].x[0]), "=f"(c[14].x[1]), "=f"(c[14].x[2]), "=f"(c[14].x[3]),
-        "=f"(c[15].x[0]), "=f"(c[15].x[1]), "=f"(c[15].x[2]), "=f"(c[15].x[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+  asm volatile(KVC_WGMMA("128", "0", KVC_REGISTERS_64, "{%64, %65, %66, %67}, %68, adds, 1, 1, 1")
+               : KVC_BLOCKS_16("=f", 0)
+               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
 }
 __device__ __forceinline__ void multiply_add_columns(FragmentC (&c)[16], const FragmentA& a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred adds;\n"
-      "setp.ne.b32 adds, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
-      "%59, %60, %61, %62, %63"
-      "}, {%64, %65, %66, %67}, %68, adds, 1, 1, 1;\n"
-      "}\n"
-      : "+f"(c[0].x[0]), "+f"(c[0].x[1]), "+f"(c[0].x[2]), "+f"(c[0].x[3]), "+f"(c[1].x[0]), "+f"(c[1].x[1]),
-        "+f"(c[1].x[2]), "+f"(c[1].x[3]), "+f"(c[2].x[0]), "+f"(c[2].x[1]), "+f"(c[2].x[2]), "+f"(c[2].x[3]),
-        "+f"(c[3].x[0]), "+f"(c[3].x[1]), "+f"(c[3].x[2]), "+f"(c[3].x[3]), "+f"(c[4].x[0]), "+f"(c[4].x[1]),
-        "+f"(c[4].x[2]), "+f"(c[4].x[3]), "+f"(c[5].x[0]), "+f"(c[5].x[1]), "+f"(c[5].x[2]), "+f"(c[5].x[3]),
-        "+f"(c[6].x[0]), "+f"(c[6].x[1]), "+f"(c[6].x[2]), "+f"(c[6].x[3]), "+f"(c[7].x[0]), "+f"(c[7].x[1]),
-        "+f"(c[7].x[2]), "+f"(c[7].x[3]), "+f"(c[8].x[0]), "+f"(c[8].x[1]), "+f"(c[8].x[2]), "+f"(c[8].x[3]),
-        "+f"(c[9].x[0]), "+f"(c[9].x[1]), "+f"(c[9].x[2]), "+f"(c[9].x[3]), "+f"(c[10].x[0]), "+f"(c[10].x[1]),
-        "+f"(c[10].x[2]), "+f"(c[10].x[3]), "+f"(c[11].x[0]), "+f"(c[11].x[1]), "+f"(c[11].x[2]), "+f"(c[11].x[3]),
-        "+f"(c[12].x[0]), "+f"(c[12].x[1]), "+f"(c[12].x[2]), "+f"(c[12].x[3]), "+f"(c[13].x[0]), "+f"(c[13].x[1]),
-        "+f"(c[13].x[2]), "+f"(c[13].x[3]), "+f"(c[14].x[0]), "+f"(c[14].x[1]), "+f"(c[14].x[2]), "+f"(c[14].x[3]),
-        "+f"(c[15].x[0]), "+f"(c[15].x[1]), "+f"(c[15].x[2]), "+f"(c[15].x[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+  asm volatile(KVC_WGMMA("128", "1", KVC_REGISTERS_64, "{%64, %65, %66, %67}, %68, adds, 1, 1, 1")
+               : KVC_BLOCKS_16("+f", 0)
+               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
 }
+
+#undef KVC_REGISTERS_32
+#undef KVC_REGISTERS_64
+#undef KVC_BLOCK
+#undef KVC_BLOCKS_8
+#undef KVC_BLOCKS_16
+#undef KVC_WGMMA
+
 template <int kBlocks>
 __device__ __forceinline__ void multiply_add_rows(FragmentC (&c)[kBlocks], uint64_t a, uint64_t b, bool adds) {
   adds ? multiply_add_rows(c, a, b) : multiply_rows(c, a, b);
