@@ -22,7 +22,7 @@ PROGRAM = r"""
 
 using namespace kvc;
 
-// What a schedule says, and then how many key tiles no group of warps of a unit takes, or several take.
+// What a schedule says, and then how many key tiles no team of warps of a unit takes, or several take.
 void print(const Schedule& s, const Gpu& gpu, int64_t key_tiles, int64_t groups, bool in_turns,
            int64_t partial_floats) {
   int64_t wrong = 0;
@@ -67,7 +67,7 @@ int main() {
       const FewQueriesSchedule s = schedule_few_queries<8>(shape, gpu);
       const bool four = s.which == FewQueriesConfig::four_large || s.which == FewQueriesConfig::four_small;
       const int64_t queries = four ? 4 : s.which == FewQueriesConfig::sixteen ? 16 : 8;
-      print(s, gpu, tiles(16), s.groups, true, queries * 128 + 2 * queries);
+      print(s, gpu, tiles(16), s.teams, true, queries * 128 + 2 * queries);
     }
   }
 }

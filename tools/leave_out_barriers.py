@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from backends import EMULATOR_VARIABLE, KERNELS, build_emulator
 
-# A statement that is nothing but a barrier, a wait or a fence. (`sync_group` is that of a group of warps.)
+# A statement that is nothing but a barrier, a wait or a fence. (`sync_team` is that of a team of warps.)
 BARRIER = re.compile(
-    r"^ *(?:(?:__syncthreads|sync_group|show_barriers|fence_for_products|wait_for_products<\d>)\(\)"
+    r"^ *(?:(?:__syncthreads|sync_team|show_barriers|fence_for_products|wait_for_products<\d>)\(\)"
     r"|(?:sync_threads|wait_barrier)\(.*\));"
 )
 # Of attention, all other files: the kernels for few queries, and those for many.

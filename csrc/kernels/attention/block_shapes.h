@@ -47,8 +47,8 @@ struct OneQueryBlock {
 
 // Configurations of few_queries.cu: how a block's queries are shared out, and how far ahead it copies.
 //   kQuads:  a warp has 4 * kQuads queries.
-//   kWarps:  warps of a group, which work on the same key tiles, each with queries of its own.
-//   kStages: of a group. A stage has room for the keys, or the values, of a key tile.
+//   kWarps:  warps of a team, which work on the same key tiles, each with queries of its own.
+//   kStages: of a team. A stage has room for the keys, or the values, of a key tile.
 enum class FewQueriesConfig { four_large, four_small, eight_large, eight_small, sixteen };
 struct FourQueriesLarge {
   static constexpr int kQuads = 1, kWarps = 1, kStages = 4;
@@ -87,25 +87,25 @@ struct FewQueriesBlock : Config {
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kChunks = 2 * kDepth;  // 16-byte chunks of a row
   static constexpr int kStageBytes = kTileRows * kChunks * 16;
-  // Groups of warps, at most; a launch may have fewer. Large blocks of all head sizes over 64 have as many bytes.
-  static constexpr int kGroups = kDepth > 8 ? 64 / kDepth : kStages == 2 ? 4 : 8;
-  static_assert(kGroups < 16, "each has a named barrier, beside the block's own");
+  // Teams of warps, at most; a launch may have fewer. Large blocks of all head sizes over 64 have as many bytes.
+  static constexpr int kTeams = kDepth > 8 ? 64 / kDepth : kStages == 2 ? 4 : 8;
+  static_assert(kTeams < 16, "each has a named barrier, beside the block's own");
   static constexpr int kQueryStride = kWidth + 8;  // floats from a query's sums to the next's, spread over the banks
-  static constexpr int kGroupBytes = kStages * kStageBytes;
-  static_assert(kGroupBytes >= (kQueries * kQueryStride + 4) * 4, "a group's stages have room for its warps' sums");
+  static constexpr int kTeamBytes = kStages * kStageBytes;
+  static_assert(kTeamBytes >= (kQueries * kQueryStride + 4) * 4, "a team's stages have room for its warps' sums");
 
-  // What lies in a block's shared memory, with the stages of all groups behind it.
+  // What lies in a block's shared memory, with the stages of all teams behind it.
   struct Shared {
     alignas(16) uint32_t operand[kQueries * kWidth];  // the queries: two FP16 numbers for each FP32 one
-    SoftmaxState states[kGroups][kQueries];
+    SoftmaxState states[kTeams][kQueries];
     float factor[kQueries];  // from a query's products to scores
     AttendPlan plan;
     bool last;
   };
   static constexpr int kStagesAt = (sizeof(Shared) + 127) / 128 * 128;
-  static constexpr int64_t bytes(int groups) { return kStagesAt + int64_t{groups} * kGroupBytes; }
+  static constexpr int64_t bytes(int teams) { return kStagesAt + int64_t{teams} * kTeamBytes; }
 
-  static constexpr int kThreads = kGroups * kWarps * 32;
+  static constexpr int kThreads = kTeams * kWarps * 32;
   // How many blocks of so many threads a multiprocessor has registers for. From sm_100 on the compiler needs more.
   KVC_HD static constexpr int by_registers(bool from_sm_100) {
     if (kStages == 4) return kDepth <= 8 && kQuads * kWarps == 1 && !from_sm_100 ? 2 : 1;
@@ -117,13 +117,13 @@ struct FewQueriesBlock : Config {
   KVC_HD static int place(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 16; }
 };
 
-// The key tiles that a group of warps takes in few_queries.cu: `first`, and every `stride`-th from there on.
+// The key tiles that a team of warps takes in few_queries.cu: `first`, and every `stride`-th from there on.
 struct TileTurns {
   uint32_t first;
   uint32_t stride;
 
-  KVC_HD static TileTurns of(uint32_t split, uint32_t splits, uint32_t group, uint32_t groups) {
-    return {split * groups + group, splits * groups};
+  KVC_HD static TileTurns of(uint32_t split, uint32_t splits, uint32_t team, uint32_t teams) {
+    return {split * teams + team, splits * teams};
   }
 };
 

@@ -3,10 +3,10 @@
 //
 // Grid: `splits` blocks for each unit, which is up to kQueries of the queries that share a KV head of an entry (a
 // group's heads times T). The splits take turns at key tiles of 16 of the rows that the queries see (visibility.h); how
-// many those are only the device knows. A group of warps copies its key tiles into stages in shared memory, some ahead
+// many those are only the device knows. A team of warps copies its key tiles into stages in shared memory, some ahead
 // of the one that it works on. Each of its warps has 4 * kQuads queries and multiplies them with the tile on tensor
 // cores, so a row is read once for all of the block's queries. Each keeps a running maximum, sum and weighted sum
-// (online softmax: Milakov and Gimelshein, 2018). Groups, then splits are merged in a fixed order (flash decoding: Dao
+// (online softmax: Milakov and Gimelshein, 2018). Teams, then splits are merged in a fixed order (flash decoding: Dao
 // et al., 2023), the splits by the block of the unit that arrives last. One query to a KV head is served by
 // one_query.cu.
 //
@@ -140,9 +140,9 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
-  const int member = warp % kWarps;  // of its group
-  const int group = warp / kWarps;
-  const int groups = warps / kWarps;
+  const int member = warp % kWarps;  // of its team
+  const int team = warp / kWarps;
+  const int teams = warps / kWarps;
   constexpr int kCopiers = 32 * kWarps;
   const int copier = static_cast<int>(threadIdx.x % kCopiers);
   const int head_dim = static_cast<int>(p.cache.head_dim);
@@ -156,11 +156,11 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const int64_t head_offset = block.cache_offset(p);
   uint16_t* keys = p.cache.k_cache + head_offset;
   uint16_t* values = p.cache.v_cache + head_offset;
-  char* const stages = shared_bytes + Block::kStagesAt + group * Block::kGroupBytes;
+  char* const stages = shared_bytes + Block::kStagesAt + team * Block::kTeamBytes;
 
-  // Copying the group's key tiles: first a tile's keys, then its values.
+  // Copying the team's key tiles: first a tile's keys, then its values.
   const AttendPlan& plan = shared.plan;
-  const TileTurns turns = TileTurns::of(block.split, division.splits, group, groups);
+  const TileTurns turns = TileTurns::of(block.split, division.splits, team, teams);
   uint32_t tiles = 0;             // of all rows
   uint32_t copied = turns.first;  // the one whose turn it is
   int64_t copied_offset = -1;     // of this thread's first chunk in that tile, if the tile's slots follow each other
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   }
 
   uint32_t barriers = 0;  // passed
-  const auto sync_group = [&] {
+  const auto sync_team = [&] {
     sync_warps<kWarps>();
     if (kEqualBarriers) ++barriers;
   };
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   for (uint32_t tile = turns.first; tile < tiles; tile += turns.stride) {
     char* tile_keys = stages + stage * Block::kStageBytes;
     wait_for_copies<kStages - 1>();
-    sync_group();
+    sync_team();
 
     // Products of keys (rows) and the two parts of the queries (columns). Two sums, so that one product need not wait
     // for the other; with many queries their own sums suffice.
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
         }
       }
     }
-    sync_group();
+    sync_team();
     copy_to_stage(kStages % 2 == 1, tile_keys, true);
     next_stage();
     // Scores of rows lane / 4 and eight on; then weights.
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     }
     char* tile_values = stages + stage * Block::kStageBytes;
     wait_for_copies<kStages - 1>();
-    sync_group();
+    sync_team();
     // Zero times NaN is NaN: a value that is not finite and that some query does not see must not be in the product.
     // It makes NaN of the sums of the queries that see it (non_finite.cuh), and is taken out of the tile.
     if (!clear && p.rows > 1) {
@@ -413,13 +413,13 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
             }
           }
         }
-        sync_group();
+        sync_team();
 #pragma unroll 1
         for (int i = copier; i < kTileRows * kWidth; i += kCopiers) {
           uint16_t& bits = reinterpret_cast<uint16_t*>(tile_values)[i];
           if (!is_finite_half(bits)) bits = 0;
         }
-        sync_group();
+        sync_team();
       }
     }
     // Products of values (their elements as rows) and the two parts of the weights.
@@ -435,25 +435,25 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
         acc[n][k][1] = fmaf(acc[n][k][1], rescale[n], fmaf(sums.x[3], kLowPart, sums.x[2]));
       }
     }
-    sync_group();
+    sync_team();
     copy_to_stage(kStages % 2 == 0, tile_values, true);
     next_stage();
   }
   if (kEqualBarriers && kWarps > 1) {
-    const uint32_t begin = block.split * groups;  // the first group's first tile: it has the most
+    const uint32_t begin = block.split * teams;  // the first team's first tile: it has the most
     const uint32_t most_tiles = tiles > begin ? (tiles - begin + turns.stride - 1) / turns.stride : 0;
-    while (barriers < 6 * most_tiles) sync_group();
+    while (barriers < 6 * most_tiles) sync_team();
   }
 
-  // Each warp leaves its sums in its group's stages, which are empty now.
-  float* sums = reinterpret_cast<float*>(stages) + 4 * group;  // 4: the groups' sums lie in different banks
+  // Each warp leaves its sums in its team's stages, which are empty now.
+  float* sums = reinterpret_cast<float*>(stages) + 4 * team;  // 4: the teams' sums lie in different banks
 #pragma unroll
   for (int n = 0; n < kQuads; ++n) {
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) {
       states[n].sum += __shfl_xor_sync(kAllLanes, states[n].sum, distance);
     }
-    if (lane < 4) shared.states[group][n * 4 + mine] = {states[n].max - kLog2WeightScale, states[n].sum};
+    if (lane < 4) shared.states[team][n * 4 + mine] = {states[n].max - kLog2WeightScale, states[n].sum};
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
@@ -465,12 +465,12 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const Partials partials{&shared.states[0][0].max,
                           reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
                           2 * kQueries,
-                          Block::kGroupBytes / 4 + 4,
+                          Block::kTeamBytes / 4 + 4,
                           Block::kQueryStride,
-                          static_cast<uint32_t>(groups)};
+                          static_cast<uint32_t>(teams)};
   finish_unit<kWidth, kQueries>(p, division, block, first_query, queries, partials, shared.last,
                                 reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
-                                static_cast<uint32_t>(groups * (Block::kGroupBytes / 4)),
+                                static_cast<uint32_t>(teams * (Block::kTeamBytes / 4)),
                                 ResolveNonFinite{p, division, shared.plan});
 }
 

@@ -197,7 +197,7 @@ constexpr int64_t kSixteenQueriesTurnTime = 16;
 
 // Small blocks have to fill so much more of the GPU than large ones that all run at once.
 constexpr double kFewQueriesGain = 0.2;
-// Blocks of half as many groups have to fill so much more of it than small ones. (At 4,096 positions 96 sequences of 64
+// Blocks of half as many teams have to fill so much more of it than small ones. (At 4,096 positions 96 sequences of 64
 // query heads on 8 then went from 388 to 368 us; 24 sequences, and 64 of any length, were slower.)
 constexpr double kMediumGain = 0.1;
 // Eight queries: up to so many positions small blocks are the faster ones where units are many. (64 sequences: 1.10 to
@@ -213,45 +213,45 @@ inline int64_t shared_for_a_share(int64_t bytes, int64_t blocks, const Gpu& gpu)
 
 struct FewQueriesSchedule : Schedule {
   FewQueriesConfig which;
-  int groups;  // of warps, in a block
+  int teams;  // of warps, in a block
 };
 
-// Blocks of few_queries.cu of one configuration and so many groups of warps, or fewer, if a block's shared memory has
+// Blocks of few_queries.cu of one configuration and so many teams of warps, or fewer, if a block's shared memory has
 // no room for them.
 template <typename Block>
 struct FewQueriesCandidate : Candidate {
-  int groups;
+  int teams;
 
-  FewQueriesCandidate(const AttendShape& shape, const Gpu& gpu, int most_groups) : groups(most_groups) {
-    while (Block::bytes(groups) > gpu.shared_bytes && groups > 1) groups /= 2;
-    turns = blocks_for(shape.positions, groups * Block::kTileRows);
+  FewQueriesCandidate(const AttendShape& shape, const Gpu& gpu, int most_teams) : teams(most_teams) {
+    while (Block::bytes(teams) > gpu.shared_bytes && teams > 1) teams /= 2;
+    turns = blocks_for(shape.positions, teams * Block::kTileRows);
     units = shape.sequence_heads() * blocks_for(shape.queries(), Block::kQueries);
     multiprocessors = gpu.multiprocessors;
-    const int64_t by_shared = (gpu.shared_bytes + kReserved) / (Block::bytes(groups) + kReserved);
-    const int64_t by_registers = Block::by_registers(gpu.major >= 10) * Block::kGroups / groups;
+    const int64_t by_shared = (gpu.shared_bytes + kReserved) / (Block::bytes(teams) + kReserved);
+    const int64_t by_registers = Block::by_registers(gpu.major >= 10) * Block::kTeams / teams;
     at_a_time = imax(imin(by_shared, by_registers), 1);
     partial_floats = kPartialFloats<Block::kWidth, Block::kQueries>;
     const int64_t room = shape.room_floats / (units * partial_floats);
     // Partials are merged in the shared memory of the stages, two at a time at least.
-    const bool can_merge = groups * Block::kGroupBytes >= 2 * 4 * partial_floats;
+    const bool can_merge = teams * Block::kTeamBytes >= 2 * 4 * partial_floats;
     most_splits = units <= kAttendTickets && can_merge ? imax(imin(room, turns), 1) : 1;
   }
 
   FewQueriesSchedule with(int64_t splits, const Gpu& gpu) const {
     const int64_t blocks = units * splits;
-    const int64_t bytes = shared_for_a_share(Block::bytes(groups), blocks, gpu);
-    const int64_t threads = groups * Block::kWarps * 32;
-    return {{"few_queries", Block::kName, units, splits, blocks, threads, bytes}, Block::kConfig, groups};
+    const int64_t bytes = shared_for_a_share(Block::bytes(teams), blocks, gpu);
+    const int64_t threads = teams * Block::kWarps * 32;
+    return {{"few_queries", Block::kName, units, splits, blocks, threads, bytes}, Block::kConfig, teams};
   }
 };
 
 // 4 or 8 queries a block. `Large` blocks have stages for two key tiles; `Small` ones for one, and up to a head_dim of
-// 128 half as many groups: they fill the GPU better where there are many.
+// 128 half as many teams: they fill the GPU better where there are many.
 template <typename Large, typename Small>
 FewQueriesSchedule schedule_large_or_small(const AttendShape& shape, const Gpu& gpu, int64_t long_cache) {
   const int64_t positions = shape.positions;
-  const FewQueriesCandidate<Large> large(shape, gpu, Large::kGroups);
-  const FewQueriesCandidate<Small> small(shape, gpu, Small::kGroups);
+  const FewQueriesCandidate<Large> large(shape, gpu, Large::kTeams);
+  const FewQueriesCandidate<Small> small(shape, gpu, Small::kTeams);
   const int64_t splits = large.quickest(kTurnTime).splits;
   // Where large blocks do not all run at once, it is enough that small ones do not fill the GPU worse: at different
   // stages of their work, they wait for memory at different times. With many units not even that is asked for, up to
@@ -261,9 +261,9 @@ FewQueriesSchedule schedule_large_or_small(const AttendShape& shape, const Gpu& 
                        : many          ? positions < long_cache
                                        : fill_better(small, large, 0);
   if (!smaller) return large.with(splits, gpu);
-  // In between: large blocks of half as many groups. For short caches if they all run at once, for longer ones if they
+  // In between: large blocks of half as many teams. For short caches if they all run at once, for longer ones if they
   // fill the GPU better.
-  const FewQueriesCandidate<Large> medium(shape, gpu, Large::kGroups / 2);
+  const FewQueriesCandidate<Large> medium(shape, gpu, Large::kTeams / 2);
   const bool fits = (positions <= 2 * kWorthSplitting && medium.all_run()) ||
                     (positions >= kWorthSplitting && medium.best_filling() >= small.best_filling() + kMediumGain);
   if (Large::kWidth <= 128 && fits) return medium.with(medium.best_splits(), gpu);
@@ -278,11 +278,11 @@ FewQueriesSchedule schedule_few_queries(const AttendShape& shape, const Gpu& gpu
     using Sixteen = FewQueriesBlock<kDepth, SixteenQueries>;
     if (shape.queries() > 8) {
       // Where blocks of 16 are few, what they leave to be merged is the larger part of the time.
-      const FewQueriesCandidate<Sixteen> large(shape, gpu, Sixteen::kGroups);
-      const FewQueriesCandidate<Eight> of_8(shape, gpu, Eight::kGroups);
+      const FewQueriesCandidate<Sixteen> large(shape, gpu, Sixteen::kTeams);
+      const FewQueriesCandidate<Eight> of_8(shape, gpu, Eight::kTeams);
       const Candidate::Quickest choice = large.quickest(kSixteenQueriesTurnTime);
       if (choice.time <= of_8.quickest(kTurnTime).time) {
-        const FewQueriesCandidate<Sixteen> small(shape, gpu, Sixteen::kGroups / 2);
+        const FewQueriesCandidate<Sixteen> small(shape, gpu, Sixteen::kTeams / 2);
         const bool smaller = large.all_run()
                                  ? worth_splitting(small, large, choice.splits, shape.positions, kFewQueriesGain)
                                  : fill_better(small, large, 0);
