@@ -543,13 +543,13 @@ class StreamingKVCacheFp16:
     def device_lengths(self) -> Tensor:
         """The number of positions held by each sequence of each layer, on the device, without a synchronisation.
 
-        Can be captured into a graph. (`cache_seqlens` counts the positions seen, evicted ones among them.)
+        Can be captured into a graph. (`cache_seqlens` counts evicted positions as well.)
 
         Returns:
             A new int64 tensor `[L, B]` on the cache's device.
         """
-        seen, first = self.tensors.state[0], self.tensors.state[1]
-        return seen.clamp(max=self.sink_positions) + (seen - first).clamp(min=0)
+        seqlens, firsts = self.tensors.state[0], self.tensors.state[1]
+        return seqlens.clamp(max=self.sink_positions) + (seqlens - firsts).clamp(min=0)
 
     def is_empty(self) -> bool:
         """Whether `len(cache)` is 0."""
@@ -562,12 +562,14 @@ class StreamingKVCacheFp16:
 
     @property
     def position(self) -> int:
-        """The positions seen so far, evicted ones counted: the largest over layers and sequences."""
+        """The largest seqlen over layers and sequences: positions appended so far, evicted ones counted."""
         return self.native.position()
 
     @property
     def cache_seqlens(self) -> Tensor:
-        """Positions seen by each sequence of each layer: int64 `[L, B]` on the device, a live view; do not write to it.
+        """Positions appended so far to each sequence of each layer: int64 `[L, B]` on the device.
+
+        A live view: do not write to it.
 
         Inside a captured graph this is where a model finds the position to rotate by.
         """
@@ -604,7 +606,7 @@ class StreamingKVCacheFp16:
         """Writes what is held to a file in the safetensors format, and the state with it: `load` goes on from there.
 
         The file holds the positions held and no others, oldest first, as the FP16 that is stored, bit for bit; with
-        them the positions seen (so that `position` and `cache_seqlens` come back), the overflow counters, and
+        them the seqlens (so that `position` and `cache_seqlens` come back), the overflow counters, and
         checksums. The head of `kvcache_ext/files/__init__.py` says what is where, for other readers.
 
         It is written under another name in the same folder, synced, and renamed: `path` names the old file or the whole
