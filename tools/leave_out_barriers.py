@@ -28,9 +28,14 @@ BARRIER = re.compile(
     r"^ *(?:(?:__syncthreads|sync_team|show_barriers|fence_for_products|wait_for_products<\d>)\(\)"
     r"|(?:sync_threads|wait_barrier)\(.*\));"
 )
-# Of attention, all other files: the kernels for few queries, and those for many.
-TESTS = {"append.cu": ["test_append.py"], "copy_sequences.cu": ["test_sequences.py"]}
-OF_ATTENTION = ["test_attention.py", "test_prompt.py"]
+TESTS = {  # by the beginning of a file's name
+    "append.cu": ["test_append.py"],
+    "copy_sequences": ["test_sequences.py"],
+    "one_query": ["test_attention.py"],
+    "few_queries": ["test_attention.py"],
+    "many_queries": ["test_prompt.py"],
+}
+OF_ATTENTION = ["test_attention.py", "test_prompt.py"]  # of all other files
 LONGEST = 3600  # seconds of the tests
 STARTED = time.monotonic()
 
@@ -53,18 +58,20 @@ def barriers() -> list[Barrier]:
     ]
 
 
-def missed(left_out: Barrier | None) -> str:
+def tests_of(barrier: Barrier) -> list[str]:
+    return next((tests for start, tests in TESTS.items() if barrier.file.name.startswith(start)), OF_ATTENTION)
+
+
+def missed(left_out: Barrier | None, tests: list[str]) -> str:
     """The test that fails without it (with all barriers, for None), or the file whose tests break off, or nothing."""
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder) / "kernels"
         shutil.copytree(KERNELS, kernels)
-        tests = sorted({*OF_ATTENTION, *(test for of_file in TESTS.values() for test in of_file)})
         if left_out is not None:
             copy = kernels / left_out.file.relative_to(KERNELS)
             lines = copy.read_text().splitlines(keepends=True)
             lines[left_out.line] = BARRIER.sub(";", lines[left_out.line])
             copy.write_text("".join(lines))
-            tests = TESTS.get(copy.name, OF_ATTENTION)
         environment = os.environ | {
             EMULATOR_VARIABLE: str(build_emulator(Path(folder), kernels)),
             "OMP_NUM_THREADS": "1",
@@ -94,14 +101,14 @@ def main() -> int:
     chosen = [barrier for barrier in barriers() if args.only in str(barrier)]
     if not chosen:
         parser.error(f"--only: no barrier's place contains {args.only!r}")
-    failing = missed(None)
+    failing = missed(None, sorted({test for barrier in chosen for test in tests_of(barrier)}))
     if failing:
         print(f"check-barriers: FAILED: with every barrier in its place, {failing} fails")
         return 1
     print(f"[{time.monotonic() - STARTED:5.0f} s] with every barrier the tests pass", flush=True)
     unnoticed = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for barrier, test in zip(chosen, pool.map(missed, chosen), strict=True):
+        for barrier, test in zip(chosen, pool.map(missed, chosen, map(tests_of, chosen)), strict=True):
             if not test:
                 unnoticed.append(str(barrier))
             what = f"missed by {test}" if test else "NOT MISSED"
