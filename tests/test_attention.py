@@ -124,6 +124,16 @@ def test_long(backend: Backend, length: int, group: int) -> None:
     check_both(attention_twin(backend, length, max_positions=4096, num_layers=1), backend, group=group)
 
 
+@pytest.mark.parametrize("held", [0, 1, 17, 130, 700])
+@pytest.mark.parametrize(("group", "rows"), [(1, 1), (3, 1), (8, 1), (16, 1), (40, 1), (3, 2)])
+def test_a_short_text_in_a_long_cache(backend: Backend, held: int, group: int, rows: int) -> None:
+    """Blocks are launched for as many positions as there is room for; those without any leave nothing to be merged."""
+    twin = attention_twin(backend, held, max_positions=3_000, num_heads=1, num_layers=1)
+    check_both(twin, backend, rows=rows, group=group)
+    twin.append(0, *torch.randn(2, 1, 2, 1, 64, device=backend.device))
+    check_both(twin, backend, rows=rows, group=group)  # the workspace is as it was
+
+
 def check_batch(backend: Backend, batch: int, heads: int, positions: int, head_dim: int, group: int) -> None:
     """One append_attend on a full ring with sinks, for every sequence."""
     sinks = 3

@@ -17,6 +17,7 @@ from backends import KERNELS
 
 PROGRAM = r"""
 #include <cstdio>
+#include <initializer_list>
 
 #include "attention/schedule.h"
 
@@ -47,6 +48,29 @@ void print(const Schedule& s, const Gpu& gpu, int64_t key_tiles, int64_t groups,
               (long long)partial_floats, (long long)wrong);
 }
 
+// What few_queries.cu makes of a schedule where the cache holds fewer rows: how many key tiles are wrong, as above.
+template <typename Block>
+int64_t wrong_with_fewer(const FewQueriesSchedule& s, int64_t positions) {
+  int64_t wrong = 0;
+  for (const int64_t held : {int64_t{0}, int64_t{1}, int64_t{100}, positions / 3, positions}) {
+    const uint32_t turns = blocks_for(held, s.teams * Block::kTileRows);
+    const uint32_t splits = useful_splits<Block>(turns, s.splits, s.most_each);
+    wrong += splits < 1 || splits > s.splits || splits > (turns > 1 ? turns : 1);
+    const int64_t tiles = blocks_for(held < 4096 ? held : 4096, Block::kTileRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      int taken = 0;
+      for (uint32_t split = 0; split < splits; ++split) {
+        for (int team = 0; team < s.teams; ++team) {
+          const TileTurns t = TileTurns::of(split, splits, team, s.teams);
+          taken += tile >= t.first && (tile - t.first) % t.stride == 0;
+        }
+      }
+      wrong += taken != 1;
+    }
+  }
+  return wrong;
+}
+
 int main() {
   long long sms, shared, major, entries, heads, group, tokens, positions, floats;
   while (std::scanf("%lld %lld %lld %lld %lld %lld %lld %lld %lld", &sms, &shared, &major, &entries, &heads, &group,
@@ -66,8 +90,14 @@ int main() {
     } else {
       const FewQueriesSchedule s = schedule_few_queries<8>(shape, gpu);
       const bool four = s.which == FewQueriesConfig::four_large || s.which == FewQueriesConfig::four_small;
-      const int64_t queries = four ? 4 : s.which == FewQueriesConfig::sixteen ? 16 : 8;
-      print(s, gpu, tiles(16), s.teams, true, queries * 128 + 2 * queries);
+      const bool sixteen = s.which == FewQueriesConfig::sixteen;
+      const int64_t queries = four ? 4 : sixteen ? 16 : 8;
+      const int64_t wrong = sixteen ? wrong_with_fewer<FewQueriesBlock<8, SixteenQueries>>(s, positions)
+                            : four  ? wrong_with_fewer<FewQueriesBlock<8, FourQueriesLarge>>(s, positions)
+                                    : wrong_with_fewer<FewQueriesBlock<8, EightQueriesLarge>>(s, positions);
+      if (wrong != 0) return 1;
+      print(s, gpu, tiles(sixteen ? FewQueriesBlock<8, SixteenQueries>::kTileRows : 16), s.teams, true,
+            queries * 128 + 2 * queries);
     }
   }
 }
@@ -114,17 +144,20 @@ class Chosen:
     wrong_tiles: int
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compile_program(source: Path) -> Path:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("schedule")
-    source = folder / "schedule.cpp"
-    source.write_text(PROGRAM)
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{KERNELS}", str(source)]
-    subprocess.run([*command, "-o", str(folder / "schedule")], check=True)
-    return folder / "schedule"
+    subprocess.run([*command, "-o", str(source.with_suffix(""))], check=True)
+    return source.with_suffix("")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("schedule") / "schedule.cpp"
+    source.write_text(PROGRAM)
+    return compile_program(source)
 
 
 def ask(program: Path, calls: list[Call], printing: str = "") -> subprocess.CompletedProcess[str]:
@@ -177,6 +210,27 @@ PINNED = {
 def test_what_is_chosen(program: Path, call: Call) -> None:
     (chosen,) = chosen_for(program, [call])
     assert (chosen.config, chosen.splits, chosen.blocks, chosen.threads) == PINNED[call]
+
+
+def test_fewer_rows_than_the_cache_has_room_for(program: Path) -> None:
+    """Blocks share what is held, not what there is room for: short texts in long caches have as few partials."""
+    source = r"""
+#include <cstdio>
+#include <initializer_list>
+
+#include "attention/schedule.h"
+
+int main() {
+  using Eight = kvc::FewQueriesBlock<8, kvc::EightQueriesLarge>;
+  for (const unsigned turns : {0u, 1u, 2u, 3u, 8u, 32u, 128u, 1024u}) {
+    std::printf("%u ", kvc::useful_splits<Eight>(turns, 33, 31));
+  }
+}
+"""
+    (program.parent / "fewer.cpp").write_text(source)
+    compile_program(program.parent / "fewer.cpp")
+    done = subprocess.run([str(program.parent / "fewer")], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", "1", "3", "8", "16", "32", "32"]
 
 
 def test_properties_of_all_choices(program: Path) -> None:

@@ -46,52 +46,69 @@ struct OneQueryBlock {
 };
 
 // Configurations of few_queries.cu: how a block's queries are shared out, and how far ahead it copies.
-//   kQuads:  a warp has 4 * kQuads queries.
+//   kWarpQueries: of a warp.
 //   kWarps:  warps of a team, which work on the same key tiles, each with queries of its own.
+//   kTileRows: of a key tile.
 //   kStages: of a team. A stage has room for the keys, or the values, of a key tile.
+//   kQueriesAsRows: of products, or keys are (few_queries_products.cuh).
 enum class FewQueriesConfig { four_large, four_small, eight_large, eight_small, sixteen };
 struct FourQueriesLarge {
-  static constexpr int kQuads = 1, kWarps = 1, kStages = 4;
+  static constexpr int kWarpQueries = 4, kWarps = 1, kTileRows = 16, kStages = 4;
+  static constexpr bool kQueriesAsRows = false;
   static constexpr FewQueriesConfig kConfig = FewQueriesConfig::four_large;
   static constexpr const char* kName = "FourQueriesLarge";
 };
 struct FourQueriesSmall {
-  static constexpr int kQuads = 1, kWarps = 1, kStages = 2;
+  static constexpr int kWarpQueries = 4, kWarps = 1, kTileRows = 16, kStages = 2;
+  static constexpr bool kQueriesAsRows = false;
   static constexpr FewQueriesConfig kConfig = FewQueriesConfig::four_small;
   static constexpr const char* kName = "FourQueriesSmall";
 };
 struct EightQueriesLarge {
-  static constexpr int kQuads = 1, kWarps = 2, kStages = 4;
+  static constexpr int kWarpQueries = 4, kWarps = 2, kTileRows = 16, kStages = 4;
+  static constexpr bool kQueriesAsRows = false;
   static constexpr FewQueriesConfig kConfig = FewQueriesConfig::eight_large;
   static constexpr const char* kName = "EightQueriesLarge";
 };
 struct EightQueriesSmall {
-  static constexpr int kQuads = 2, kWarps = 1, kStages = 2;
+  static constexpr int kWarpQueries = 8, kWarps = 1, kTileRows = 16, kStages = 2;
+  static constexpr bool kQueriesAsRows = false;
   static constexpr FewQueriesConfig kConfig = FewQueriesConfig::eight_small;
   static constexpr const char* kName = "EightQueriesSmall";
 };
 struct SixteenQueries {
-  static constexpr int kQuads = 2, kWarps = 2, kStages = 4;
+  static constexpr int kWarpQueries = 8, kWarps = 2, kTileRows = 32, kStages = 2;
+  static constexpr bool kQueriesAsRows = true;
   static constexpr FewQueriesConfig kConfig = FewQueriesConfig::sixteen;
   static constexpr const char* kName = "SixteenQueries";
 };
 
+// Key tiles [begin, end).
+struct TileRange {
+  uint32_t begin;
+  uint32_t end;
+};
+
 // few_queries.cu. kDepth: head_dim in steps of 16 elements; 16 * kDepth is the largest head_dim of the instance.
-template <int kDepth, typename Config>
+template <int kDepth_, typename Config>
 struct FewQueriesBlock : Config {
-  using Config::kQuads;
   using Config::kStages;
+  using Config::kTileRows;
+  using Config::kWarpQueries;
   using Config::kWarps;
-  static constexpr int kTileRows = 16;  // of a key tile
-  static constexpr int kQueries = 4 * kQuads * kWarps;
+  static constexpr int kDepth = kDepth_;
+  // Of a turn of a block over its rows, in 0.1 us on an H200, roughly (schedule.h).
+  static constexpr int kTurnTime = kTileRows > 16 ? 28 : 10;
+  static constexpr int kQueries = kWarpQueries * kWarps;
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kChunks = 2 * kDepth;  // 16-byte chunks of a row
   static constexpr int kStageBytes = kTileRows * kChunks * 16;
+  static constexpr int kTeamBytes = kStages * kStageBytes;
+  static constexpr bool kLarge = kStages * kTileRows >= 64;  // copies further ahead
   // Teams of warps, at most; a launch may have fewer. Large blocks of all head sizes over 64 have as many bytes.
-  static constexpr int kTeams = kDepth > 8 ? 64 / kDepth : kStages == 2 ? 4 : 8;
+  static constexpr int kTeams = kDepth > 8 ? 64 / kDepth : kLarge ? 8 : 4;
   static_assert(kTeams < 16, "each has a named barrier, beside the block's own");
   static constexpr int kQueryStride = kWidth + 8;  // floats from a query's sums to the next's, spread over the banks
-  static constexpr int kTeamBytes = kStages * kStageBytes;
   static_assert(kTeamBytes >= (kQueries * kQueryStride + 4) * 4, "a team's stages have room for its warps' sums");
 
   // What lies in a block's shared memory, with the stages of all teams behind it.
@@ -100,6 +117,8 @@ struct FewQueriesBlock : Config {
     SoftmaxState states[kTeams][kQueries];
     float factor[kQueries];  // from a query's products to scores
     AttendPlan plan;
+    TileRange fully_visible;  // by all queries
+    uint32_t splits;          // that have rows
     bool last;
   };
   static constexpr int kStagesAt = (sizeof(Shared) + 127) / 128 * 128;
@@ -108,14 +127,31 @@ struct FewQueriesBlock : Config {
   static constexpr int kThreads = kTeams * kWarps * 32;
   // How many blocks of so many threads a multiprocessor has registers for. From sm_100 on the compiler needs more.
   KVC_HD static constexpr int by_registers(bool from_sm_100) {
-    if (kStages == 4) return kDepth <= 8 && kQuads * kWarps == 1 && !from_sm_100 ? 2 : 1;
-    if (kQuads == 2 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
-    return kDepth > 8 || from_sm_100 || (kDepth == 4 && kQuads == 1) ? 3 : 4;
+    if (kLarge) return kDepth <= 8 && kQueries == 4 && !from_sm_100 ? 2 : 1;
+    if (kWarpQueries == 8 && (kDepth > 8 || (kDepth == 8 && from_sm_100))) return 2;
+    return kDepth > 8 || from_sm_100 || (kDepth == 4 && kWarpQueries == 4) ? 3 : 4;
   }
 
   // Where a chunk of a row lies in a stage. Rows are spread over the banks, so that eight of them are read at a time.
   KVC_HD static int place(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 16; }
 };
+
+// How many blocks share the rows of a unit in few_queries.cu, of the `splits` that a launch has for it, where its rows
+// are `turns` turns of one block. (How many rows there are only the device knows. A launch is for as many as the cache
+// has room for.) More blocks read faster, but leave more to be merged: so each takes that many turns in which reading
+// and merging take the least time together, but no more than if the cache were full, `most_each`.
+template <typename Block>
+KVC_HD uint32_t useful_splits(uint32_t turns, uint32_t splits, uint32_t most_each) {
+  constexpr uint64_t kMergeTime = kPartialFloats<Block::kWidth, Block::kQueries>;
+  constexpr uint64_t kReadTime = 1024 * Block::kTurnTime;
+  uint32_t each = 1;  // the root of turns * kMergeTime / kReadTime, rounded
+  while ((2 * each + 1) * uint64_t{2 * each + 1} * kReadTime < 4 * turns * kMergeTime) ++each;
+  if (turns <= 2) each = 2;
+  if (each > most_each) each = most_each;
+  const uint32_t least = (turns + splits - 1) / splits;
+  if (each < least) each = least;
+  return turns == 0 ? 1 : (turns + each - 1) / each;
+}
 
 // The key tiles that a team of warps takes in few_queries.cu: `first`, and every `stride`-th from there on.
 struct TileTurns {

@@ -42,15 +42,25 @@ struct Division {
   FastDivider tiles;       // query tiles of a KV head
   FastDivider heads;       // KV heads
   FastDivider group_size;  // query heads to a KV head
-  uint32_t splits;         // blocks that share the rows of a unit
+  uint32_t splits;         // blocks that share the rows of a unit, at most
+  uint32_t most_each;      // few_queries.cu: turns that each of them has, at most
 
-  static Division of(const AttendShape& shape, int64_t units, int64_t splits) {
+  static Division of(const AttendShape& shape, int64_t units, int64_t splits, int64_t most_each = 0) {
     return {FastDivider::by(static_cast<uint32_t>(units)),
             FastDivider::by(static_cast<uint32_t>(units / shape.sequence_heads())),
-            FastDivider::by(static_cast<uint32_t>(shape.kv_heads)), FastDivider::by(static_cast<uint32_t>(shape.group)),
-            static_cast<uint32_t>(splits)};
+            FastDivider::by(static_cast<uint32_t>(shape.kv_heads)),
+            FastDivider::by(static_cast<uint32_t>(shape.group)),
+            static_cast<uint32_t>(splits),
+            static_cast<uint32_t>(most_each)};
   }
 };
+
+// The same number, of which the compiler does not know that. What is computed with it is computed anew, where else it
+// would wait in registers, or be spilled, since the compiler computed the same before.
+__device__ __forceinline__ uint32_t anew(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 struct BlockUnit {
   uint32_t unit;
@@ -192,64 +202,109 @@ __device__ __forceinline__ void store_new_row(const AttendParams& p, const Block
   }
 }
 
+// Key tiles of which every query of a block sees every row; `first` and `last` of its queries.
+template <int kTileRows>
+__device__ __forceinline__ TileRange fully_visible_tiles(const AttendParams& p, const Division& division,
+                                                         const AttendPlan& plan, uint32_t first, uint32_t last) {
+  if (p.rows == 1) return {0, static_cast<uint32_t>(plan.count / kTileRows)};
+  const int64_t oldest_query = division.group_size(first);
+  const int64_t newest_query = division.group_size(last);
+  const int64_t past_oldest = plan.query_position(oldest_query) + 1;
+  if (oldest_query < plan.padding || past_oldest < plan.sinks_held) return {0, 0};
+  const int64_t begin = plan.sinks_held + imax(plan.oldest_for(newest_query) - plan.oldest, 0);
+  const int64_t end = plan.sinks_held + imax(past_oldest - plan.oldest, 0);
+  return {static_cast<uint32_t>((begin + kTileRows - 1) / kTileRows),
+          static_cast<uint32_t>(imin(plan.count, end) / kTileRows)};
+}
+
 // Advances the state of a sequence when all of its blocks have read it. One thread of each block counts it in, after a
 // barrier. The thread that was the last writes the new state later, when it no longer matters how long that takes.
 struct StateAdvance {
-  int64_t* seqlen;
-  int64_t* first;
-  Counter* arrivals;
   Counter arrived = 0;
-  SequenceState none;
-  bool exists;
-  bool counts;
 
-  __device__ __forceinline__ StateAdvance(const AttendParams& p, const BlockUnit& block)
-      : none(empty_state(p.cache.sinks)),
-        exists(block.sequence >= 0),
-        counts(exists && p.appends && p.rows == 1 && threadIdx.x == blockDim.x - 1) {
-    seqlen = p.cache.state + p.layer * p.cache.batch + imax(block.sequence, 0);
-    first = seqlen + p.cache.layers * p.cache.batch;
-    arrivals = reinterpret_cast<Counter*>(first + p.cache.layers * p.cache.batch);
+  static __device__ __forceinline__ bool counts(const AttendParams& p, const BlockUnit& block) {
+    return block.sequence >= 0 && p.appends && p.rows == 1 && threadIdx.x == blockDim.x - 1;
+  }
+  // Where the state lies: the sequence's seqlen, and so much further on `first`, and as far again the arrivals.
+  static __device__ __forceinline__ int64_t* place(const AttendParams& p, const BlockUnit& block) {
+    return p.cache.state + p.layer * p.cache.batch + block.sequence;
+  }
+  static __device__ __forceinline__ int64_t stride(const AttendParams& p) { return p.cache.layers * p.cache.batch; }
+  static __device__ __forceinline__ Counter* arrivals(const AttendParams& p, const BlockUnit& block) {
+    return reinterpret_cast<Counter*>(place(p, block) + 2 * stride(p));
   }
   // volatile keeps these loads out of the read-only cache.
-  __device__ __forceinline__ SequenceState read() const {
-    if (!exists) return none;
-    return {*const_cast<const volatile int64_t*>(seqlen), *const_cast<const volatile int64_t*>(first)};
+  static __device__ __forceinline__ SequenceState read(const AttendParams& p, const BlockUnit& block) {
+    if (block.sequence < 0) return empty_state(p.cache.sinks);
+    const volatile int64_t* const state = place(p, block);
+    return {state[0], state[stride(p)]};
   }
-  __device__ __forceinline__ void all_have_read() {
-    if (counts) arrived = arrive_relaxed(arrivals);
+  __device__ __forceinline__ void all_have_read(const AttendParams& p, const BlockUnit& block) {
+    if (counts(p, block)) arrived = arrive_relaxed(arrivals(p, block));
   }
-  __device__ __forceinline__ void finish(const Division& division, SequenceState before, int64_t appended,
-                                         int64_t ring) {
-    if (!counts || arrived + 1 != Counter{division.splits} * division.tiles.divisor * division.heads.divisor) {
-      return;
-    }
-    const SequenceState next = state_after_append(before, appended, ring);
-    *seqlen = next.seqlen;
-    *first = next.first;
-    *arrivals = 0;
+  __device__ __forceinline__ void finish(const AttendParams& p, const Division& division, const BlockUnit& block,
+                                         SequenceState before, int64_t appended) const {
+    const Counter all = Counter{division.splits} * division.tiles.divisor * division.heads.divisor;
+    if (!counts(p, block) || arrived + 1 != all) return;
+    const SequenceState next = state_after_append(before, appended, p.cache.ring.divisor);
+    place(p, block)[0] = next.seqlen;
+    place(p, block)[stride(p)] = next.first;
+    *arrivals(p, block) = 0;
   }
 };
 
+// How many of a unit's partials one block merges: all of them, or if they are much to read, groups of so many, whose
+// results another block merges then. (16 queries of 128, 33 splits: a block reads 270 KB, or two one after the other 50
+// KB each.)
+template <int kFloats>
+__device__ __forceinline__ uint32_t merged_together(uint32_t splits, uint32_t units) {
+#if defined(KVC_EMULATED)
+  constexpr uint32_t kMuch = 3 * kFloats;  // so that small tests come to it
+#else
+  constexpr uint32_t kMuch = 24 * 1024;  // floats
+#endif
+  if (splits * kFloats < kMuch) return splits;
+  uint32_t each = 2;
+  while (each * each < splits) ++each;
+  const uint32_t groups = (splits + each - 1) / each;
+  return units * (1 + groups) <= kAttendTickets ? each : splits;
+}
+
 // Ends a unit: merges the block's own partials, `own`, which lie in shared memory. With one split that is the output.
 // Else it is the split's partial and goes to the workspace; the last block of the unit to arrive merges those of all
-// splits. It copies them to `room`, shared memory for `room_floats`, at least two partials, as many at a time as fit.
-// What those come to takes the place of the last of them, and is the first of the next round.
+// `splits`, or the last of a group does, and then the last of these (merged_together). It copies them to `room`, shared
+// memory for `room_floats`, at least two partials, as many at a time as fit. What those come to takes the place of the
+// last of them, and is the first of the next round.
 // `resolve(number, d, state, sums)` may change the sums of an output before it is written. It is null if infinite sums
 // are kept, see merge_partials.
 template <int kWidth, int kQueries, typename Resolve>
 __device__ __forceinline__ void finish_unit(const AttendParams& p, const Division& division, const BlockUnit& block,
-                                            uint32_t first_query, uint32_t queries, const Partials& own,
-                                            bool& shared_last, float* room, uint32_t room_floats,
+                                            uint32_t splits, uint32_t first_query, uint32_t queries,
+                                            const Partials& own, bool& shared_last, float* room, uint32_t room_floats,
                                             const Resolve& resolve) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
   float* const of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
   const uint32_t fit = room_floats / kFloats;
-  const bool whole = division.splits == 1;
+  const uint32_t units = division.units.divisor;
+  const uint32_t each = kQueries > 1 ? merged_together<kFloats>(splits, units) : splits;
+  const auto groups = [&] { return (splits + each - 1) / each; };
+  // The partials to be merged: `count` of them, every `stride`-th from number `base` on; those before the `first` of
+  // them have been.
+  bool of_groups = each == splits;  // the partials are the groups'
+  const auto base = [&] { return of_groups ? 0 : block.split - block.split % each; };
+  const auto count = [&] {
+    const uint32_t rest = splits - base();
+    return each == splits ? splits : of_groups ? groups() : rest < each ? rest : each;
+  };
+  const auto place = [&](uint32_t number) {
+    return of_unit + (base() + (of_groups && each < splits ? each : 1) * number) * kFloats;
+  };
+  uint32_t first = 0;
+  bool arrives = true;  // one of them is this block's
   Partials partials = own;
-  float* merged = whole ? nullptr : of_unit + block.split * kFloats;  // where they go; null: they are the output
+  float* merged = splits == 1 ? nullptr : of_unit + block.split * kFloats;  // where they go; null: they are the output
 #pragma unroll 1
-  for (uint32_t first = 0;;) {
+  for (;;) {
     merge_partials<kWidth, std::is_null_pointer_v<Resolve>>(
         partials, queries, static_cast<uint32_t>(p.cache.head_dim),
         [&](uint32_t m, uint32_t d, SoftmaxState state, Vec<float, 4>& sums) {
@@ -261,29 +316,44 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
           store<float, 4>(merged + m * kWidth + d, sums);
           if (d == 0) store<float, 2>(merged + kQueries * kWidth + 2 * m, {state.max, state.sum});
         });
-    if (merged == nullptr) break;
+    if (merged == nullptr) return;
     __syncthreads();
-    if (first == 0) {
+    if (arrives) {
       if (threadIdx.x == 0) {
-        shared_last = arrive_release(p.tickets + block.unit) + 1 == division.splits;
-        if (shared_last) acquire_fence();
+        uint32_t* const ticket =
+            p.tickets + (of_groups ? block.unit : units + block.unit * groups() + block.split / each);
+        shared_last = arrive_release(ticket) + 1 == count();
+        if (shared_last) {
+          acquire_fence();
+          *ticket = 0;
+        }
       }
       __syncthreads();
       if (!shared_last) return;
+      arrives = false;
     }
-    const float* from = of_unit + first * kFloats;
-    const uint32_t rest = division.splits - first;
-    const uint32_t count = rest < fit ? rest : fit;
+    const uint32_t now = count() - first < fit ? count() - first : fit;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x * 4; i < count * kFloats; i += blockDim.x * 4) copy_async(room + i, from + i, true);
+    for (uint32_t i = threadIdx.x * 4; i < now * kFloats; i += blockDim.x * 4) {
+      const uint32_t number = i / kFloats;
+      copy_async(room + i, place(first + number) + (i - number * kFloats), true);
+    }
     end_copy_group();
     wait_for_copies<0>();
     __syncthreads();
-    partials = {room + kQueries * kWidth, room, kFloats, kFloats, kWidth, count};
-    first += count - 1;
-    merged = first + 1 == division.splits ? nullptr : of_unit + first * kFloats;
+    partials = {room + kQueries * kWidth, room, kFloats, kFloats, kWidth, now};
+    first += now - 1;
+    if (first + 1 < count()) {
+      merged = place(first);
+    } else if (of_groups) {
+      merged = nullptr;
+    } else {  // of the groups' results one is this block's now
+      merged = place(0);
+      of_groups = true;
+      first = 0;
+      arrives = true;
+    }
   }
-  if (division.splits > 1 && threadIdx.x == 0) p.tickets[block.unit] = 0;
 }
 
 }  // namespace kvc

@@ -2,19 +2,14 @@
 // values as they lie in the cache, in FP32; and, in the same launch, the append of one new position.
 //
 // Grid: `splits` blocks for each unit, which is up to kQueries of the queries that share a KV head of an entry (a
-// group's heads times T). The splits take turns at key tiles of 16 of the rows that the queries see (visibility.h); how
-// many those are only the device knows. A team of warps copies its key tiles into stages in shared memory, some ahead
-// of the one that it works on. Each of its warps has 4 * kQuads queries and multiplies them with the tile on tensor
-// cores, so a row is read once for all of the block's queries. Each keeps a running maximum, sum and weighted sum
-// (online softmax: Milakov and Gimelshein, 2018). Teams, then splits are merged in a fixed order (flash decoding: Dao
-// et al., 2023), the splits by the block of the unit that arrives last. One query to a KV head is served by
-// one_query.cu.
-//
-// Tensor cores take FP16; queries and weights are FP32. So each is two columns of the operand: a high part, and what it
-// lacks times 2^11. The products of both are added. Queries are first scaled by a power of two, so that the low part is
-// no subnormal; weights, at most 1, by 2^14. Both keep 22 bits (fewer for an element that is 2^28 times smaller than
-// its query's largest). A tensor core truncates as it adds, so no sum stays in one for longer than a tile: the sums of
-// tiles are added to registers in FP32.
+// group's heads times T). The splits take turns at tiles of 16 or 32 of the rows that the queries see (visibility.h).
+// How many those are only the device knows: where they are too few for all splits, some of these end at once
+// (useful_splits). A team of warps copies its key tiles into stages in shared memory, some ahead of the one that it
+// works on. Each of its warps has four or eight of the queries and multiplies them with the tile on tensor cores
+// (few_queries_products.cuh), so a row is read once for all of the block's queries. Each query has a running maximum,
+// sum and weighted sum (online softmax: Milakov and Gimelshein, 2018). Teams, then splits are merged in a fixed order
+// (flash decoding: Dao et al., 2023), the splits by the block of the unit that arrives last (finish_unit). One query to
+// a KV head is served by one_query.cu.
 //
 // Short launches are latency-bound, by dependent loads and by instruction-cache misses. So little code is executed, and
 // none is inlined twice (docs/performance.md). Launches overlap (pdl.cuh); where the previous one is known not to touch
@@ -22,27 +17,14 @@
 //
 // With `appends`, rows past the cached ones come from the call's own keys and values, rounded to FP16 on the way. So
 // the output is bit for bit that of attending after the append. For T = 1 one block of each head also stores the new
-// row (store_new_row). Whichever block arrives last of its
-// sequence advances the state, as all have read it by then. For T > 1 the caller appends afterwards.
-//
-// This file is longer than others, as the kernel stays one function. As a struct with a method for each phase, the
-// instance of 16 queries of 128 spilled registers, and the others for head sizes over 64 needed up to 11 more of them,
-// on sm_80 and sm_90a.
+// row (store_new_row), and the block of a sequence that arrives last advances the state, as all have read it by then.
+// For T > 1 the caller appends afterwards.
 #include "../launch.h"
 #include "common.cuh"
-#include "non_finite.cuh"
+#include "few_queries_products.cuh"
 
 namespace kvc {
 namespace {
-
-constexpr float kLowPart = 1.0f / 2048;  // what a low part counts for
-constexpr float kLog2WeightScale = 14;
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kFromSm100 = true;
-#else
-constexpr bool kFromSm100 = false;
-#endif
 
 // Set for compute-sanitizer's racecheck, which treats a named barrier as block-wide. It reports false races unless all
 // warps pass the same number of them (docs/reliability.md).
@@ -52,39 +34,14 @@ constexpr bool kEqualBarriers = true;
 constexpr bool kEqualBarriers = false;
 #endif
 
-// Two halves of a register: the high part of x, and what it lacks times 2^11. The high part is 0 for 0 alone, as that
-// times an infinite key is NaN.
-__device__ __forceinline__ uint32_t high_and_low(float x) {
-  uint16_t high = float_to_half(x);
-  if (x != 0.0f && (high & 0x7fffu) == 0) high |= 1;
-  const uint16_t low = float_to_half((x - half_to_float(high)) * 2048.0f);
-  return high | static_cast<uint32_t>(low) << 16;
-}
-
-// Both parts of a weight. Neither is negative, and a positive weight's low part is never 0. So an infinite value stays
-// infinite in both products. (Below 2^-38 of the largest weight the high part is 0. An infinite value then gives NaN at
-// first: non_finite.cuh.)
-__device__ __forceinline__ uint32_t weight_parts(float x) {
-  const uint16_t high = float_to_half_down(x);
-  uint32_t low = float_to_half((x - half_to_float(high)) * 2048.0f);
-  if (low == 0 && x > 0) low = 1;
-  return high | low << 16;
-}
-
-// What both parts' products come to. An infinite one stays that: the low part's may be of other sign.
-__device__ __forceinline__ float whole_score(float high, float low) {
-  return (float_bits(high) & 0x7fffffffu) == kFloatInfBits ? high : fmaf(low, kLowPart, high);
-}
-
 // Copies a tile's keys or values where they do not simply follow each other in the cache: rows that wrap, new rows (if
 // they can be read by now), zeros after the last row and after head_dim. `plan` lies in shared memory.
 // A function of its own, so that it costs the usual tile nothing but a call's registers.
-template <int kDepth, int kWarps>
+template <int kDepth, int kWarps, int kTileRows>
 __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const uint16_t* cached, int64_t row_elements,
                                             int head_dim, int64_t row0, char* at, const NewRows rows,
                                             bool with_new_rows) {
-  using Block = FewQueriesBlock<kDepth, FourQueriesLarge>;  // whose stages lie as those of all others
-  constexpr int kTileRows = Block::kTileRows;
+  using Block = FewQueriesBlock<kDepth, FourQueriesLarge>;  // whose rows lie as those of all others
   const AttendPlan& plan = *shared_plan;
   constexpr int kLanes = 32 * kWarps;  // of the warps that share the tile
   const int lane = static_cast<int>(threadIdx.x % kLanes);
@@ -127,7 +84,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     few_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
   using Block = FewQueriesBlock<kDepth, Config>;
   constexpr int kTileRows = Block::kTileRows;
-  constexpr int kQuads = Block::kQuads;
+  using Products = std::conditional_t<Block::kQueriesAsRows, QueriesAsRows<Block>, KeysAsRows<Block>>;
   constexpr int kWarps = Block::kWarps;
   constexpr int kStages = Block::kStages;
   constexpr int kQueries = Block::kQueries;
@@ -140,16 +97,17 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
-  const int member = warp % kWarps;  // of its team
   const int team = warp / kWarps;
   const int teams = warps / kWarps;
   constexpr int kCopiers = 32 * kWarps;
   const int copier = static_cast<int>(threadIdx.x % kCopiers);
   const int head_dim = static_cast<int>(p.cache.head_dim);
   const uint32_t first_query = block.tile * kQueries;
-  const uint32_t all_queries = division.group_size.divisor * static_cast<uint32_t>(p.rows);
-  const uint32_t queries =
-      all_queries - first_query < kQueries ? all_queries - first_query : kQueries;  // of this block
+  const auto queries_from = [&](uint32_t first) {  // of a block whose first query that is
+    const uint32_t rest = division.group_size.divisor * static_cast<uint32_t>(p.rows) - first;
+    return rest < kQueries ? rest : kQueries;
+  };
+  const uint32_t queries = queries_from(first_query);
   const bool stores = p.appends && p.rows == 1 && block.sequence >= 0;
 
   const int64_t row_elements = p.cache.heads * head_dim;
@@ -160,10 +118,11 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
 
   // Copying the team's key tiles: first a tile's keys, then its values.
   const AttendPlan& plan = shared.plan;
-  const TileTurns turns = TileTurns::of(block.split, division.splits, team, teams);
-  uint32_t tiles = 0;             // of all rows
-  uint32_t copied = turns.first;  // the one whose turn it is
-  int64_t copied_offset = -1;     // of this thread's first chunk in that tile, if the tile's slots follow each other
+  // From shared memory each time: it would take registers.
+  const auto turns = [&] { return TileTurns::of(block.split, shared.splits, team, teams); };
+  uint32_t tiles = 0;          // of all rows
+  uint32_t copied = 0;         // the one whose turn it is
+  int64_t copied_offset = -1;  // of this thread's first chunk in that tile, if the tile's slots follow each other
   const auto copy_to_stage = [&](bool of_values, char* at, bool with_new_rows) {
     if (copied < tiles) {
       const int64_t row0 = static_cast<int64_t>(copied) * kTileRows;
@@ -191,10 +150,10 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       } else {
         const NewRows rows(p.append, of_values ? p.append.value : p.append.key, block);
         const uint16_t* cached = of_values ? values : keys;
-        copy_scattered<kDepth, kWarps>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
+        copy_scattered<kDepth, kWarps, kTileRows>(&plan, cached, row_elements, head_dim, row0, at, rows, with_new_rows);
       }
     }
-    if (of_values) copied += turns.stride;
+    if (of_values) copied += turns().stride;
     end_copy_group();
   };
 
@@ -213,13 +172,19 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   // The previous launch may write the state, the queries and the new rows. Where it does not touch this layer
   // (`may_read_before_wait`), the first rows are asked for before the wait. One pass of the loop asks for rows, the
   // other waits. (A loop, so that the code is there once: a launch this short also waits for its instructions.)
-  StateAdvance advance(p, block);
+  StateAdvance advance;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     if ((pass == 0) == p.may_read_before_wait) {
-      if (threadIdx.x == 0) shared.plan = AttendPlan::make(p, block.entry, advance.read());
+      if (threadIdx.x == 0) {
+        shared.plan = AttendPlan::make(p, block.entry, StateAdvance::read(p, block));
+        const uint32_t rows_of_turn = static_cast<uint32_t>(teams * kTileRows);
+        shared.splits = useful_splits<Block>((static_cast<uint32_t>(plan.count) + rows_of_turn - 1) / rows_of_turn,
+                                             division.splits, division.most_each);
+      }
       __syncthreads();
-      tiles = static_cast<uint32_t>((plan.count + kTileRows - 1) / kTileRows);
+      tiles = block.split < shared.splits ? static_cast<uint32_t>((plan.count + kTileRows - 1) / kTileRows) : 0;
+      copied = turns().first;
 #pragma unroll 1
       for (int stage = 0; stage < kStages; ++stage) {
         copy_to_stage(stage % 2 == 1, stages + stage * Block::kStageBytes, !p.may_read_before_wait);
@@ -230,7 +195,11 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       load_query(warp);  // before rows are asked for, behind which it would wait
     }
   }
-  advance.all_have_read();
+  advance.all_have_read(p, block);
+  if (block.split >= shared.splits) {  // the others have all the rows
+    advance.finish(p, division, block, {plan.seqlen, plan.first}, plan.total - plan.seqlen);
+    return;
+  }
   if (stores && plan.total > plan.seqlen) {
     if (block.split == 0 && block.tile == 0) {
       const int64_t offset = plan.slot(plan.count - 1) * row_elements;
@@ -238,8 +207,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     }
     // If its tile was copied before the wait, the new row is not in it yet.
     const uint32_t tile = static_cast<uint32_t>(plan.cached / kTileRows);
-    const uint32_t turn = (tile - turns.first) / turns.stride;
-    if (p.may_read_before_wait && tile >= turns.first && (tile - turns.first) % turns.stride == 0 &&
+    const uint32_t turn = (tile - turns().first) / turns().stride;
+    if (p.may_read_before_wait && tile >= turns().first && (tile - turns().first) % turns().stride == 0 &&
         turn < kStages / 2) {
 #pragma unroll 1
       for (int chunk = copier; chunk < 2 * kChunks; chunk += kCopiers) {
@@ -256,7 +225,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     }
   }
 
-  // The queries as an operand, in the order in which lanes hold it: two columns for each. A query's largest magnitude
+  // The queries as an operand, in the order in which lanes hold it. A query's largest magnitude
   // becomes one from 2^13 to 2^14.
 #pragma unroll 1
   for (int m = warp; m < kQueries; m += warps) {
@@ -276,55 +245,17 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       const uint32_t a = high_and_low(x[2 * i] * up);
       const uint32_t b = high_and_low(x[2 * i + 1] * up);
       const int pair = lane * (kOfLane / 2) + i;
-      uint32_t* to = shared.operand + (m / 4 * kDepth + pair / 8) * 64 + (m % 4 * 8 + pair % 4) * 2 + pair / 4 % 2;
-      to[0] = (a & 0xffff) | b << 16;
-      to[8] = a >> 16 | (b & 0xffff0000u);
+      Products::store_query_pair(shared.operand, m, pair, a, b);
     }
     // From a product to a score in powers of two.
     if (lane == 0) shared.factor[m] = exact_power_of_two(-shift) * (p.softcap > 0 ? p.scale : p.scale * kLog2e);
   }
+  if (threadIdx.x == 0) {
+    shared.fully_visible = fully_visible_tiles<kTileRows>(p, division, plan, first_query, first_query + queries - 1);
+  }
   __syncthreads();
 
-  // Operand: a lane holds column lane / 4. Product: it holds the columns of query lane % 4 in each quad of the warp's
-  // queries.
-  const uint32_t mine = member * 4 * kQuads + lane % 4;
-  const auto query_part = [&](int n, int k) {
-    const Vec<uint32_t, 2> pair =
-        load<uint32_t, 2>(shared.operand + ((member * kQuads + n) * kDepth + k) * 64 + lane * 2);
-    return FragmentB{{pair.x[0], pair.x[1]}};
-  };
-  constexpr bool kInRegisters = kQuads * kDepth <= 8 && !(kFromSm100 && kWarps > 1);
-  FragmentB q[kInRegisters ? kQuads : 1][kInRegisters ? kDepth : 1];
-  if constexpr (kInRegisters) {
-#pragma unroll
-    for (int n = 0; n < kQuads; ++n) {
-#pragma unroll
-      for (int k = 0; k < kDepth; ++k) q[n][k] = query_part(n, k);
-    }
-  }
-  // Key tiles of which every query of this block sees every row.
-  uint32_t fully_visible_begin = 0;
-  uint32_t fully_visible_end = static_cast<uint32_t>(plan.count / kTileRows);
-  if (p.rows > 1) {
-    const int64_t oldest_query = division.group_size(first_query);
-    const int64_t newest_query = division.group_size(first_query + queries - 1);
-    const int64_t past_oldest = plan.query_position(oldest_query) + 1;
-    const int64_t begin = plan.sinks_held + imax(plan.oldest_for(newest_query) - plan.oldest, 0);
-    const int64_t end = plan.sinks_held + imax(past_oldest - plan.oldest, 0);
-    fully_visible_begin = static_cast<uint32_t>((begin + kTileRows - 1) / kTileRows);
-    fully_visible_end = static_cast<uint32_t>(imin(plan.count, end) / kTileRows);
-    if (oldest_query < plan.padding || past_oldest < plan.sinks_held) fully_visible_end = 0;
-  }
-
-  SoftmaxState states[kQuads];
-  float acc[kQuads][kDepth][2];  // elements 16 k + lane / 4 and eight on of query lane % 4
-#pragma unroll
-  for (int n = 0; n < kQuads; ++n) {
-    states[n] = {kLeastScore, 0.0f};  // the sum is this lane's rows' alone
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) acc[n][k][0] = acc[n][k][1] = 0.0f;
-  }
-
+  Products products(shared.operand);
   uint32_t barriers = 0;  // passed
   const auto sync_team = [&] {
     sync_warps<kWarps>();
@@ -333,61 +264,24 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   uint32_t stage = 0;  // that is worked on next
   const auto next_stage = [&] { stage = stage + 1 == kStages ? 0 : stage + 1; };
 #pragma unroll 1
-  for (uint32_t tile = turns.first; tile < tiles; tile += turns.stride) {
+  for (uint32_t tile = turns().first; tile < tiles; tile += turns().stride) {
     char* tile_keys = stages + stage * Block::kStageBytes;
     wait_for_copies<kStages - 1>();
     sync_team();
 
-    // Products of keys (rows) and the two parts of the queries (columns). Two sums, so that one product need not wait
-    // for the other; with many queries their own sums suffice.
-    constexpr int kSums = kQuads * kWarps < 4 ? 2 : 1;
-    FragmentC products[kQuads][kSums] = {};
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      const FragmentA keys_part = load_matrices(tile_keys + Block::place(lane % 16, 2 * k + lane / 16));
-#pragma unroll
-      for (int n = 0; n < kQuads; ++n) {
-        if constexpr (kInRegisters) {
-          multiply_add(products[n][k % kSums], keys_part, q[n][k]);
-        } else {
-          multiply_add(products[n][k % kSums], keys_part, query_part(n, k));
-        }
-      }
-    }
+    typename Products::Products of_keys = {};
+    products.multiply_keys(of_keys, shared.operand, tile_keys);
     sync_team();
     copy_to_stage(kStages % 2 == 1, tile_keys, true);
     next_stage();
-    // Scores of rows lane / 4 and eight on; then weights.
     const int64_t row0 = static_cast<int64_t>(tile) * kTileRows;
-    const bool clear = tile >= fully_visible_begin && tile < fully_visible_end;
-    const auto sees = [&](int n, int64_t row) {
-      const uint32_t m = n * 4 + mine < queries ? n * 4 + mine : 0;
+    const bool clear = tile >= shared.fully_visible.begin && tile < shared.fully_visible.end;
+    const auto sees = [&](uint32_t m, int64_t row) {
+      if (m >= queries) m = 0;
       return row < plan.count && (p.rows == 1 || plan.sees(division.group_size(first_query + m), row));
     };
-    FragmentB weights[kQuads];
-    float rescale[kQuads];
-#pragma unroll
-    for (int n = 0; n < kQuads; ++n) {
-      float score[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        score[h] = whole_score(products[n][0].x[2 * h] + (kSums > 1 ? products[n][kSums - 1].x[2 * h] : 0.0f),
-                               products[n][0].x[2 * h + 1] + (kSums > 1 ? products[n][kSums - 1].x[2 * h + 1] : 0.0f)) *
-                   shared.factor[n * 4 + mine];
-        if (p.softcap > 0) score[h] = capped(score[h], p.softcap);
-        if (!clear && !sees(n, row0 + lane / 4 + 8 * h)) score[h] = minus_infinity();
-      }
-      float max = fmaxf(states[n].max, fmaxf(score[0], score[1]));
-#pragma unroll
-      for (int distance = 4; distance < 32; distance *= 2) {
-        max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, distance));
-      }
-      rescale[n] = power_of_two(states[n].max - max);
-      const float weight[2] = {power_of_two(score[0] - max + kLog2WeightScale),
-                               power_of_two(score[1] - max + kLog2WeightScale)};
-      states[n] = {max, fmaf(states[n].sum, rescale[n], weight[0] + weight[1])};
-      weights[n] = {transposed(weight_parts(weight[0])), transposed(weight_parts(weight[1]))};
-    }
+    typename Products::Weights weights;
+    products.weigh(p, shared.factor, of_keys, row0, clear, sees, weights);
     char* tile_values = stages + stage * Block::kStageBytes;
     wait_for_copies<kStages - 1>();
     sync_team();
@@ -400,19 +294,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
         non_finite = non_finite || !is_finite_half(reinterpret_cast<const uint16_t*>(tile_values)[i]);
       }
       if (__any_sync(kAllLanes, non_finite)) {
-#pragma unroll
-        for (int n = 0; n < kQuads; ++n) {
-#pragma unroll 1
-          for (int row = 0; row < kTileRows; ++row) {
-            if (!sees(n, row0 + row)) continue;
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; ++chunk) {
-              const uint16_t bits = reinterpret_cast<const uint16_t*>(tile_values + Block::place(row, chunk))[lane / 4];
-              // (With the bit an infinity is NaN, too. A plain NaN here makes other instances spill registers.)
-              if (!is_finite_half(bits)) acc[n][chunk / 2][chunk % 2] += half_to_float(bits | kHalfQuietBit);
-            }
-          }
-        }
+        products.add_non_finite(tile_values, row0, sees);
         sync_team();
 #pragma unroll 1
         for (int i = copier; i < kTileRows * kWidth; i += kCopiers) {
@@ -422,54 +304,30 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
         sync_team();
       }
     }
-    // Products of values (their elements as rows) and the two parts of the weights.
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      const FragmentA values_part =
-          load_matrices_transposed(tile_values + Block::place(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-#pragma unroll
-      for (int n = 0; n < kQuads; ++n) {
-        FragmentC sums = {};
-        multiply_add(sums, values_part, weights[n]);
-        acc[n][k][0] = fmaf(acc[n][k][0], rescale[n], fmaf(sums.x[1], kLowPart, sums.x[0]));
-        acc[n][k][1] = fmaf(acc[n][k][1], rescale[n], fmaf(sums.x[3], kLowPart, sums.x[2]));
-      }
-    }
+    products.multiply_values(weights, tile_values);
     sync_team();
     copy_to_stage(kStages % 2 == 0, tile_values, true);
     next_stage();
   }
   if (kEqualBarriers && kWarps > 1) {
     const uint32_t begin = block.split * teams;  // the first team's first tile: it has the most
-    const uint32_t most_tiles = tiles > begin ? (tiles - begin + turns.stride - 1) / turns.stride : 0;
+    const uint32_t most_tiles = tiles > begin ? (tiles - begin + turns().stride - 1) / turns().stride : 0;
     while (barriers < 6 * most_tiles) sync_team();
   }
 
   // Each warp leaves its sums in its team's stages, which are empty now.
   float* sums = reinterpret_cast<float*>(stages) + 4 * team;  // 4: the teams' sums lie in different banks
-#pragma unroll
-  for (int n = 0; n < kQuads; ++n) {
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
-      states[n].sum += __shfl_xor_sync(kAllLanes, states[n].sum, distance);
-    }
-    if (lane < 4) shared.states[team][n * 4 + mine] = {states[n].max - kLog2WeightScale, states[n].sum};
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) sums[(n * 4 + mine) * Block::kQueryStride + 16 * k + 8 * h + lane / 4] = acc[n][k][h];
-    }
-  }
-  advance.finish(division, {plan.seqlen, plan.first}, plan.total - plan.seqlen, p.cache.ring.divisor);
+  products.leave(shared.states[team], sums);
+  // The block's place is found once more, so that it need not be kept for this.
+  const BlockUnit place = BlockUnit::of(p, division, anew(blockIdx.x));
+  advance.finish(p, division, place, {plan.seqlen, plan.first}, plan.total - plan.seqlen);
   __syncthreads();
-  const Partials partials{&shared.states[0][0].max,
-                          reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
-                          2 * kQueries,
-                          Block::kTeamBytes / 4 + 4,
-                          Block::kQueryStride,
-                          static_cast<uint32_t>(teams)};
-  finish_unit<kWidth, kQueries>(p, division, block, first_query, queries, partials, shared.last,
-                                reinterpret_cast<float*>(shared_bytes + Block::kStagesAt),
+  float* const room = reinterpret_cast<float*>(shared_bytes + Block::kStagesAt);
+  const Partials partials{
+      &shared.states[0][0].max,    room, 2 * kQueries, Block::kTeamBytes / 4 + 4, Block::kQueryStride,
+      static_cast<uint32_t>(teams)};
+  finish_unit<kWidth, kQueries>(p, division, place, shared.splits, place.tile * kQueries,
+                                queries_from(place.tile * kQueries), partials, shared.last, room,
                                 static_cast<uint32_t>(teams * (Block::kTeamBytes / 4)),
                                 ResolveNonFinite{p, division, shared.plan});
 }
@@ -483,7 +341,8 @@ cudaError_t launch_config(const AttendParams& p, const AttendShape& shape, const
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(gpu.shared_bytes));
   if (error != cudaSuccess) return error;
   PdlLaunch launch(schedule.blocks, schedule.threads, schedule.shared_bytes, stream, gpu.major);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, Division::of(shape, schedule.units, schedule.splits));
+  return cudaLaunchKernelEx(&launch.config, kernel, p,
+                            Division::of(shape, schedule.units, schedule.splits, schedule.most_each));
 }
 
 template <int kDepth>

@@ -156,13 +156,6 @@ struct KeyTiles {
   }
 };
 
-// The same number, of which the compiler does not know that. What is computed with it is computed anew, where else it
-// would wait in registers, or be spilled, since the compiler computed the same before.
-__device__ __forceinline__ uint32_t anew(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // Copies the rows [row0, end) of a head's keys or values to a tile, and zeros to what is left of it. `cached`: the
 // first column wanted of the head's first row; `chunks_held`: from there to the end of head_dim. `thread`: of kThreads.
 template <int kRows, int kChunks, int kThreads, typename Place>

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
   const int64_t lane_offset = head_offset + chunk * 8;
   const uint16_t* keys = p.cache.k_cache + lane_offset;
   const uint16_t* values = p.cache.v_cache + lane_offset;
-  StateAdvance advance(p, block);
+  StateAdvance advance;
   const int32_t stride = static_cast<int32_t>(division.splits) * warps * kStep;
   int32_t row = (static_cast<int32_t>(block.split) * warps + warp) * kStep + lane / kLanes;  // this lane's first
   DecodePlan plan;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
     if ((turn == 0) == p.may_read_before_wait) {
-      plan = DecodePlan::make(p, block.entry, advance.read());
+      plan = DecodePlan::make(p, block.entry, StateAdvance::read(p, block));
       load_rows(keys, row, k);
       load_rows(values, row, v);
       continue;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
     }
   }
   __syncthreads();  // the new row is there, and all have read the state
-  advance.all_have_read();
+  advance.all_have_read(p, block);
 #pragma unroll
   for (int i = 0; i < 8; ++i) q[i] *= p.softcap > 0 ? p.scale : p.scale * kLog2e;
 
@@ -178,10 +178,15 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
     store<float, 4>(sums + (warp * kRows + part) * Block::kSumsStride + chunk * 8 + i,
                     {acc[i], acc[i + 1], acc[i + 2], acc[i + 3]});
   }
-  advance.finish(division, plan.state, plan.appended, p.cache.ring.divisor);
+  advance.finish(p, division, block, plan.state, plan.appended);
+  // Of the splits, as many have rows. (At least one, as somebody has to write the answer.)
+  const uint32_t turn = static_cast<uint32_t>(warps * kStep);
+  const uint32_t turns = plan.count > 0 ? (static_cast<uint32_t>(plan.count) + turn - 1) / turn : 1;
+  const uint32_t splits = turns < division.splits ? turns : division.splits;
+  if (block.split >= splits) return;
   __syncthreads();
   const Partials partials{&shared.states[0].max, sums, 2, Block::kSumsStride, 0, static_cast<uint32_t>(warps * kRows)};
-  finish_unit<Block::kWidth, 1>(p, division, block, 0, 1, partials, shared.last, sums,
+  finish_unit<Block::kWidth, 1>(p, division, block, splits, 0, 1, partials, shared.last, sums,
                                 static_cast<uint32_t>(warps * kRows * Block::kSumsStride), nullptr);
 }
 

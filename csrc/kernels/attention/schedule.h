@@ -190,11 +190,6 @@ Schedule schedule_one_query(const AttendShape& shape, const Gpu& gpu) {
 
 // few_queries.cu ----------------------------------------------------------------------------------------------------
 
-// Time of a turn (Candidate::quickest), in 0.1 us: blocks of 16 queries read a row half as often as those of 8, for 1.6
-// times the work.
-constexpr int64_t kTurnTime = 10;
-constexpr int64_t kSixteenQueriesTurnTime = 16;
-
 // Small blocks have to fill so much more of the GPU than large ones that all run at once.
 constexpr double kFewQueriesGain = 0.2;
 // Blocks of half as many teams have to fill so much more of it than small ones. (At 4,096 positions 96 sequences of 64
@@ -213,7 +208,8 @@ inline int64_t shared_for_a_share(int64_t bytes, int64_t blocks, const Gpu& gpu)
 
 struct FewQueriesSchedule : Schedule {
   FewQueriesConfig which;
-  int teams;  // of warps, in a block
+  int teams;          // of warps, in a block
+  int64_t most_each;  // turns of a block, in a full cache
 };
 
 // Blocks of few_queries.cu of one configuration and so many teams of warps, or fewer, if a block's shared memory has
@@ -241,7 +237,10 @@ struct FewQueriesCandidate : Candidate {
     const int64_t blocks = units * splits;
     const int64_t bytes = shared_for_a_share(Block::bytes(teams), blocks, gpu);
     const int64_t threads = teams * Block::kWarps * 32;
-    return {{"few_queries", Block::kName, units, splits, blocks, threads, bytes}, Block::kConfig, teams};
+    return {{"few_queries", Block::kName, units, splits, blocks, threads, bytes},
+            Block::kConfig,
+            teams,
+            blocks_for(turns, splits)};
   }
 };
 
@@ -252,7 +251,7 @@ FewQueriesSchedule schedule_large_or_small(const AttendShape& shape, const Gpu& 
   const int64_t positions = shape.positions;
   const FewQueriesCandidate<Large> large(shape, gpu, Large::kTeams);
   const FewQueriesCandidate<Small> small(shape, gpu, Small::kTeams);
-  const int64_t splits = large.quickest(kTurnTime).splits;
+  const int64_t splits = large.quickest(Large::kTurnTime).splits;
   // Where large blocks do not all run at once, it is enough that small ones do not fill the GPU worse: at different
   // stages of their work, they wait for memory at different times. With many units not even that is asked for, up to
   // caches so long that more stages pay.
@@ -280,8 +279,8 @@ FewQueriesSchedule schedule_few_queries(const AttendShape& shape, const Gpu& gpu
       // Where blocks of 16 are few, what they leave to be merged is the larger part of the time.
       const FewQueriesCandidate<Sixteen> large(shape, gpu, Sixteen::kTeams);
       const FewQueriesCandidate<Eight> of_8(shape, gpu, Eight::kTeams);
-      const Candidate::Quickest choice = large.quickest(kSixteenQueriesTurnTime);
-      if (choice.time <= of_8.quickest(kTurnTime).time) {
+      const Candidate::Quickest choice = large.quickest(Sixteen::kTurnTime);
+      if (choice.time <= of_8.quickest(Eight::kTurnTime).time) {
         const FewQueriesCandidate<Sixteen> small(shape, gpu, Sixteen::kTeams / 2);
         const bool smaller = large.all_run()
                                  ? worth_splitting(small, large, choice.splits, shape.positions, kFewQueriesGain)
