@@ -199,6 +199,94 @@ def draw_generate(results: Path, folder: Path = IMAGES) -> Path | None:
     return _save(figure, folder / f"generate-{results.stem}.svg")
 
 
+# What is held against the best other in draw_ratios: groups of bars, and the measurements of each by what stands below.
+RATIOS = {
+    "decode attention, a layer": {
+        shape: {
+            f"{positions // 1024}k": f"attention/{name}/{positions}" for positions in (1_024, 4_096, 16_384, 65_536)
+        }
+        for shape, name in (
+            ("32 heads", "mha32"),
+            ("32 on 8", "gqa32x8"),
+            ("64 on 8", "gqa64x8"),
+            ("28 on 4", "gqa28x4"),
+            ("64 on 4", "gqa64x4"),
+        )
+    },
+    "prompts, a layer": {
+        words: {f"{tokens // 1024}k": f"prompt/mha32/{tokens}x{tokens}/{kind}" for tokens in (2_048, 4_096, 16_384)}
+        for words, kind in (("FP32", "fp32"), ("BF16", "bf16"))
+    },
+    "decoding, a whole model": {
+        "7B FP16": {"1k": "generate/7b/fp16/1024", "16k": "generate/7b/fp16/16384", "64k": "generate/7b/fp16/65536"},
+        "7B FP32": {"4k": "generate/7b/fp32/4096", "64k": "generate/7b/fp32/65536"},
+        "8B FP16": {"8k": "generate/8b/fp16/8192", "32k": "generate/8b/fp16/32768", "128k": "generate/8b/fp16/131072"},
+        "8B BF16": {"8k": "generate/8b/bf16/8192", "32k": "generate/8b/bf16/32768", "128k": "generate/8b/bf16/131072"},
+    },
+}
+
+
+def times_better(entry: dict[str, Any]) -> float | None:
+    """How many times better than the best of the others; 1 is level."""
+    if not entry["peers"]:
+        return None
+    if entry["unit"] in ("us", "ms", "s", "GB"):
+        return float(min(entry["peers"].values()) / entry["value"])
+    return float(entry["value"] / max(entry["peers"].values()))
+
+
+def _draw_ratio_bars(axes: Any, groups: dict[str, dict[str, float]]) -> None:
+    at = 0
+    ticks: dict[int, str] = {}
+    for group, bars in groups.items():
+        for i, (label, ratio) in enumerate(bars.items(), start=at):
+            axes.bar(i, ratio - 1, bottom=1, color=OURS if ratio >= 1 else TORCH, width=0.8)
+            words = f"{ratio:.2f}" if ratio < 2 else f"{ratio:.2g}"
+            axes.text(i, max(ratio, 1) * 1.04, words, ha="center", va="bottom", fontsize=6.5)
+            ticks[i] = label
+        middle = at + (len(bars) - 1) / 2
+        axes.text(middle, -0.13, group, ha="center", va="top", fontsize=8, transform=axes.get_xaxis_transform())
+        at += len(bars) + 1
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+    axes.tick_params(length=0)
+    axes.axhline(1, color=LIMIT, linewidth=1)
+    axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.grid(False, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def draw_ratios(results: Path, folder: Path = IMAGES) -> Path | None:
+    """How many times as fast as the best other, by shape and length: a panel for each of RATIOS."""
+    device, entries = load(results)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for title, groups in RATIOS.items():
+        for group, names in groups.items():
+            bars = {label: times_better(entries[name]) for label, name in names.items() if name in entries}
+            known = {label: ratio for label, ratio in bars.items() if ratio is not None}
+            if known:
+                found.setdefault(title, {})[group] = known
+    if not found:
+        return None
+    figure = _figure(10.5, 3.6)
+    if figure is None:
+        return None
+    figure.clear()
+    widths = [sum(len(bars) + 1 for bars in panel.values()) for panel in found.values()]
+    most = max(ratio for panel in found.values() for bars in panel.values() for ratio in bars.values())
+    all_axes = figure.subplots(1, len(found), squeeze=False, width_ratios=widths, sharey=True)[0]
+    for axes, (title, panel) in zip(all_axes, found.items(), strict=True):
+        _draw_ratio_bars(axes, panel)
+        axes.set_yscale("log", base=2)
+        axes.set_ylim(0.5, 2 * most)
+        levels = [level for level in (0.5, 1, 2, 4, 8, 16, 32) if level <= 2 * most]
+        axes.set_yticks(levels, [f"{level:g}x" for level in levels])
+        axes.set_title(title, loc="left", fontsize=9)
+    title = f"how many times as fast as the best other, by shape and positions; 1x is level; {device}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return _save(figure, folder / f"ratios-{results.stem}.svg")
+
+
 RATES = {
     "gpu015/fill_rate/decode": "fill one by one, append",
     "gpu015/fill_rate/decode_append_all": "fill one by one, append_all",
@@ -260,4 +348,4 @@ def draw_gpu015(results: Path, folder: Path = IMAGES) -> Path | None:
     return _save(figure, folder / f"gpu015-{results.stem}.svg")
 
 
-ALL = (draw_append, draw_gather, draw_attention, draw_generate, draw_gpu015)
+ALL = (draw_append, draw_gather, draw_attention, draw_generate, draw_gpu015, draw_ratios)

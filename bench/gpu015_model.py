@@ -20,6 +20,7 @@ from typing import Any
 
 import llama
 import llama_prompt
+import llama_step
 import torch
 from common import (
     Measurement,
@@ -29,14 +30,9 @@ from common import (
     print_table,
     quantity,
     synchronize,
-    throughput_sampler,
 )
-from common import compare as compare_samplers
 from llama import SEVEN_B, TINY, WEIGHT_WORDS, LlamaShape, Unavailable
 from llama_prompt import Prompt
-from torch import Tensor
-
-from kvcache_ext import StreamingKVCacheFp16
 
 GB = 10**9
 POSITIONS, CPU_POSITIONS = 65_536, 256
@@ -91,37 +87,6 @@ def fits(device: torch.device) -> bool:
     return total > POSITIONS * SEVEN_B.position_bytes(2) + 6 * GB
 
 
-def time_products(model: Any, weights: str, device: torch.device) -> float:
-    """Every matrix product of a step, for one token."""
-    modules = llama.linears(model)
-    inputs = {n: torch.randn(1, 1, n, device=device).to(model.dtype) for n in {m.in_features for m in modules}}
-
-    def products() -> list[Tensor]:
-        return [module(inputs[module.in_features]) for module in modules]
-
-    with llama.compiler_set_up(weights):
-        # 8-bit weights are read as such in compiled code alone; the others' products are the same kernels there.
-        work = torch.compile(products) if weights == "w8" and on_gpu(device) else products
-        work()
-        return compare_samplers({"": throughput_sampler(work, device)}, 5)[""].seconds
-
-
-def time_attention(cache: Any, shape: LlamaShape, dtype: torch.dtype, device: torch.device) -> float:
-    """One position appended and attended to in each layer of the full cache, each answer the next one's query."""
-    query = torch.randn(1, 1, shape.heads, shape.head_dim, device=device).to(dtype)
-    key, value = (torch.randn(1, 1, shape.kv_heads, shape.head_dim, device=device).to(dtype) for _ in range(2))
-
-    def attend() -> None:
-        x = query
-        for layer in cache.layers:
-            # (The group's own method refuses: what goes past the Fp16Cache is counted by nobody, as is fine here.)
-            answer = StreamingKVCacheFp16.append_attend(layer.cache, layer.index, x, key, value)
-            assert isinstance(answer, Tensor)
-            x = answer
-
-    return compare_samplers({"": throughput_sampler(attend, device)}, 5)[""].seconds
-
-
 def decode(shape: LlamaShape, weights: str, positions: int, device: torch.device, compiled: bool) -> Decoding:
     """Everything about one kind of weights. Raises Unavailable, or an error for want of memory."""
     found = Decoding()
@@ -161,8 +126,8 @@ def decode(shape: LlamaShape, weights: str, positions: int, device: torch.device
         if compile is not ways[-1]:
             cache.crop(held - cache.get_seq_length())
     llama.tidy(device)
-    found.attention = time_attention(cache, shape, model.dtype, device)
-    found.products = time_products(model, weights, device)
+    found.attention = llama_step.time_attention(cache, shape, model.dtype, device)
+    found.products = llama_step.time_products(model, weights, device)
     return found
 
 

@@ -223,44 +223,43 @@ def linears(model: Any) -> list[Any]:
 CHUNK = 4_096
 
 
-def _chunk(shape: LlamaShape, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Keys and values [1, rows, heads, head_dim]."""
-    keys, values = (
-        fill_random(torch.empty(1, rows, shape.kv_heads, shape.head_dim, dtype=dtype, device=device)) for _ in range(2)
-    )
+def _random_rows(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys and values of that size."""
+    keys, values = (fill_random(torch.empty(size, dtype=dtype, device=device)) for _ in range(2))
     return keys, values
 
 
-def our_cache(model: Any, positions: int) -> Any:
+def our_cache(model: Any, positions: int, batch: int = 1) -> Any:
     from kvcache_ext.integrations.transformers import Fp16Cache
 
-    return Fp16Cache.for_model(model, positions)
+    return Fp16Cache.for_model(model, positions, batch)
 
 
 def fill_ours(cache: Any, shape: LlamaShape, held: int) -> None:
     """Random keys and values for the positions up to `held`, as a prompt would have left them."""
-    keys, values = _chunk(shape, min(CHUNK, held), torch.float32, cache.layers[0].device)
+    batch = cache.caches[0].batch_size
+    chunk = max(1, min(CHUNK // batch, held))
+    size = (batch, chunk, shape.kv_heads, shape.head_dim)
+    keys, values = _random_rows(size, torch.float32, cache.layers[0].device)
     for i, layer in enumerate(cache.layers):
         while (before := layer.get_seq_length()) < held:
-            rows = min(CHUNK, held - before)
+            rows = min(chunk, held - before)
             cache.update(keys[:, :rows].transpose(1, 2), values[:, :rows].transpose(1, 2), i)
 
 
-def dynamic_cache(model: Any, shape: LlamaShape, held: int) -> Any:
+def dynamic_cache(model: Any, shape: LlamaShape, held: int, batch: int = 1) -> Any:
     cache = transformers().DynamicCache(config=model.config)
     for layer in cache.layers:
-        sample = torch.empty(1, shape.kv_heads, 0, shape.head_dim, dtype=model.dtype, device=model.device)
+        sample = torch.empty(batch, shape.kv_heads, 0, shape.head_dim, dtype=model.dtype, device=model.device)
         layer.lazy_initialization(sample, sample)
-        layer.keys, layer.values = (
-            fill_random(torch.empty(1, shape.kv_heads, held, shape.head_dim, dtype=model.dtype, device=model.device))
-            for _ in range(2)
-        )
+        size = (batch, shape.kv_heads, held, shape.head_dim)
+        layer.keys, layer.values = _random_rows(size, model.dtype, model.device)
     return cache
 
 
-def static_cache(model: Any, shape: LlamaShape, held: int, positions: int) -> Any:
+def static_cache(model: Any, shape: LlamaShape, held: int, positions: int, batch: int = 1) -> Any:
     cache = transformers().StaticCache(config=model.config, max_cache_len=positions)
-    cache.early_initialization(1, shape.kv_heads, shape.head_dim, model.dtype, model.device)
+    cache.early_initialization(batch, shape.kv_heads, shape.head_dim, model.dtype, model.device)
     for layer in cache.layers:
         fill_random(layer.keys)
         fill_random(layer.values)
@@ -268,17 +267,18 @@ def static_cache(model: Any, shape: LlamaShape, held: int, positions: int) -> An
     return cache
 
 
-# Ways to decode: each a function from a token [1, 1] to logits [1, 1, vocabulary]
+# Ways to decode: each a function from a token of each sequence [B, 1] to logits [B, 1, vocabulary]
 
 Step = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to decode. `prepare` makes the cache that holds `held` of `positions`; `step`, then, the step with it."""
+    """A way to decode. `prepare(model, shape, held, positions, batch)` makes a cache that holds `held` of `positions`
+    of each sequence; `step`, then, the step with it."""
 
     name: str
-    prepare: Callable[[Any, LlamaShape, int, int], Any]
+    prepare: Callable[[Any, LlamaShape, int, int, int], Any]
     step: Callable[[Any, Any], Step]
     compiled: bool = False
     ours: bool = False
@@ -304,18 +304,18 @@ def _static_compiled(model: Any, cache: Any) -> Step:
     return step
 
 
-def _prepare_dynamic(model: Any, shape: LlamaShape, held: int, positions: int) -> Any:
+def _prepare_dynamic(model: Any, shape: LlamaShape, held: int, positions: int, batch: int) -> Any:
     model.set_attn_implementation("sdpa")
-    return dynamic_cache(model, shape, held)
+    return dynamic_cache(model, shape, held, batch)
 
 
-def _prepare_static(model: Any, shape: LlamaShape, held: int, positions: int) -> Any:
+def _prepare_static(model: Any, shape: LlamaShape, held: int, positions: int, batch: int) -> Any:
     model.set_attn_implementation("sdpa")
-    return static_cache(model, shape, held, positions)
+    return static_cache(model, shape, held, positions, batch)
 
 
-def _prepare_ours(model: Any, shape: LlamaShape, held: int, positions: int) -> Any:
-    cache = our_cache(model, positions)
+def _prepare_ours(model: Any, shape: LlamaShape, held: int, positions: int, batch: int) -> Any:
+    cache = our_cache(model, positions, batch)
     fill_ours(cache, shape, held)
     return cache
 
@@ -365,9 +365,11 @@ def compiler_set_up(weights: str, tuned: bool = False) -> Iterator[None]:
         yield
 
 
-def step_seconds(step: Step, device: torch.device, samples: int = SAMPLE_STEPS, rounds: int = ROUNDS) -> float:
-    """Seconds a token, greedy, each token fed back; the median of rounds, by the host's clock."""
-    ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+def step_seconds(
+    step: Step, device: torch.device, batch: int = 1, samples: int = SAMPLE_STEPS, rounds: int = ROUNDS
+) -> float:
+    """Seconds a step, greedy, each token fed back; the median of rounds, by the host's clock."""
+    ids = torch.ones(batch, 1, dtype=torch.int64, device=device)
 
     def run(steps: int) -> float:
         nonlocal ids
@@ -388,9 +390,9 @@ class Kernel:
     seconds: float = 0.0  # a step, of all of them
 
 
-def kernels_of(step: Step, device: torch.device) -> dict[str, Kernel]:
+def kernels_of(step: Step, device: torch.device, batch: int = 1) -> dict[str, Kernel]:
     """What runs on the GPU in a step, by torch's profiler, the longest first. Those that overlap count twice."""
-    ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+    ids = torch.ones(batch, 1, dtype=torch.int64, device=device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(PROFILED_STEPS):
             ids = step(ids).argmax(-1)

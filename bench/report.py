@@ -119,13 +119,9 @@ def readme_block(files: list[Path]) -> str:
         rows = [row(readme_label(label, entry, bool(data["cuda"])), entry) for label, entry in chosen]
         lines += [f"**{data['device']}** ({origin(data, [entry for _, entry in chosen])})", ""]
         lines += [*markdown_table(["", *HEAD], rows), ""]
-    for kind, words in (
-        ("attention", "attention"),
-        ("generate", "decoding"),
-    ):
-        image = charts.IMAGES / f"{kind}-{files[0].stem}.svg" if files else None
-        if image is not None and image.is_file():
-            lines.append(f"![{words} by positions]({image.relative_to(ROOT)})")
+    image = charts.IMAGES / f"ratios-{files[0].stem}.svg" if files else None
+    if image is not None and image.is_file():
+        lines.append(f"![how many times as fast as the best other]({image.relative_to(ROOT)})")
     return "\n".join(lines).strip()
 
 

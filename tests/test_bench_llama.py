@@ -52,18 +52,19 @@ def test_every_weight_is_made_once_and_counted(device: torch.device) -> None:
     assert len(llama.linears(model)) == 7 * SHAPE.layers + 1
 
 
-def test_options_start_at_the_same_length_and_give_finite_logits(device: torch.device) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_options_start_at_the_same_length_and_give_finite_logits(device: torch.device, batch: int) -> None:
     model = llama.make_model(SHAPE, "fp32", POSITIONS, device)
     held = POSITIONS - llama.RESERVE
-    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+    token = torch.ones(batch, 1, dtype=torch.int64, device=device)
     for key in ("graph", "eager", "static", "dynamic"):
         option = llama.OPTIONS[key]
         with torch.no_grad():
-            cache = option.prepare(model, SHAPE, held, POSITIONS)
+            cache = option.prepare(model, SHAPE, held, POSITIONS, batch)
             assert int(cache.get_seq_length()) == held
             logits = option.step(model, cache)(token)
         assert int(cache.get_seq_length()) == held + 1
-        assert logits.shape == (1, 1, SHAPE.vocabulary) and bool(logits.isfinite().all())
+        assert logits.shape == (batch, 1, SHAPE.vocabulary) and bool(logits.isfinite().all())
 
 
 def test_one_failing_option_leaves_the_others(
@@ -74,11 +75,22 @@ def test_one_failing_option_leaves_the_others(
 
     option = llama.Option("DynamicCache, eager", no_memory, llama.OPTIONS["dynamic"].step)
     monkeypatch.setitem(llama.OPTIONS, "dynamic", option)
-    chosen = ["--weights", "fp32", "--positions", str(POSITIONS), "--layers", "1", "--options", "eager,static,dynamic"]
+    chosen = [
+        "--models",
+        "7b",
+        "--weights",
+        "fp32",
+        "--positions",
+        str(POSITIONS),
+        "--layers",
+        "1",
+        "--options",
+        "eager,static,dynamic",
+    ]
     words = ["bench_generate.py", "--quick", "--results", str(tmp_path), "--device", str(device), *chosen]
     gpu = device.type == "cuda"
     monkeypatch.setattr(sys, "argv", [*words, "--profile"] if gpu else words)
-    monkeypatch.setattr(bench_generate, "SEVEN_B", SHAPE)
+    monkeypatch.setitem(bench_generate.MODELS, "7b", SHAPE)
     monkeypatch.setattr(bench_generate, "TINY", SHAPE)
     assert bench_generate.main() == 0
     printed = capsys.readouterr().out
@@ -89,6 +101,20 @@ def test_one_failing_option_leaves_the_others(
     entry = entries[f"generate/small-1-layers/fp32/{POSITIONS}"]
     assert entry["value"] > 0 and entry["ceiling"] > 0 and list(entry["peers"]) == ["StaticCache, eager"]
     assert list(entry["config"]["ours"]) == ["ours, eager"]
+    assert entries[f"generate/small-1-layers/fp32/{POSITIONS}/eager"]["value"] == entry["value"]
+    parts = [entries[f"generate/step/small-1-layers/fp32/{POSITIONS}/{part}"] for part in ("weights", "append_attend")]
+    assert all(part["value"] > 0 and part["ceiling"] > 0 for part in parts)
+
+
+def test_cases_of_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*words: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["bench_generate.py", *words])
+        args = bench_generate.arguments()
+        cases = [bench_generate.cases_of(model, args, gpu=True) for model in args.models]
+        return [case.name for by_kind in cases for found in by_kind.values() for case in found]
+
+    assert "7b/fp16/65536" in names() and "8b/bf16/131072" in names() and "8b/fp16/b16/8192" in names()
+    assert names("--models", "8b", "--weights", "bf16", "--positions", "4096", "--batch", "2") == ["8b/bf16/b2/4096"]
 
 
 def test_kernels_are_a_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,11 +175,14 @@ def test_tuned_figures_are_kept_apart(device: torch.device) -> None:
     speeds = {"graph": 50.0, "graph-compiled": 60.0, "graph-tuned": 70.0, "static-compiled": 40.0, "static": 30.0}
     figures = {key: bench_generate.Figure(speed, 10**9) for key, speed in speeds.items()}
     for tuned in (False, True):
-        bench_generate.record(results, SHAPE, "fp16", POSITIONS, figures, tuned, 10**6, 10.0**9)
+        case = bench_generate.Case(SHAPE, "fp16", POSITIONS)
+        bench_generate.record(results, case, figures, tuned, 10**6, 10.0**9)
     found = results.measurements
     plain, tuned_ours = found[f"generate/small/fp16/{POSITIONS}"], found[f"generate/small/fp16/{POSITIONS}/tuned"]
     assert plain.value == 60 and plain.config["option"] == bench_generate.OPTIONS["graph-compiled"].name
     assert plain.speedups == {"StaticCache, compiled": 1.5, "StaticCache, eager": 2.0}
+    assert found[f"generate/small/fp16/{POSITIONS}/graph"].value == 50  # and each way by itself
+    assert found[f"generate/small/fp16/{POSITIONS}/compiled"].value == 60
     assert tuned_ours.value == 70 and tuned_ours.peers == {} and len(tuned_ours.config["ours"]) == 1
 
 
