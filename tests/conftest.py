@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import os
@@ -26,6 +27,7 @@ from backends import (  # noqa: F401
 
 from kvcache_ext import StreamingKVCacheFp16, build_info
 
+EMULATED_MULTIPROCESSORS = 6  # as in tests/emulator/emulator.cpp
 HAS_GPU = build_info.with_cuda and torch.cuda.is_available()
 
 
@@ -151,6 +153,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         except Unavailable as reason:
             pytest.skip(str(reason))
         yield chosen
+
+
+@pytest.fixture
+def emulated_multiprocessors(backend: Backend, request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
+    """How many the emulated GPU has until the test ends: more than usual. Of other backends nothing changes."""
+    if not backend.slow:
+        yield lambda count: None
+        return
+    emulator = ctypes.CDLL(str(request.getfixturevalue("emulator_library")))
+    yield emulator.kvc_emulate_multiprocessors
+    emulator.kvc_emulate_multiprocessors(EMULATED_MULTIPROCESSORS)
 
 
 @pytest.fixture(params=DEVICES)

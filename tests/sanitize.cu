@@ -559,15 +559,16 @@ int main(int argc, char** argv) {
       {1, 150, 40, 0, 1, 16, 1}, {1, 1, 2300, 1, 1, 8, 1},  // sums over more than a piece of rows
       {1, 1, 600, 0, 1, 256, 1},                            // more parts than are merged at a time
   };
-  const Shape slow_shape = {1, 1, 2000, 0, 1, 512, 3};  // the same of several queries
+  // More parts of several queries than are merged at a time.
+  const Shape slow_shape = {1, 1, 4096, 0, 1, 64, 16};
   // What matters to a GPU alone: appends of many vectors; more KV heads than it has room for blocks, so that blocks are
-  // small, of either size, and nothing is split; blocks of 16 queries; so many partials of those that they are merged
-  // in groups first.
+  // small, of either size, and nothing is split; blocks of 16 queries; so many partials that they are merged in groups
+  // first.
   const Shape wide_shapes[] = {
-      {1, 1, 300, 0, 32, 128, 1},  {1, 70, 20, 0, 4, 64, 1},  {1, 70, 20, 2, 4, 128, 2},  {1, 70, 12, 0, 4, 256, 2},
-      {1, 70, 12, 0, 4, 512, 2},   {1, 140, 20, 0, 8, 16, 1}, {1, 40, 20, 0, 4, 128, 8},  {1, 70, 12, 0, 4, 128, 8},
-      {1, 120, 12, 0, 4, 128, 4},  {1, 64, 40, 1, 2, 96, 16}, {1, 64, 20, 0, 2, 256, 16}, {1, 70, 12, 0, 4, 256, 8},
-      {1, 1, 4300, 1, 1, 128, 16},
+      {1, 1, 300, 0, 32, 128, 1},  {1, 70, 20, 0, 4, 64, 1},   {1, 70, 20, 2, 4, 128, 2},  {1, 70, 12, 0, 4, 256, 2},
+      {1, 70, 12, 0, 4, 512, 2},   {1, 140, 20, 0, 8, 16, 1},  {1, 40, 20, 0, 4, 128, 8},  {1, 70, 12, 0, 4, 128, 8},
+      {1, 120, 12, 0, 4, 128, 4},  {1, 64, 40, 1, 2, 96, 16},  {1, 64, 20, 0, 2, 256, 16}, {1, 70, 12, 0, 4, 256, 8},
+      {1, 2, 3500, 0, 4, 128, 16}, {1, 1, 1600, 0, 1, 256, 8},
   };
   bool fp32 = false;
   size_t part = 0;

@@ -6,6 +6,7 @@ Mostly of few queries; test_prompt.py is about many.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -132,6 +133,21 @@ def test_a_short_text_in_a_long_cache(backend: Backend, held: int, group: int, r
     check_both(twin, backend, rows=rows, group=group)
     twin.append(0, *torch.randn(2, 1, 2, 1, 64, device=backend.device))
     check_both(twin, backend, rows=rows, group=group)  # the workspace is as it was
+
+
+def test_sequences_of_other_lengths_are_merged_in_other_groups(
+    backend: Backend, emulated_multiprocessors: Callable[[int], None]
+) -> None:
+    """Where partials are merged in groups first, sequences of other lengths have other numbers of groups."""
+    emulated_multiprocessors(16)
+    lengths, head_dim, group = ([900, 300], 64, 3) if backend.slow else ([4096, 1500], 256, 8)
+    twin = attention_twin(
+        backend, 0, max_positions=lengths[0], num_heads=1, head_dim=head_dim, batch_size=2, num_layers=1
+    )
+    rows = torch.randn(2, 2, lengths[0], 1, head_dim, device=backend.device)
+    twin.append(0, *rows, new_lengths=torch.tensor(lengths, device=backend.device))
+    for _ in range(2):  # the workspace is as it was
+        check_both(twin, backend, group=group)
 
 
 def check_batch(backend: Backend, batch: int, heads: int, positions: int, head_dim: int, group: int) -> None:

@@ -18,6 +18,7 @@ from backends import KERNELS
 PROGRAM = r"""
 #include <cstdio>
 #include <initializer_list>
+#include <set>
 
 #include "attention/schedule.h"
 
@@ -48,7 +49,25 @@ void print(const Schedule& s, const Gpu& gpu, int64_t key_tiles, int64_t groups,
               (long long)partial_floats, (long long)wrong);
 }
 
-// What few_queries.cu makes of a schedule where the cache holds fewer rows: how many key tiles are wrong, as above.
+// How many tickets of groups are those of others too, or are none, if every unit holds as much as it likes.
+int64_t shared_tickets(const Schedule& s, uint32_t partial_floats) {
+  if (s.units > kAttendTickets) return s.splits > 1;
+  std::set<uint32_t> taken;
+  for (uint32_t unit = 0; unit < s.units; ++unit) taken.insert(unit);
+  int64_t wrong = 0;
+  for (uint32_t unit = 0; unit < s.units; ++unit) {
+    const uint32_t splits = 1 + unit * 7 % s.splits;
+    const uint32_t each = merged_together(splits, s.units, partial_floats);
+    for (uint32_t group = 0; each < splits && group * each < splits; ++group) {
+      const uint32_t ticket = ticket_of_group(s.units, unit, group);
+      wrong += !taken.insert(ticket).second || ticket >= kAttendTickets;
+    }
+  }
+  return wrong;
+}
+
+// What few_queries.cu makes of a schedule where the cache holds fewer rows: how many numbers of splits and tickets are
+// wrong.
 template <typename Block>
 int64_t wrong_with_fewer(const FewQueriesSchedule& s, int64_t positions) {
   int64_t wrong = 0;
@@ -56,19 +75,8 @@ int64_t wrong_with_fewer(const FewQueriesSchedule& s, int64_t positions) {
     const uint32_t turns = blocks_for(held, s.teams * Block::kTileRows);
     const uint32_t splits = useful_splits<Block>(turns, s.splits, s.most_each);
     wrong += splits < 1 || splits > s.splits || splits > (turns > 1 ? turns : 1);
-    const int64_t tiles = blocks_for(held < 4096 ? held : 4096, Block::kTileRows);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      int taken = 0;
-      for (uint32_t split = 0; split < splits; ++split) {
-        for (int team = 0; team < s.teams; ++team) {
-          const TileTurns t = TileTurns::of(split, splits, team, s.teams);
-          taken += tile >= t.first && (tile - t.first) % t.stride == 0;
-        }
-      }
-      wrong += taken != 1;
-    }
   }
-  return wrong;
+  return wrong + shared_tickets(s, kPartialFloats<Block::kWidth, Block::kQueries>);
 }
 
 int main() {

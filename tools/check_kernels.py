@@ -79,7 +79,8 @@ class Kernel:
         if re.match(r"few_queries_kernel<(16|32)\b", self.name):
             return 128
         if re.match(r"few_queries_kernel<8, SixteenQueries\b", self.name):
-            return 64 if since_sm_100 else 32  # stored before the loop over key tiles, read after it
+            # Stored before the loop over key tiles, read after it.
+            return 64 if since_sm_100 else 32 if self.architecture in ("86", "89") else 0
         if re.match(r"many_queries_kernel<ManyQueriesBlock<ManyQueries256\b", self.name):
             return 288
         if re.match(r"many_queries_kernel<ManyQueriesBlock<ManyQueries128\b", self.name) and since_sm_100:

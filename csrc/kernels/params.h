@@ -99,7 +99,7 @@ struct GatherParams {
 };
 
 // The workspace of attention calls begins with tickets and two words more (AttendParams::redo, next_work). A ticket is
-// a counter of a unit that is split: the splits that have left their partial.
+// a counter of a unit that is split, or of a group of its splits: how many have left their partial.
 constexpr int64_t kAttendTickets = 1022;
 constexpr int64_t kWorkspaceWords = kAttendTickets + 2;
 

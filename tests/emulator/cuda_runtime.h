@@ -59,18 +59,18 @@ struct Gpu {
   int major;
   int minor;
   int shared_bytes;  // that a block can have
+  int multiprocessors;
 };
 extern Gpu gpu;
 }  // namespace emulator
 
-// Few multiprocessors, so that small tests fill them and large ones do not take for ever.
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 6; break;
+    case cudaDevAttrMultiProcessorCount: *value = emulator::gpu.multiprocessors; break;
     case cudaDevAttrComputeCapabilityMajor: *value = emulator::gpu.major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = emulator::gpu.minor; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::gpu.shared_bytes; break;

@@ -291,13 +291,17 @@ const uint64_t* warp_exchange(uint64_t value) {
   return warp_values.data() + self / 32 * 32;
 }
 
-// The smallest shared memory that GPUs since sm_80 have; kvc_emulate_sm90 gives what the kernels for sm_90a need.
-Gpu gpu = {8, 6, 101376};
+// The smallest shared memory that GPUs since sm_80 have; kvc_emulate_sm90 gives what the kernels for sm_90a need. Few
+// multiprocessors, so that small tests fill them and large ones do not take for ever.
+Gpu gpu = {8, 6, 101376, 6};
 
 }  // namespace emulator
 
 extern "C" {
-void kvc_emulate_sm90(bool sm90) { emulator::gpu = sm90 ? emulator::Gpu{9, 0, 232448} : emulator::Gpu{8, 6, 101376}; }
+void kvc_emulate_sm90(bool sm90) {
+  emulator::gpu = sm90 ? emulator::Gpu{9, 0, 232448, 6} : emulator::Gpu{8, 6, 101376, 6};
+}
+void kvc_emulate_multiprocessors(int count) { emulator::gpu.multiprocessors = count; }
 int kvc_append(const kvc::AppendParams* p) {
   const emulator::Guess guess(p->cache);
   return kvc::launch_append(*p, nullptr);

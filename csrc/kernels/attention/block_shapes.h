@@ -144,6 +144,7 @@ template <typename Block>
 KVC_HD uint32_t useful_splits(uint32_t turns, uint32_t splits, uint32_t most_each) {
   constexpr uint64_t kMergeTime = kPartialFloats<Block::kWidth, Block::kQueries>;
   constexpr uint64_t kReadTime = 1024 * Block::kTurnTime;
+  if (splits == 1) return 1;
   uint32_t each = 1;  // the root of turns * kMergeTime / kReadTime, rounded
   while ((2 * each + 1) * uint64_t{2 * each + 1} * kReadTime < 4 * turns * kMergeTime) ++each;
   if (turns <= 2) each = 2;
@@ -152,6 +153,26 @@ KVC_HD uint32_t useful_splits(uint32_t turns, uint32_t splits, uint32_t most_eac
   if (each < least) each = least;
   return turns == 0 ? 1 : (turns + each - 1) / each;
 }
+
+// How many of a unit's partials, of so many floats each, one block merges: all of them, or if they are much to read,
+// groups of so many, whose results another block merges then. (16 queries of 128, 33 splits: one block reads 270 KB, or
+// two one after the other 50 KB each.)
+KVC_HD uint32_t merged_together(uint32_t splits, uint32_t units, uint32_t partial_floats) {
+#if defined(KVC_EMULATED)
+  const uint32_t much = 3 * partial_floats;  // so that small tests come to it
+#else
+  const uint32_t much = 24 * 1024;
+#endif
+  if (splits * partial_floats < much) return splits;
+  uint32_t each = 2;
+  while (each * each < splits) ++each;
+  const uint32_t groups = (splits + each - 1) / each;
+  return units * (1 + groups) <= kAttendTickets ? each : splits;
+}
+
+// The ticket of a group of a unit's splits. Those of the units themselves come first. Units whose sequences differ in
+// length have different numbers of groups.
+KVC_HD uint32_t ticket_of_group(uint32_t units, uint32_t unit, uint32_t group) { return units * (1 + group) + unit; }
 
 // The key tiles that a team of warps takes in few_queries.cu: `first`, and every `stride`-th from there on.
 struct TileTurns {

@@ -253,23 +253,6 @@ struct StateAdvance {
   }
 };
 
-// How many of a unit's partials one block merges: all of them, or if they are much to read, groups of so many, whose
-// results another block merges then. (16 queries of 128, 33 splits: a block reads 270 KB, or two one after the other 50
-// KB each.)
-template <int kFloats>
-__device__ __forceinline__ uint32_t merged_together(uint32_t splits, uint32_t units) {
-#if defined(KVC_EMULATED)
-  constexpr uint32_t kMuch = 3 * kFloats;  // so that small tests come to it
-#else
-  constexpr uint32_t kMuch = 24 * 1024;  // floats
-#endif
-  if (splits * kFloats < kMuch) return splits;
-  uint32_t each = 2;
-  while (each * each < splits) ++each;
-  const uint32_t groups = (splits + each - 1) / each;
-  return units * (1 + groups) <= kAttendTickets ? each : splits;
-}
-
 // Ends a unit: merges the block's own partials, `own`, which lie in shared memory. With one split that is the output.
 // Else it is the split's partial and goes to the workspace; the last block of the unit to arrive merges those of all
 // `splits`, or the last of a group does, and then the last of these (merged_together). It copies them to `room`, shared
@@ -286,7 +269,7 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
   float* const of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
   const uint32_t fit = room_floats / kFloats;
   const uint32_t units = division.units.divisor;
-  const uint32_t each = kQueries > 1 ? merged_together<kFloats>(splits, units) : splits;
+  const uint32_t each = kQueries > 1 ? merged_together(splits, units, kFloats) : splits;
   const auto groups = [&] { return (splits + each - 1) / each; };
   // The partials to be merged: `count` of them, every `stride`-th from number `base` on; those before the `first` of
   // them have been.
@@ -321,7 +304,7 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
     if (arrives) {
       if (threadIdx.x == 0) {
         uint32_t* const ticket =
-            p.tickets + (of_groups ? block.unit : units + block.unit * groups() + block.split / each);
+            p.tickets + (of_groups ? block.unit : ticket_of_group(units, block.unit, block.split / each));
         shared_last = arrive_release(ticket) + 1 == count();
         if (shared_last) {
           acquire_fence();

@@ -2,13 +2,13 @@
 // tests/test_schedule.py pins what is chosen. The measurements are an H200's, see docs/performance.md.
 //
 // A launch is `units * splits` pieces of work. A unit is a tile of the queries that share a KV head (with a head_dim
-// above 256 of many queries: and some columns of the output). Its splits share its keys; each leaves a partial, and the
-// partials are merged. Each piece has a block of its own, but in many_queries_sm90.cu: there one block for each
-// multiprocessor takes them in turn. More splits put more of the GPU to work, and cost more
-// merging.
+// above 256 of many queries: and some columns of the output). Its splits share its keys; each that gets some leaves a
+// partial, and the partials are merged. Each piece has a block of its own, but in many_queries_sm90.cu: there one block
+// for each multiprocessor takes them in turn. More splits put more of the GPU to work, and cost more merging.
 //
-// Everything is chosen from shapes and the GPU, never from lengths. So a call's output does not depend on how the cache
-// came to its lengths.
+// A launch is chosen from shapes and the GPU, never from lengths, which the host need not know. How many of the splits
+// of one or few queries get keys follows from how many positions are held (block_shapes.h, useful_splits). So a call's
+// output does not depend on how the cache came to its lengths.
 #pragma once
 
 #include <cstdint>
@@ -113,8 +113,8 @@ struct Candidate {
     int64_t time;  // in 0.1 us on an H200, roughly
   };
   // As many splits as run at once, or fewer: those that take the least time. A model of the time, fitted to
-  // measurements of 225 shapes (docs/performance.md): a block has the rows of two turns in flight, so from the third
-  // turn on it waits once more. `turn_time`: of one turn.
+  // measurements of 225 shapes (docs/performance.md): a block has the rows of two turns in flight (of 32 rows: of
+  // one), so from the third turn on it waits once more. `turn_time`: of one turn.
   Quickest quickest(int64_t turn_time) const {
     constexpr int64_t kMergeTime = 10;       // whatever the number of partials
     constexpr int64_t kMergedFloats = 1024;  // of partials, that are merged in a unit of time
