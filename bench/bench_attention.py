@@ -9,6 +9,8 @@ each of its backends (FP16 queries and answers), FlashInfer where it is installe
 this package: convert the layer to FP32, then FP32 attention. None of them appends.
 
 On a GPU this is the time of replayed CUDA graphs over as many layers as hold 2 GB; on a CPU plain calls.
+
+`attention/held/...`: `attend` over 1,000 positions in a cache of 131,072, beside the same in a cache of 1,024.
 """
 
 from __future__ import annotations
@@ -61,6 +63,10 @@ GPU_BACKENDS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
+HELD, LITTLE_ROOM, MUCH_ROOM = 1_000, 1_024, 131_072
+HELD_SHAPES = SHAPES | {"gqa8x1": (8, 1), "gqa71x1": (71, 1)}
+HELD_LAYERS = 8  # the most room is 2 GB a layer
+
 H200_TARGETS = {
     "attention/mha32/65536": Target(234, at_least=False),
     "attention/mha32/16384": Target(61, at_least=False),
@@ -68,7 +74,7 @@ H200_TARGETS = {
     "attention/mha32/1024": Target(6.5, at_least=False),
     "attention/gqa32x8/65536": Target(61, at_least=False),
     "attention/gqa32x8/4096": Target(6.5, at_least=False),
-}
+} | {f"attention/held/{shape}": Target(0.95, over_peer=f"a cache of {LITTLE_ROOM:,}") for shape in HELD_SHAPES}
 ERROR_TARGET = {"attention/error/fp32": Target(1e-6, at_least=False)}
 
 Layer = Callable[[int, Tensor], Tensor]  # (layer, query [B, 1, Hq, D]) -> answer of the same shape
@@ -190,6 +196,31 @@ def measure(name: str, case: Case, results: Results, rounds: int) -> None:
     results.add(measured(name, "us", timings, lambda seconds: seconds * 1e6, ceiling, config))
 
 
+def measure_held(name: str, query_heads: int, heads: int, device: torch.device, results: Results, rounds: int) -> None:
+    """What a short text costs in a long cache."""
+    query = torch.randn(1, 1, query_heads, HEAD_DIM, device=device)
+    rows = fill_random(torch.empty(1, HELD, heads, HEAD_DIM, device=device))
+
+    def sampler(room: int) -> Sampler:
+        cache = StreamingKVCacheFp16(HELD_LAYERS, room, heads, HEAD_DIM, device=device)
+        for layer in range(HELD_LAYERS):
+            cache.append(layer, rows, rows)
+
+        def work() -> None:
+            x = query
+            for layer in range(HELD_LAYERS):
+                answer = cache.attend(layer, x)
+                assert isinstance(answer, Tensor)
+                x = answer
+
+        return throughput_sampler(work, device, HELD_LAYERS)
+
+    timings = compare({"ours": sampler(MUCH_ROOM), f"a cache of {LITTLE_ROOM:,}": sampler(LITTLE_ROOM)}, rounds)
+    config = {"positions": HELD, "max_positions": MUCH_ROOM, "query_heads": query_heads, "kv_heads": heads}
+    config |= {"head_dim": HEAD_DIM, "layers": HELD_LAYERS}
+    results.add(measured(name, "us", timings, lambda seconds: seconds * 1e6, None, config))
+
+
 def measure_error(device: torch.device, positions: int, results: Results) -> None:
     """The largest relative error of a head, FP32 queries against FP64 attention over the stored values."""
     cache = StreamingKVCacheFp16(1, positions, 4, HEAD_DIM, device=device)
@@ -247,13 +278,19 @@ def main() -> None:
                 name = f"attention/{shape}{'' if batch == 1 else f'/b{batch}'}/{positions}"
                 if args.only in name:
                     sweep.append((name, query_heads, heads, positions, batch))
-    with progress("attention", len(sweep) + 1) as advance:
+    held = {f"attention/held/{shape}": heads for shape, heads in HELD_SHAPES.items()}
+    fixed = on_gpu(device) and not (args.shapes or args.batches or args.positions or args.quick)
+    held = {name: heads for name, heads in held.items() if fixed and args.only in name}
+    with progress("attention", len(sweep) + len(held) + 1) as advance:
         if args.only in "attention/error/fp32":
             measure_error(device, 4_096 if args.quick else 65_536, results)
         advance(1)
         for name, query_heads, heads, positions, batch in sweep:
             measure(name, Case(query_heads, heads, positions, batch, device), results, rounds)
             results.save(last=False)
+            advance(1)
+        for name, (query_heads, heads) in held.items():
+            measure_held(name, query_heads, heads, device, results, rounds)
             advance(1)
 
     targets = ERROR_TARGET | (H200_TARGETS if "H200" in device_name(device) else {})
