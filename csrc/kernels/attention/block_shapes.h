@@ -147,7 +147,7 @@ KVC_HD uint32_t useful_splits(uint32_t turns, uint32_t splits, uint32_t most_eac
   if (splits == 1) return 1;
   uint32_t each = 1;  // the root of turns * kMergeTime / kReadTime, rounded
   while ((2 * each + 1) * uint64_t{2 * each + 1} * kReadTime < 4 * turns * kMergeTime) ++each;
-  if (turns <= 2) each = 2;
+  if (turns <= 2) each = 2;  // a second turn takes less time than merging does
   if (each > most_each) each = most_each;
   const uint32_t least = (turns + splits - 1) / splits;
   if (each < least) each = least;
@@ -161,7 +161,7 @@ KVC_HD uint32_t merged_together(uint32_t splits, uint32_t units, uint32_t partia
 #if defined(KVC_EMULATED)
   const uint32_t much = 3 * partial_floats;  // so that small tests come to it
 #else
-  const uint32_t much = 24 * 1024;
+  const uint32_t much = 24 * 1024;  // floats
 #endif
   if (splits * partial_floats < much) return splits;
   uint32_t each = 2;

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     few_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
   using Block = FewQueriesBlock<kDepth, Config>;
   constexpr int kTileRows = Block::kTileRows;
-  using Products = std::conditional_t<Block::kQueriesAsRows, QueriesAsRows<Block>, KeysAsRows<Block>>;
+  using Layout = std::conditional_t<Block::kQueriesAsRows, QueriesAsRows<Block>, KeysAsRows<Block>>;
   constexpr int kWarps = Block::kWarps;
   constexpr int kStages = Block::kStages;
   constexpr int kQueries = Block::kQueries;
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       const uint32_t a = high_and_low(x[2 * i] * up);
       const uint32_t b = high_and_low(x[2 * i + 1] * up);
       const int pair = lane * (kOfLane / 2) + i;
-      Products::store_query_pair(shared.operand, m, pair, a, b);
+      Layout::store_query_pair(shared.operand, m, pair, a, b);
     }
     // From a product to a score in powers of two.
     if (lane == 0) shared.factor[m] = exact_power_of_two(-shift) * (p.softcap > 0 ? p.scale : p.scale * kLog2e);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   }
   __syncthreads();
 
-  Products products(shared.operand);
+  Layout products(shared.operand);
   uint32_t barriers = 0;  // passed
   const auto sync_team = [&] {
     sync_warps<kWarps>();
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     wait_for_copies<kStages - 1>();
     sync_team();
 
-    typename Products::Products of_keys = {};
+    typename Layout::Products of_keys = {};
     products.multiply_keys(of_keys, shared.operand, tile_keys);
     sync_team();
     copy_to_stage(kStages % 2 == 1, tile_keys, true);
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       if (m >= queries) m = 0;
       return row < plan.count && (p.rows == 1 || plan.sees(division.group_size(first_query + m), row));
     };
-    typename Products::Weights weights;
+    typename Layout::Weights weights;
     products.weigh(p, shared.factor, of_keys, row0, clear, sees, weights);
     char* tile_values = stages + stage * Block::kStageBytes;
     wait_for_copies<kStages - 1>();

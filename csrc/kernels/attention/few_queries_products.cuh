@@ -60,8 +60,15 @@ __device__ __forceinline__ float whole_score(float high, float low) {
 // other instances spill registers.)
 __device__ __forceinline__ float as_nan(uint16_t bits) { return half_to_float(bits | kHalfQuietBit); }
 
+// This thread's lane, and its warp's number in the team. (Asked for each time: kept, they would take registers.)
 template <typename Block>
-struct KeysAsRows {
+struct WarpOfTeam {
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+  static __device__ __forceinline__ int member() { return static_cast<int>(threadIdx.x / 32 % Block::kWarps); }
+};
+
+template <typename Block>
+struct KeysAsRows : WarpOfTeam<Block> {
   static constexpr int kDepth = Block::kDepth;
   static constexpr int kQuads = Block::kWarpQueries / 4;  // a product has the two parts of four queries
   // Two sums, so that one product need not wait for the other; with many queries their own sums suffice.
@@ -71,12 +78,11 @@ struct KeysAsRows {
   using Products = FragmentC[kQuads][kSums];
   using Weights = FragmentB[kQuads];
 
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
-  static __device__ __forceinline__ int member() { return static_cast<int>(threadIdx.x / 32 % Block::kWarps); }
+  using WarpOfTeam<Block>::lane, WarpOfTeam<Block>::member;
   static __device__ __forceinline__ uint32_t mine() { return member() * Block::kWarpQueries + lane() % 4; }
 
   // A lane holds column lane / 4 of the operand. Of a product it holds the columns of query lane % 4 in each quad of
-  // the warp's queries: of the block's, number `mine`, and every fourth from there on.
+  // the warp's queries: of the block's, number mine(), and every fourth from there on.
   FragmentB q[kInRegisters ? kQuads : 1][kInRegisters ? kDepth : 1];
   SoftmaxState states[kQuads];   // the sum is this lane's rows' alone
   float acc[kQuads][kDepth][2];  // elements 16 k + lane / 4 and eight on
@@ -94,7 +100,6 @@ struct KeysAsRows {
     return FragmentB{{pair.x[0], pair.x[1]}};
   }
 
-  // `member`: of the team.
   __device__ __forceinline__ KeysAsRows(const uint32_t* operand) {
     if constexpr (kInRegisters) {
 #pragma unroll
@@ -209,17 +214,17 @@ struct KeysAsRows {
 };
 
 template <typename Block>
-struct QueriesAsRows {
+struct QueriesAsRows : WarpOfTeam<Block> {
   static constexpr int kDepth = Block::kDepth;
   static constexpr int kSteps = Block::kTileRows / 16;
   static_assert(Block::kWarpQueries == 8);
   using Products = FragmentC[2 * kSteps];
   using Weights = FragmentA[kSteps];
 
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
-  static __device__ __forceinline__ int member() { return static_cast<int>(threadIdx.x / 32 % Block::kWarps); }
+  using WarpOfTeam<Block>::lane, WarpOfTeam<Block>::member;
   static __device__ __forceinline__ uint32_t mine() { return member() * Block::kWarpQueries + lane() / 4; }
 
+  // A lane has query mine() of the block. Its two parts are rows lane / 4 and eight on of the operand.
   SoftmaxState state;            // the sum is this lane's rows' alone
   float acc[Block::kChunks][2];  // elements 8 c + 2 (lane % 4) and the next
   float rescale;
@@ -257,14 +262,14 @@ struct QueriesAsRows {
   template <typename Sees>
   __device__ __forceinline__ void weigh(const AttendParams& p, const float* factor, const Products& products,
                                         int64_t row0, bool clear, const Sees& sees, Weights& weights) {
-    const float mine_factor = factor[mine()];
+    const float of_query = factor[mine()];
     float score[2 * kSteps][2];
     float max = state.max;
 #pragma unroll
     for (int i = 0; i < 2 * kSteps; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        score[i][e] = whole_score(products[i].x[e], products[i].x[2 + e]) * mine_factor;
+        score[i][e] = whole_score(products[i].x[e], products[i].x[2 + e]) * of_query;
         if (p.softcap > 0) score[i][e] = capped(score[i][e], p.softcap);
         if (!clear && !sees(mine(), row0 + 8 * i + lane() % 4 * 2 + e)) score[i][e] = minus_infinity();
         max = fmaxf(max, score[i][e]);
