@@ -73,7 +73,7 @@ int64_t wrong_with_fewer(const FewQueriesSchedule& s, int64_t positions) {
   int64_t wrong = 0;
   for (const int64_t held : {int64_t{0}, int64_t{1}, int64_t{100}, positions / 3, positions}) {
     const uint32_t turns = blocks_for(held, s.teams * Block::kTileRows);
-    const uint32_t splits = useful_splits<Block>(turns, s.splits, s.most_each);
+    const uint32_t splits = useful_splits<Block>(turns, FastDivider::by(static_cast<uint32_t>(s.splits)), s.most_each);
     wrong += splits < 1 || splits > s.splits || splits > (turns > 1 ? turns : 1);
   }
   return wrong + shared_tickets(s, kPartialFloats<Block::kWidth, Block::kQueries>);
@@ -231,7 +231,7 @@ def test_fewer_rows_than_the_cache_has_room_for(program: Path) -> None:
 int main() {
   using Eight = kvc::FewQueriesBlock<8, kvc::EightQueriesLarge>;
   for (const unsigned turns : {0u, 1u, 2u, 3u, 8u, 32u, 128u, 1024u}) {
-    std::printf("%u ", kvc::useful_splits<Eight>(turns, 33, 31));
+    std::printf("%u ", kvc::useful_splits<Eight>(turns, kvc::FastDivider::by(33), 31));
   }
 }
 """

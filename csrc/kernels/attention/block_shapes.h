@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../divide.h"
 #include "../portable.h"
 #include "../visibility.h"
 
@@ -139,17 +140,16 @@ struct FewQueriesBlock : Config {
 // How many blocks share the rows of a unit in few_queries.cu, of the `splits` that a launch has for it, where its rows
 // are `turns` turns of one block. (How many rows there are only the device knows. A launch is for as many as the cache
 // has room for.) More blocks read faster, but leave more to be merged: so each takes that many turns in which reading
-// and merging take the least time together, but no more than if the cache were full, `most_each`.
+// and merging take the least time together, but no more than if the cache were full, `most_each`. One thread computes
+// it while all others wait, so it is short, and in 32 bits.
 template <typename Block>
-KVC_HD uint32_t useful_splits(uint32_t turns, uint32_t splits, uint32_t most_each) {
-  constexpr uint64_t kMergeTime = kPartialFloats<Block::kWidth, Block::kQueries>;
-  constexpr uint64_t kReadTime = 1024 * Block::kTurnTime;
-  if (splits == 1) return 1;
-  uint32_t each = 1;  // the root of turns * kMergeTime / kReadTime, rounded
-  while ((2 * each + 1) * uint64_t{2 * each + 1} * kReadTime < 4 * turns * kMergeTime) ++each;
-  if (turns <= 2) each = 2;  // a second turn takes less time than merging does
+KVC_HD uint32_t useful_splits(uint32_t turns, const FastDivider& splits, uint32_t most_each) {
+  constexpr uint32_t kMergeTime = kPartialFloats<Block::kWidth, Block::kQueries> / 256;  // four times that of a partial
+  uint32_t each = turns <= 2 ? 2 : 1;  // a second turn takes less time than merging does
+  // The root of turns * kMergeTime / 4 / kTurnTime, rounded.
+  while (each < most_each && (2 * each + 1) * (2 * each + 1) * Block::kTurnTime < turns * kMergeTime) ++each;
   if (each > most_each) each = most_each;
-  const uint32_t least = (turns + splits - 1) / splits;
+  const uint32_t least = splits(turns + splits.divisor - 1);
   if (each < least) each = least;
   return turns == 0 ? 1 : (turns + each - 1) / each;
 }

@@ -42,7 +42,7 @@ struct Division {
   FastDivider tiles;       // query tiles of a KV head
   FastDivider heads;       // KV heads
   FastDivider group_size;  // query heads to a KV head
-  uint32_t splits;         // blocks that share the rows of a unit, at most
+  FastDivider splits;      // blocks that share the rows of a unit, at most
   uint32_t most_each;      // few_queries.cu: turns that each of them has, at most
 
   static Division of(const AttendShape& shape, int64_t units, int64_t splits, int64_t most_each = 0) {
@@ -50,7 +50,7 @@ struct Division {
             FastDivider::by(static_cast<uint32_t>(units / shape.sequence_heads())),
             FastDivider::by(static_cast<uint32_t>(shape.kv_heads)),
             FastDivider::by(static_cast<uint32_t>(shape.group)),
-            static_cast<uint32_t>(splits),
+            FastDivider::by(static_cast<uint32_t>(splits)),
             static_cast<uint32_t>(most_each)};
   }
 };
@@ -244,7 +244,7 @@ struct StateAdvance {
   }
   __device__ __forceinline__ void finish(const AttendParams& p, const Division& division, const BlockUnit& block,
                                          SequenceState before, int64_t appended) const {
-    const Counter all = Counter{division.splits} * division.tiles.divisor * division.heads.divisor;
+    const Counter all = Counter{division.splits.divisor} * division.tiles.divisor * division.heads.divisor;
     if (!counts(p, block) || arrived + 1 != all) return;
     const SequenceState next = state_after_append(before, appended, p.cache.ring.divisor);
     place(p, block)[0] = next.seqlen;
@@ -253,11 +253,19 @@ struct StateAdvance {
   }
 };
 
+// Partials in the workspace that the last block to arrive merges.
+struct MergeStep {
+  float* partials;
+  uint32_t stride;   // from one to the next, in floats
+  uint32_t count;    // of partials, each a block's
+  uint32_t* ticket;  // counts the blocks
+};
+
 // Ends a unit: merges the block's own partials, `own`, which lie in shared memory. With one split that is the output.
 // Else it is the split's partial and goes to the workspace; the last block of the unit to arrive merges those of all
-// `splits`, or the last of a group does, and then the last of these (merged_together). It copies them to `room`, shared
-// memory for `room_floats`, at least two partials, as many at a time as fit. What those come to takes the place of the
-// last of them, and is the first of the next round.
+// `splits`. (16 queries and many splits: the last of a group of splits does so, then the last of these,
+// merged_together.) It copies them to `room`, shared memory for `room_floats`, at least two partials, as many at a time
+// as fit. What those come to takes the place of the last of them, and is the first of the next round.
 // `resolve(number, d, state, sums)` may change the sums of an output before it is written. It is null if infinite sums
 // are kept, see merge_partials.
 template <int kWidth, int kQueries, typename Resolve>
@@ -266,23 +274,19 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
                                             const Partials& own, bool& shared_last, float* room, uint32_t room_floats,
                                             const Resolve& resolve) {
   constexpr uint32_t kFloats = kPartialFloats<kWidth, kQueries>;
-  float* const of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits * kFloats;
+  constexpr bool kInGroups = kQueries > 8;  // smaller partials are soon merged, and the code for groups costs time
+  float* const of_unit = p.partials + static_cast<int64_t>(block.unit) * division.splits.divisor * kFloats;
   const uint32_t fit = room_floats / kFloats;
   const uint32_t units = division.units.divisor;
-  const uint32_t each = kQueries > 1 ? merged_together(splits, units, kFloats) : splits;
-  const auto groups = [&] { return (splits + each - 1) / each; };
-  // The partials to be merged: `count` of them, every `stride`-th from number `base` on; those before the `first` of
-  // them have been.
-  bool of_groups = each == splits;  // the partials are the groups'
-  const auto base = [&] { return of_groups ? 0 : block.split - block.split % each; };
-  const auto count = [&] {
-    const uint32_t rest = splits - base();
-    return each == splits ? splits : of_groups ? groups() : rest < each ? rest : each;
-  };
-  const auto place = [&](uint32_t number) {
-    return of_unit + (base() + (of_groups && each < splits ? each : 1) * number) * kFloats;
-  };
-  uint32_t first = 0;
+  MergeStep step = {of_unit, kFloats, splits, p.tickets + block.unit};  // the last
+  const uint32_t each = kInGroups ? merged_together(splits, units, kFloats) : splits;
+  if (kInGroups && each < splits) {
+    const uint32_t group = block.split / each;
+    const uint32_t rest = splits - group * each;
+    step = {of_unit + group * each * kFloats, kFloats, rest < each ? rest : each,
+            p.tickets + ticket_of_group(units, block.unit, group)};
+  }
+  uint32_t first = 0;   // of the step's partials that have not been merged
   bool arrives = true;  // one of them is this block's
   Partials partials = own;
   float* merged = splits == 1 ? nullptr : of_unit + block.split * kFloats;  // where they go; null: they are the output
@@ -303,36 +307,34 @@ __device__ __forceinline__ void finish_unit(const AttendParams& p, const Divisio
     __syncthreads();
     if (arrives) {
       if (threadIdx.x == 0) {
-        uint32_t* const ticket =
-            p.tickets + (of_groups ? block.unit : ticket_of_group(units, block.unit, block.split / each));
-        shared_last = arrive_release(ticket) + 1 == count();
+        shared_last = arrive_release(step.ticket) + 1 == step.count;
         if (shared_last) {
           acquire_fence();
-          *ticket = 0;
+          *step.ticket = 0;
         }
       }
       __syncthreads();
       if (!shared_last) return;
       arrives = false;
     }
-    const uint32_t now = count() - first < fit ? count() - first : fit;
+    const uint32_t now = step.count - first < fit ? step.count - first : fit;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x * 4; i < now * kFloats; i += blockDim.x * 4) {
-      const uint32_t number = i / kFloats;
-      copy_async(room + i, place(first + number) + (i - number * kFloats), true);
+      const uint32_t gaps = kInGroups ? i / kFloats * (step.stride - kFloats) : 0;
+      copy_async(room + i, step.partials + first * step.stride + i + gaps, true);
     }
     end_copy_group();
     wait_for_copies<0>();
     __syncthreads();
     partials = {room + kQueries * kWidth, room, kFloats, kFloats, kWidth, now};
     first += now - 1;
-    if (first + 1 < count()) {
-      merged = place(first);
-    } else if (of_groups) {
+    if (first + 1 < step.count) {
+      merged = step.partials + first * step.stride;
+    } else if (!kInGroups || step.count == splits || step.stride > kFloats) {
       merged = nullptr;
     } else {  // of the groups' results one is this block's now
-      merged = place(0);
-      of_groups = true;
+      merged = step.partials;
+      step = {of_unit, each * kFloats, (splits + each - 1) / each, p.tickets + block.unit};
       first = 0;
       arrives = true;
     }

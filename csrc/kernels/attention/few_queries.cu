@@ -118,8 +118,10 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
 
   // Copying the team's key tiles: first a tile's keys, then its values.
   const AttendPlan& plan = shared.plan;
-  // From shared memory each time: it would take registers.
-  const auto turns = [&] { return TileTurns::of(block.split, shared.splits, team, teams); };
+  TileTurns kept_turns = {};
+  const auto turns = [&] {  // blocks of 16 queries have no registers to keep them
+    return Block::kQueriesAsRows ? TileTurns::of(block.split, shared.splits, team, teams) : kept_turns;
+  };
   uint32_t tiles = 0;          // of all rows
   uint32_t copied = 0;         // the one whose turn it is
   int64_t copied_offset = -1;  // of this thread's first chunk in that tile, if the tile's slots follow each other
@@ -184,6 +186,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
       }
       __syncthreads();
       tiles = block.split < shared.splits ? static_cast<uint32_t>((plan.count + kTileRows - 1) / kTileRows) : 0;
+      kept_turns = TileTurns::of(block.split, shared.splits, team, teams);
       copied = turns().first;
 #pragma unroll 1
       for (int stage = 0; stage < kStages; ++stage) {
@@ -196,10 +199,6 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     }
   }
   advance.all_have_read(p, block);
-  if (block.split >= shared.splits) {  // the others have all the rows
-    advance.finish(p, division, block, {plan.seqlen, plan.first}, plan.total - plan.seqlen);
-    return;
-  }
   if (stores && plan.total > plan.seqlen) {
     if (block.split == 0 && block.tile == 0) {
       const int64_t offset = plan.slot(plan.count - 1) * row_elements;
@@ -318,9 +317,10 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   // Each warp leaves its sums in its team's stages, which are empty now.
   float* sums = reinterpret_cast<float*>(stages) + 4 * team;  // 4: the teams' sums lie in different banks
   products.leave(shared.states[team], sums);
-  // The block's place is found once more, so that it need not be kept for this.
-  const BlockUnit place = BlockUnit::of(p, division, anew(blockIdx.x));
+  // Blocks of 16 queries have no registers to keep their place.
+  const BlockUnit place = Block::kQueriesAsRows ? BlockUnit::of(p, division, anew(blockIdx.x)) : block;
   advance.finish(p, division, place, {plan.seqlen, plan.first}, plan.total - plan.seqlen);
+  if (place.split >= shared.splits) return;  // the others have all the rows
   __syncthreads();
   float* const room = reinterpret_cast<float*>(shared_bytes + Block::kStagesAt);
   const Partials partials{

@@ -70,7 +70,7 @@ __device__ __forceinline__ void finish(const AttendParams& p, const ManyDivision
   const int queries = static_cast<int>(left < Block::kQueries ? left : Block::kQueries);
   const int lane_row = static_cast<int>(thread / 32 * 16 + thread % 32 / 4);
   const int row[2] = {lane_row, lane_row + 8};
-  const uint32_t splits = division.division.splits;
+  const uint32_t splits = division.division.splits.divisor;
   if (splits == 1) {
     const uint32_t number[2] = {first_query + static_cast<uint32_t>(row[0]),
                                 first_query + static_cast<uint32_t>(row[1])};
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
   const KeyTiles<Block::kKeys>& tiles = shared.tiles;
 
   // Tiles [stop, next] of keys are this block's, the last first.
-  const int32_t splits = static_cast<int32_t>(division.division.splits);
+  const int32_t splits = static_cast<int32_t>(division.division.splits.divisor);
   const int32_t split = static_cast<int32_t>(block.split);
   const int32_t stop = first_tile_of(tiles.count, split, splits);
   int32_t next = first_tile_of(tiles.count, split + 1, splits) - 1;

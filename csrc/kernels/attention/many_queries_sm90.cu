@@ -189,7 +189,7 @@ struct Multiplier {
     rows.add_lanes();
     const QueryTile& tile = work->tile;
     const int both[2] = {row(), row() + 8};
-    if (division.division.splits == 1) {
+    if (division.division.splits.divisor == 1) {
       const uint32_t number[2] = {tile.number(both[0]), tile.number(both[1])};
       const bool there[2] = {both[0] < tile.queries, both[1] < tile.queries};
 #pragma unroll
@@ -198,7 +198,7 @@ struct Multiplier {
       }
       return;
     }
-    const int64_t partial = int64_t{tile.block.unit} * division.division.splits + tile.block.split;
+    const int64_t partial = int64_t{tile.block.unit} * division.division.splits.divisor + tile.block.split;
 #pragma unroll
     for (int piece = 0; piece < Block::kColumnSteps; ++piece) {
       leave_rows<Block::kWidth, Block::kQueries>(p.partials + partial * Block::layout(1).floats(), tile.queries, rows,
@@ -211,7 +211,7 @@ struct Multiplier {
 template <typename Block>
 __device__ __forceinline__ void find_work(const AttendParams& p, const ManyDivision& division, uint32_t number,
                                           typename Block::Work& work) {
-  const uint32_t splits = division.division.splits;
+  const uint32_t splits = division.division.splits.divisor;
   work.exists = number < division.division.units.divisor * splits;
   if (!work.exists) return;
   const FastDivider& group_size = division.division.group_size;

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
   const uint16_t* keys = p.cache.k_cache + lane_offset;
   const uint16_t* values = p.cache.v_cache + lane_offset;
   StateAdvance advance;
-  const int32_t stride = static_cast<int32_t>(division.splits) * warps * kStep;
+  const int32_t stride = static_cast<int32_t>(division.splits.divisor) * warps * kStep;
   int32_t row = (static_cast<int32_t>(block.split) * warps + warp) * kStep + lane / kLanes;  // this lane's first
   DecodePlan plan;
   Half8 k[kLoads], v[kLoads];
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
   // Of the splits, as many have rows. (At least one, as somebody has to write the answer.)
   const uint32_t turn = static_cast<uint32_t>(warps * kStep);
   const uint32_t turns = plan.count > 0 ? (static_cast<uint32_t>(plan.count) + turn - 1) / turn : 1;
-  const uint32_t splits = turns < division.splits ? turns : division.splits;
+  const uint32_t splits = turns < division.splits.divisor ? turns : division.splits.divisor;
   if (block.split >= splits) return;
   __syncthreads();
   const Partials partials{&shared.states[0].max, sums, 2, Block::kSumsStride, 0, static_cast<uint32_t>(warps * kRows)};
