@@ -205,7 +205,7 @@ PINNED = {
     Call(A100, 64, 8, 4096): ("EightQueriesLarge", 1, 512, 256),
     Call(RTX_3090, 8, 8, 4096): ("EightQueriesLarge", 1, 64, 256),
     Call(H200, 1, 16, 131072): ("SixteenQueries", 16, 128, 512),
-    Call(H200, 1, 4, 4096, 4): ("EightQueriesLarge", 8, 128, 512),
+    Call(H200, 1, 4, 4096, 4): ("SixteenQueries", 16, 128, 512),
     Call(SMALL, 8, 8, 4096, 2): ("SixteenQueries", 1, 64, 256),
     Call(H200, 1, 4, 16384, 2048): ("Sm90Queries128", 1, 132, 384),
     Call(H200, 1, 1, 131072, 32): ("Sm90Queries128", 16, 128, 384),

@@ -98,8 +98,10 @@ struct FewQueriesBlock : Config {
   using Config::kWarpQueries;
   using Config::kWarps;
   static constexpr int kDepth = kDepth_;
-  // Of a turn of a block over its rows, in 0.1 us on an H200, roughly (schedule.h).
-  static constexpr int kTurnTime = kTileRows > 16 ? 28 : 10;
+  // Of a turn of a block over its rows, one of the first two or a later one, in 0.1 us on an H200, roughly
+  // (schedule.h).
+  static constexpr int kTurnTime = kTileRows > 16 ? 25 : 10;
+  static constexpr int kLaterTurnTime = kTileRows > 16 ? 25 : kWarpQueries * kWarps > 4 ? 13 : 10;
   static constexpr int kQueries = kWarpQueries * kWarps;
   static constexpr int kWidth = 16 * kDepth;
   static constexpr int kChunks = 2 * kDepth;  // 16-byte chunks of a row

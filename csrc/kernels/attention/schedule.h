@@ -107,29 +107,6 @@ struct Candidate {
   }
   double best_filling() const { return filling(best_splits()); }
   bool all_run() const { return units <= multiprocessors * at_a_time; }
-
-  struct Quickest {
-    int64_t splits;
-    int64_t time;  // in 0.1 us on an H200, roughly
-  };
-  // As many splits as run at once, or fewer: those that take the least time. A model of the time, fitted to
-  // measurements of 225 shapes (docs/performance.md): a block has the rows of two turns in flight (of 32 rows: of
-  // one), so from the third turn on it waits once more. `turn_time`: of one turn.
-  Quickest quickest(int64_t turn_time) const {
-    constexpr int64_t kMergeTime = 10;       // whatever the number of partials
-    constexpr int64_t kMergedFloats = 1024;  // of partials, that are merged in a unit of time
-    Quickest best = {1, INT64_MAX};
-    for (int64_t splits = all_splits(); splits > 0; --splits) {
-      const int64_t each = imax(blocks_for(turns, splits), 1);
-      if (turn_time * each >= best.time) break;
-      splits = imax(blocks_for(turns, each), 1);
-      const int64_t of_a_multiprocessor = blocks_for(units * splits, multiprocessors);
-      const int64_t reading = turn_time * (each + (each > 2)) * of_a_multiprocessor;
-      const int64_t time = reading + splits * partial_floats / kMergedFloats + (splits > 1 ? kMergeTime : 0);
-      if (time <= best.time) best = {splits, time};
-    }
-    return best;
-  }
 };
 
 // Whether small blocks fill the GPU better than large ones, by so much.
@@ -233,6 +210,39 @@ struct FewQueriesCandidate : Candidate {
     most_splits = units <= kAttendTickets && can_merge ? imax(imin(room, turns), 1) : 1;
   }
 
+  // What merging the partials of so many splits takes, in 0.1 us on an H200, roughly.
+  int64_t merge_time(int64_t splits) const {
+    constexpr int64_t kFirstRound = 10;  // of partials that fit into shared memory
+    constexpr int64_t kOtherRound = 8;
+    constexpr int64_t kFloats = 1024;  // that are merged in a unit of time
+    if (splits == 1) return 0;
+    if (Block::kQueries > 8) {  // many are merged in groups, by several blocks: what is past the 32nd counts half
+      return kFirstRound + (imin(splits, 32) + imax(splits - 32, 0) / 2) * partial_floats / kFloats;
+    }
+    const int64_t fit = teams * Block::kTeamBytes / 4 / partial_floats;
+    const int64_t rounds = blocks_for(splits - 1, imax(fit - 1, 1));
+    return kFirstRound + (rounds - 1) * kOtherRound + splits * partial_floats / kFloats;
+  }
+  struct Quickest {
+    int64_t splits;
+    int64_t time;
+  };
+  // As many splits as run at once, or fewer: those that take the least time, by a model that is fitted to measurements
+  // (docs/performance.md). A block has the rows of two turns in flight, so from the third turn on it waits once more.
+  Quickest quickest() const {
+    constexpr int64_t kWait = 10;
+    Quickest best = {1, INT64_MAX};
+    for (int64_t splits = all_splits(); splits > 0; --splits) {
+      const int64_t each = imax(blocks_for(turns, splits), 1);
+      if (Block::kTurnTime * each >= best.time) break;
+      splits = imax(blocks_for(turns, each), 1);
+      const int64_t reading = each <= 2 ? Block::kTurnTime * each : Block::kLaterTurnTime * each + kWait;
+      const int64_t time = reading * blocks_for(units * splits, multiprocessors) + merge_time(splits);
+      if (time <= best.time) best = {splits, time};
+    }
+    return best;
+  }
+
   FewQueriesSchedule with(int64_t splits, const Gpu& gpu) const {
     const int64_t blocks = units * splits;
     const int64_t bytes = shared_for_a_share(Block::bytes(teams), blocks, gpu);
@@ -251,7 +261,7 @@ FewQueriesSchedule schedule_large_or_small(const AttendShape& shape, const Gpu& 
   const int64_t positions = shape.positions;
   const FewQueriesCandidate<Large> large(shape, gpu, Large::kTeams);
   const FewQueriesCandidate<Small> small(shape, gpu, Small::kTeams);
-  const int64_t splits = large.quickest(Large::kTurnTime).splits;
+  const int64_t splits = large.quickest().splits;
   // Where large blocks do not all run at once, it is enough that small ones do not fill the GPU worse: at different
   // stages of their work, they wait for memory at different times. With many units not even that is asked for, up to
   // caches so long that more stages pay.
@@ -279,8 +289,8 @@ FewQueriesSchedule schedule_few_queries(const AttendShape& shape, const Gpu& gpu
       // Where blocks of 16 are few, what they leave to be merged is the larger part of the time.
       const FewQueriesCandidate<Sixteen> large(shape, gpu, Sixteen::kTeams);
       const FewQueriesCandidate<Eight> of_8(shape, gpu, Eight::kTeams);
-      const Candidate::Quickest choice = large.quickest(Sixteen::kTurnTime);
-      if (choice.time <= of_8.quickest(Eight::kTurnTime).time) {
+      const auto choice = large.quickest();
+      if (choice.time <= of_8.quickest().time) {
         const FewQueriesCandidate<Sixteen> small(shape, gpu, Sixteen::kTeams / 2);
         const bool smaller = large.all_run()
                                  ? worth_splitting(small, large, choice.splits, shape.positions, kFewQueriesGain)
