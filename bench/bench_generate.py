@@ -14,8 +14,8 @@ needs in it (captures and compiled code too). What does not fit is said and left
 How long a prompt takes before that is bench_first_token.py's.
 
 A row `generate/<model>/<weights>/<positions>` is the fastest of our ways but the tuned; each way has a row of its own
-behind it. The parts of a step (`generate/step/...`) are CUDA graphs of their own: every matrix product; append and
-attention of every layer; and what the fastest step takes beyond the two.
+behind it. The parts of a step (`generate/step/...`) are CUDA graphs of their own: every matrix product, by torch's own
+kernels; append and attention of every layer; and what a step in a plain CUDA graph takes beyond the two.
 
 Parts for a short session: --models, --weights, --positions, --batch, --options, --layers. Without a GPU it is a
 rehearsal with a tiny model, under the name `tiny`.
@@ -281,7 +281,7 @@ def decode(
     failed: list[str],
     device: torch.device,
 ) -> None:
-    """Every option of one case, and the split of the fastest step of ours."""
+    """Every option of one case, and the split of the plain graph's step."""
     figures: dict[str, Figure] = {}
     for key in options:
         figure = try_option(OPTIONS[key], model, case, device, profile, failed)
@@ -290,10 +290,10 @@ def decode(
     weight_bytes = llama.weight_bytes_read(model)
     for tuned in (False, True):
         record(results, case, figures, tuned, weight_bytes, reading)
-    ours = [figure.tokens_per_second for key, figure in figures.items() if OPTIONS[key].ours]
-    if ours:
+    plain = figures.get("graph", figures.get("eager"))
+    if plain is not None:
         with torch.no_grad(), one_thread(device):
-            record_parts(results, case, model, case.batch / max(ours), weight_bytes, reading, device)
+            record_parts(results, case, model, case.batch / plain.tokens_per_second, weight_bytes, reading, device)
         llama.tidy(device)
     results.save(last=False)
 
