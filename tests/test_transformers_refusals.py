@@ -32,14 +32,13 @@ def test_models_that_it_cannot_hold() -> None:
             transformers.T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         )
         llama = transformers.LlamaForCausalLM(tiny("Llama", head_dim=20))
-        hybrid = transformers.Qwen3NextForCausalLM(
-            tiny("Qwen3Next", num_experts=2, num_experts_per_tok=1, layer_types=["linear_attention"] * 2 +
-                 ["full_attention"], linear_num_key_heads=2, linear_num_value_heads=2)
-        )  # fmt: skip
         latent = transformers.DeepseekV3ForCausalLM(tiny("DeepseekV3", n_routed_experts=4, n_group=1, topk_group=1))
+        mamba = transformers.MambaForCausalLM(tiny("Mamba"))
+        indexed = transformers.DeepseekV32ForCausalLM(tiny("DeepseekV32", n_routed_experts=4, n_group=1, topk_group=1))
     refused(t5, "encoder-decoder")
-    refused(hybrid, "layer 0 of Qwen3NextForCausalLM is of type 'linear_attention'")
-    refused(latent, "latent attention")
+    refused(latent, "must be on a CPU or a CUDA device, got 'meta'")
+    refused(mamba, "MambaForCausalLM has no attention, so no keys and values to hold")
+    refused(indexed, "layer 0 of DeepseekV32ForCausalLM is of type 'indexed_attention', which it cannot hold")
     refused(llama, "must be on a CPU or a CUDA device, got 'meta'")
     odd = transformers.LlamaForCausalLM(tiny("Llama", head_dim=20))
     refused(odd, "multiple of 8")

@@ -57,9 +57,14 @@ def attend(
             "model's attention to 'eager'"
         )
     layer = key.layer
+    again, key.attended = key.attended, True
     if attention_mask is not None and (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
-        _check_mask(attention_mask, query, layer.gathered_columns(query.shape[2]))
-        keys, values = (x.to(query.dtype) for x in layer.append_gather(key.new_key, key.new_value))
+        if again:
+            keys, values = layer.gather_again(query.shape[2], query.dtype)
+            _check_mask(attention_mask, query, keys.shape[2])
+        else:
+            _check_mask(attention_mask, query, layer.gathered_columns(query.shape[2]))
+            keys, values = (x.to(query.dtype) for x in layer.append_gather(key.new_key, key.new_value))
         return _masked_attention(query, keys, values, attention_mask, scaling, softcap, s_aux), None
     new_query, new_key, new_value = (x.detach().transpose(1, 2) for x in (query, key.new_key, key.new_value))
     new_lengths = order = None
@@ -76,9 +81,12 @@ def attend(
                 f"Fp16Cache: a mask of {attention_mask.dtype} and shape {list(attention_mask.shape)} reached the "
                 "attention; pass the model a 2D mask, or a 4D one of bool or floating point"
             )
-    answer, lse = layer.append_attend(
-        new_query, new_key, new_value, new_lengths, scale=scaling, softcap=softcap, return_lse=s_aux is not None
-    )
+    if again:
+        answer, lse = layer.attend_again(new_query, scale=scaling, softcap=softcap, return_lse=s_aux is not None)
+    else:
+        answer, lse = layer.append_attend(
+            new_query, new_key, new_value, new_lengths, scale=scaling, softcap=softcap, return_lse=s_aux is not None
+        )
     if s_aux is not None and lse is not None:  # a learned logit (sink) that takes a share of the weights
         answer = answer * torch.sigmoid(lse - s_aux.float())[..., None].to(answer.dtype)
     if order is not None:

@@ -12,7 +12,10 @@ from .longrope import keep_cache_where_rope_changes
 from .passes import watch
 from .positions import Positions
 from .shared import SharedState
+from .states import EmptyLayer, HybridLayer, StateLayer
 from .version import NAME
+
+AnyLayer = Fp16Layer | StateLayer | EmptyLayer
 
 
 def build(
@@ -24,7 +27,7 @@ def build(
     overflow: str,
     precision: str,
     compileable: bool,
-) -> tuple[list[Fp16Layer], SharedState]:
+) -> tuple[list[AnyLayer], SharedState]:
     """See `Fp16Cache.for_model`."""
     if attention not in (None, NAME):
         raise ValueError(f"Fp16Cache: attention must be {NAME!r} or None, got {attention!r}")
@@ -39,6 +42,11 @@ def build(
     plans, config = plan_layers(model, max_positions)
     check_takes_a_cache(model)
     present = [plan for plan in plans if plan.present]
+    if compileable and any(plan.states for plan in plans):
+        raise NotImplementedError(
+            f"Fp16Cache: {type(model).__name__} has recurrent or convolutional states, with which compileable=True "
+            "has not been tried; decode with cuda_graphs() instead"
+        )
     if attention is not None:
         check_attention(model, present)
     shared = SharedState(
@@ -47,7 +55,7 @@ def build(
         config,
         precision,
         compileable,
-        positions=Positions(batch_size, present[0].device),
+        positions=Positions(batch_size, next(plan.device for plan in present if plan.attends)),
         layer_count=len(plans),
     )
     layers = _make_layers(plans, shared, overflow)
@@ -63,13 +71,13 @@ def build(
     return layers, shared
 
 
-def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> list[Fp16Layer]:
+def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> list[AnyLayer]:
     """The layers in the model's order. Their `StreamingKVCacheFp16`s, one for each group, are put into `shared`."""
     members: dict[tuple[Any, ...], list[int]] = {}
     for i, plan in enumerate(plans):
-        if plan.present:
+        if plan.present and plan.attends:
             members.setdefault(plan.group, []).append(i)
-    layers: dict[int, Fp16Layer] = {}
+    layers: dict[int, AnyLayer] = {}
     for indices in members.values():
         plan = plans[indices[0]]
         cache = LayerGroup(
@@ -83,6 +91,15 @@ def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> 
         )
         shared.caches.append(cache)
         for index_in_cache, i in enumerate(indices):
-            layers[i] = Fp16Layer(shared, cache, index_in_cache, plan.window)
+            states = plans[i].states
+            widths = plans[i].key_dim, plans[i].value_dim
+            attention = shared, cache, index_in_cache, plan.window, widths, plans[i].attended_again
+            layers[i] = HybridLayer(states, *attention) if states else Fp16Layer(*attention)
     beside = layers[min(layers)]
-    return [layers.get(i) or AbsentLayer(beside, plan.window) for i, plan in enumerate(plans)]
+    assert isinstance(beside, Fp16Layer)
+    for i, plan in enumerate(plans):
+        if not plan.attends:
+            layers[i] = StateLayer(shared, plan.states) if plan.states else EmptyLayer()
+        elif not plan.present:
+            layers[i] = AbsentLayer(beside, plan.window)
+    return [layers[i] for i in range(len(plans))]

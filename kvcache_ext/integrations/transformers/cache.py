@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from transformers.cache_utils import Cache
 
-from ...cache import StreamingKVCacheFp16
 from ...errors import shown
 from . import files
 from .build import build
+from .changes import select, take_back
 from .graphs import DecodeGraph, replayed_steps
 from .groups import LayerGroup
 from .layer_plan import model_type_of
-from .layers import AbsentLayer
+from .layers import AbsentLayer, Fp16Layer
 from .shared import SharedState
-from .version import CROP_MARGIN, NAME
+from .states import StateLayer, refuse_to_take_back
+from .version import NAME
 
 
 class Fp16Cache(Cache):
@@ -33,12 +34,15 @@ class Fp16Cache(Cache):
 
     Attributes:
         caches: the `StreamingKVCacheFp16`s, one for all layers of one shape. They may be read and saved.
-        layers: the `Fp16Layer`s, in the model's order.
+        layers: the model's layers, in its order. `attention_layers` are those with keys and values, `Fp16Layer`s;
+            `state_layers` those with recurrent or convolutional states, some of which may be both.
         shared: what the layers have in common. It is for this package's own modules.
     """
 
     shared: SharedState
     caches: list[LayerGroup]
+    attention_layers: list[Fp16Layer]
+    state_layers: list[StateLayer]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         raise TypeError(
@@ -102,7 +106,9 @@ class Fp16Cache(Cache):
         Cache.__init__(self, layers=layers)
         self.shared = shared
         self.caches = shared.caches
-        self.model_type = model_type_of(model)
+        self.attention_layers = [layer for layer in layers if isinstance(layer, Fp16Layer)]
+        self.state_layers = [layer for layer in layers if isinstance(layer, StateLayer)]
+        self.model_type, self.model_dtype = model_type_of(model), getattr(model, "dtype", None)
         return self
 
     # Files (see files.py)
@@ -177,16 +183,17 @@ class Fp16Cache(Cache):
         self.shared.append_pending()
         counts = {id(cache): cache.overflow_counts().cpu() for cache in self.caches}
         none = torch.zeros((), dtype=torch.int64, device="cpu")
+        stored = [isinstance(layer, Fp16Layer) and not isinstance(layer, AbsentLayer) for layer in self.layers]
         return torch.stack(
-            [none if isinstance(at, AbsentLayer) else counts[id(at.cache)][at.index] for at in self.layers]
+            [counts[id(at.cache)][at.index] if here else none for at, here in zip(self.layers, stored, strict=True)]
         )
 
     def __repr__(self) -> str:
-        windows = sorted({layer.window for layer in self.layers if layer.window is not None})
+        windows = sorted({layer.window for layer in self.attention_layers if layer.window is not None})
         return (
             f"Fp16Cache({len(self.layers)} layers, max_positions={self.shared.max_positions}, "
             f"batch_size={self.batch_size}, windows={windows}, {self.memory_bytes() / 1e6:.1f} MB, "
-            f"{self.layers[0].columns} tokens)"
+            f"{self.attention_layers[0].columns} tokens)"
         )
 
     # What generation does to a cache
@@ -198,15 +205,30 @@ class Fp16Cache(Cache):
         """
         if not is_compiling():
             self.shared.positions.raise_if_fed_twice()
-        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+        if layer_idx >= len(self.layers):
+            return 0
+        return self._attention_layer(layer_idx).get_seq_length()
+
+    def _attention_layer(self, layer_idx: int) -> Fp16Layer:
+        """This layer, or if it has no keys and values the first that has: all have as many columns."""
+        layer = self.layers[layer_idx]
+        return layer if isinstance(layer, Fp16Layer) else self._first_full
+
+    @property
+    def _first_full(self) -> Fp16Layer:
+        """The first layer without a window, or if all have one the first."""
+        return next((layer for layer in self.attention_layers if layer.window is None), self.attention_layers[0])
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The number of columns of this layer's mask, and the first of them. transformers asks in each forward pass."""
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        if layer_idx >= len(self.layers):
+            return query_length, 0
+        sizes = self._attention_layer(layer_idx).get_mask_sizes(query_length)
         if is_compiling():
             return sizes
         self.shared.append_pending()
-        self._check_layers()
+        if self.shared.current_pass is None:  # (within one, layers before the one that asks have stored theirs)
+            self._check_layers()
         if query_length == 0:
             self.refuse_no_tokens()
         return sizes
@@ -221,11 +243,11 @@ class Fp16Cache(Cache):
         """Raises RuntimeError if the last forward pass was broken off after it had stored something."""
         self._check_layers()
         left_behind = self.shared.current_pass  # by a pass that was interrupted
-        if self.shared.broken_off or (left_behind is not None and self.layers[0].columns != left_behind.columns):
+        if self.shared.broken_off or (left_behind is not None and left_behind.has_stored(self)):
             raise RuntimeError("Fp16Cache: a forward pass was broken off after it had stored its tokens; reset() it")
 
     def _check_layers(self) -> None:
-        counts = {layer.columns for layer in self.layers}
+        counts = {layer.columns for layer in self.attention_layers}
         if len(counts) != 1:
             raise RuntimeError(
                 f"Fp16Cache: its layers hold from {min(counts)} to {max(counts)} tokens, as after a forward pass "
@@ -244,7 +266,7 @@ class Fp16Cache(Cache):
 
     def offload(self, *args: Any, **kwargs: Any) -> None:
         """Raises NotImplementedError: keys and values stay where they are allocated."""
-        self.layers[0].offload()
+        self.attention_layers[0].offload()
 
     prefetch = offload
 
@@ -256,8 +278,10 @@ class Fp16Cache(Cache):
         shared.forget_tokens()
         shared.padding.forget()
         shared.active = None
-        for layer in self.layers:
+        for layer in self.attention_layers:
             layer.columns = layer.first_held = 0
+        for states in self.state_layers:
+            states.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest `-tokens_to_remove` tokens back, such as those that assisted decoding rejects.
@@ -267,6 +291,7 @@ class Fp16Cache(Cache):
                 layer can take back (128, once it is full). The cache is unchanged.
             TypeError: it is no integer.
             RuntimeError: a forward pass was broken off, and layers hold different tokens.
+            NotImplementedError: some would be left, and the model has recurrent or convolutional states.
         """
         try:
             count = -operator.index(tokens_to_remove)
@@ -278,35 +303,11 @@ class Fp16Cache(Cache):
             )
         if count == 0:
             return
-        shared = self.shared
-        shared.append_pending()
+        self.shared.append_pending()
         self.check_whole()
-        for layer in self.layers:
-            left = layer.columns - count
-            if left < 0:
-                raise ValueError(f"Fp16Cache: crop({tokens_to_remove}) of {layer.columns} tokens")
-            if layer.window is not None and layer.first_held > max(left - layer.window + 1, 0):
-                raise ValueError(
-                    f"Fp16Cache: crop({tokens_to_remove}): a full ring of a sliding window layer can take back "
-                    f"{CROP_MARGIN} tokens; reset() the cache and prefill the text anew"
-                )
-        shared.raise_deferred_errors(wait=True)
-        left = self.layers[0].columns - count
-        if left == 0:
-            self.reset()  # which also clears sequences that are not in use
-            return
-        for cache in self.caches:
-            layer = next(layer for layer in self.layers if layer.cache is cache)
-            real = shared.padding.real_columns(layer.window, layer.columns)
-            removed: int | Tensor = count  # with an int the host keeps exact lengths
-            if real is not None:
-                removed = real[:, left:].sum(1).to(cache.device)
-            StreamingKVCacheFp16.drop_newest(cache, removed, **shared.sequences_argument(cache.device))
-        for layer in self.layers:
-            layer.columns = left
-            shared.padding.all_real_from(left, layer.window)
-        shared.fed_tokens.crop(left)
-        shared.positions.remove(count, left)
+        if self.state_layers and count < self.attention_layers[0].columns:
+            refuse_to_take_back()
+        take_back(self, count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was. `beam_idx`: integers `[n]`.
@@ -316,7 +317,7 @@ class Fp16Cache(Cache):
                 use. The cache is unchanged. (Numbers on a GPU are not checked, as that would wait for it. One that is
                 out of range leaves its sequence as it is.)
         """
-        self._select(beam_idx)
+        select(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence `repeats` times, its copies side by side. `batch_size` must have room for them."""
@@ -331,7 +332,7 @@ class Fp16Cache(Cache):
                 f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
                 f"got {self.batch_size}"
             )
-        self._select(torch.arange(active, device="cpu").repeat_interleave(repeats))
+        select(self, torch.arange(active, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
@@ -345,37 +346,7 @@ class Fp16Cache(Cache):
             raise TypeError(f"Fp16Cache: indices of sequences must be integers [n], got {shown(indices)}") from None
         if chosen.dtype == torch.bool and chosen.shape == (active,):
             chosen = chosen.nonzero()[:, 0]
-        self._select(chosen)
-
-    def _select(self, sequences: Tensor) -> None:
-        """Sequence i becomes what sequence `sequences[i]` was. Only these are in use then."""
-        shared = self.shared
-        shared.append_pending()
-        if shared.active is None:
-            return
-        if not isinstance(sequences, Tensor):
-            sequences = torch.tensor(sequences, device="cpu")
-        if sequences.dim() != 1 or sequences.dtype not in (torch.int64, torch.int32):
-            raise TypeError(
-                f"Fp16Cache: indices of sequences must be integers [n], got {sequences.dtype} {list(sequences.shape)}"
-            )
-        if not 1 <= len(sequences) <= self.batch_size:
-            raise ValueError(
-                f"Fp16Cache: 1 to batch_size={self.batch_size} sequences can be chosen, got {len(sequences)}"
-            )
-        if sequences.is_cpu and not bool(((sequences >= 0) & (sequences < shared.active)).all()):
-            raise IndexError(
-                f"Fp16Cache: indices of sequences must be from 0 to {shared.active - 1}, as {shared.active} are in "
-                f"use, got {sequences.tolist()[:8]}"
-            )
-        rest = torch.arange(len(sequences), self.batch_size, device=sequences.device)
-        all_sequences = torch.cat([sequences.long(), rest])
-        for cache in self.caches:
-            StreamingKVCacheFp16.reorder(cache, all_sequences.to(cache.device))
-        shared.fed_tokens.select(sequences)
-        shared.positions.select(sequences)
-        shared.padding.select(sequences)
-        shared.active = len(sequences)
+        select(self, chosen)
 
     # CUDA graphs
 

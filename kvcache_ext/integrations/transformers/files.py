@@ -8,10 +8,14 @@ caches hold them. Beside them it has:
   - `columns`: tokens and padding that it holds. `sequences`: those in use, or null.
   - `model_type`: the model's.
   - `layers`: for each layer its `kind`, and what that kind needs. "attention" has a `window` (or null) and `first`: the
-    columns before that one may be gone from its ring. "absent" is a layer that another stage of a pipeline has; it has
-    no keys and values in the file. Other kinds may come. A reader that does not know one refuses the file.
+    columns before that one may be gone from its ring. "states" has recurrent or convolutional states instead, and
+    "hybrid" both: `states` says whether each is of a text (`previous`) and its `conv_kernel_size`. "empty" has
+    nothing, and "absent" is a layer that another stage of a pipeline has: neither has keys and values in the file. A
+    reader that does not know a kind refuses the file.
+  - `dtype`: the model's, where there are states.
 - tensors `padding.WINDOW` (`padding.full` for layers without a window), bool `[sequences, n]`, where there may be
   padding: which of the first `n` columns are real. Padding is not stored. Columns from `n` on are real.
+- tensors `states.LAYER.conv.N` and `states.LAYER.recurrent.N`, `[sequences, ...]` of any dtype.
 - tensor `positions`, int64 `[sequences]`: the largest position that each sequence was fed.
 """
 
@@ -28,10 +32,29 @@ from ...files import LayersFile, open_layers, save_layers
 from .layer_plan import LayerPlan, model_type_of, plan_layers
 from .layers import AbsentLayer, Fp16Layer
 from .shared import WholeCache
+from .states import StateLayer
 
 NewCache = TypeVar("NewCache", bound=WholeCache)
 Progress = bool | Callable[[int, int], object] | None
-KINDS = ("attention", "absent")
+KINDS = ("attention", "hybrid", "states", "empty", "absent")
+
+
+def _has_keys(layer: Any) -> bool:
+    return isinstance(layer, Fp16Layer) and not isinstance(layer, AbsentLayer)
+
+
+def _kind(layer: Any) -> str:
+    if isinstance(layer, StateLayer):
+        return "hybrid" if _has_keys(layer) else "states"
+    return "attention" if _has_keys(layer) else "absent" if isinstance(layer, AbsentLayer) else "empty"
+
+
+def _kind_of_plan(plan: LayerPlan) -> str:
+    if plan.attends and not plan.present:
+        return "absent"
+    if plan.states:
+        return "hybrid" if plan.attends else "states"
+    return "attention" if plan.attends else "empty"
 
 
 def _padding_name(window: int | None) -> str:
@@ -46,12 +69,17 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
     shared.raise_deferred_errors(wait=True)
     layers: list[dict[str, Any]] = []
     stored = []
-    for layer in cache.layers:
-        if isinstance(layer, AbsentLayer):
-            layers.append({"kind": "absent"})
-        else:
-            layers.append({"kind": "attention", "window": layer.window, "first": layer.first_held})
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(cache.layers):
+        described_layer: dict[str, Any] = {"kind": _kind(layer)}
+        if _has_keys(layer):
+            described_layer |= {"window": layer.window, "first": layer.first_held}
             stored.append((layer.cache, layer.index))
+        if isinstance(layer, StateLayer):
+            described_layer["states"] = layer.described()
+            if shared.active is not None:
+                tensors |= {f"states.{i}.{name}": state for name, state in layer.saved_states().items()}
+        layers.append(described_layer)
     columns = cache.get_seq_length()
     described = {
         "model_type": cache.model_type,
@@ -62,8 +90,9 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
         "sequences": shared.active,
         "layers": layers,
     }
+    if cache.state_layers:
+        described["dtype"] = str(cache.model_dtype)
     sequences = shared.active or 1
-    tensors: dict[str, Tensor] = {}
     for window in shared.padding.windows():
         real = shared.padding.real_columns(window, columns)
         if real is not None:
@@ -91,6 +120,7 @@ class _Saved:
             self.overflow, self.columns = str(described["overflow"]), int(described["columns"])
             self.sequences: int | None = described["sequences"]
             self.layers: list[dict[str, Any]] = list(described["layers"])
+            self.dtype: str | None = described.get("dtype")
             kinds = {str(layer["kind"]) for layer in self.layers}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Fp16Cache.load: {path} is damaged: it does not describe a whole cache") from error
@@ -100,7 +130,7 @@ class _Saved:
                 "one is needed"
             )
 
-    def check_fits(self, model_type: str, plans: list[LayerPlan], file: LayersFile) -> None:
+    def check_fits(self, model_type: str, dtype: Any, plans: list[LayerPlan], file: LayersFile) -> None:
         """Raises ValueError unless the file is of a model with these layers."""
 
         def check_equal(what: str, there: object, here: object) -> None:
@@ -112,10 +142,12 @@ class _Saved:
 
         check_equal("its model_type is", repr(self.model_type), repr(model_type))
         check_equal("the number of its layers is", len(self.layers), len(plans))
+        if any(plan.states for plan in plans):  # states are not rounded, so they are of the model's dtype
+            check_equal("its dtype is", self.dtype, str(dtype))
         shapes = iter(file.layers)
         for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
-            check_equal(f"layer {i} is", layer["kind"], "attention" if plan.present else "absent")
-            if not plan.present:
+            check_equal(f"layer {i} is", layer["kind"], _kind_of_plan(plan))
+            if layer["kind"] not in ("attention", "hybrid"):
                 continue
             check_equal(f"the window of layer {i} is", layer["window"], plan.window)
             shape = next(shapes)
@@ -137,7 +169,8 @@ def load(
         saved = _Saved(path, file)
         positions = saved.max_positions if max_positions is None else max_positions
         plans, _ = plan_layers(model, positions)
-        saved.check_fits(model_type_of(model), plans, file)
+        device_of_state = [plan.device for plan in plans]
+        saved.check_fits(model_type_of(model), getattr(model, "dtype", None), plans, file)
         batch = saved.batch_size if batch_size is None else batch_size
         if isinstance(batch, int) and batch < (saved.sequences or 1):
             raise ValueError(
@@ -154,7 +187,7 @@ def load(
                     f"Fp16Cache.load: {path} holds {saved.columns} tokens, which do not fit into "
                     f"max_positions={positions}"
                 )
-            present: list[Fp16Layer] = [layer for layer in cache.layers if not isinstance(layer, AbsentLayer)]
+            present: list[Fp16Layer] = [layer for layer in cache.layers if _has_keys(layer)]
             file.load([(layer.cache, layer.index) for layer in present], fresh=True, progress=progress)
         except BaseException:
             if model.config._attn_implementation != before:
@@ -162,13 +195,18 @@ def load(
             raise
         shared = cache.shared
         shared.active = saved.sequences
-        here = [layer for layer in saved.layers if layer["kind"] == "attention"]
+        here = [layer for layer in saved.layers if layer["kind"] in ("attention", "hybrid")]
         for layer, described in zip(present, here, strict=True):
             layer.columns = saved.columns
             layer.first_held = max(int(described["first"]), saved.columns - layer.cache.max_positions, 0)
             real = file.tensors.get(_padding_name(layer.window))
             if real is not None:
                 shared.padding.restore(layer.window, real.to(layer.device))
+        for i, (layer, described) in enumerate(zip(cache.layers, saved.layers, strict=True)):
+            if isinstance(layer, StateLayer):
+                prefix = f"states.{i}."
+                states = {name[len(prefix) :]: x for name, x in file.tensors.items() if name.startswith(prefix)}
+                layer.load_states(described["states"], states, device_of_state[i])
         if "positions" in file.tensors:
             last = file.tensors["positions"]
             shared.positions.last[: len(last)].copy_(last)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .changes import take_back
 from .positions import Positions
 from .shared import WholeCache
 from .version import NAME, cache_argument
@@ -101,7 +102,7 @@ class DecodeGraph:
             raise ValueError(f"DecodeGraph: the model's attention must be {NAME!r}, got {used!r}")
         if shared.active is None:
             raise ValueError("DecodeGraph: run the prompt through the model first")
-        devices = {layer.device for layer in cache.layers}
+        devices = {layer.device for layer in cache.attention_layers}
         if len(devices) != 1:
             raise NotImplementedError("DecodeGraph: one CUDA graph cannot hold a model on several devices")
         self._forward = model if forward is None else forward
@@ -139,14 +140,14 @@ class DecodeGraph:
     @staticmethod
     def has_room(cache: WholeCache) -> bool:
         """Whether the cache has room for the steps that capturing takes."""
-        return all(not at.bounded or at.columns + WARM_UPS <= at.cache.max_positions for at in cache.layers)
+        return all(not at.bounded or at.columns + WARM_UPS <= at.cache.max_positions for at in cache.attention_layers)
 
     def serves(self, input_ids: Tensor) -> bool:
         """Whether these ids have the shape of the captured step."""
         return self._cache.shared.active == self._batch and input_ids.shape == self._ids.shape
 
     def _capture(self, device: torch.device) -> None:
-        cache, layers, shared = self._cache, self._cache.layers, self._cache.shared
+        cache, layers, shared = self._cache, self._cache.attention_layers, self._cache.shared
         for layer in layers:
             layer.check_room(self._batch, WARM_UPS)
         # The pass under way, which may have asked for this graph, does not include the steps that run here.
@@ -154,6 +155,7 @@ class DecodeGraph:
         counts = [group.overflow_counts() for group in cache.caches]
         positions = shared.positions
         fed = positions.last.clone()
+        states = [layer.snapshot() for layer in cache.state_layers]
         self._positions.copy_(self._next_positions())
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -162,7 +164,9 @@ class DecodeGraph:
                 self._step()
         torch.cuda.current_stream(device).wait_stream(stream)
         with _unchecked(positions):
-            cache.crop(-WARM_UPS)
+            take_back(cache, WARM_UPS)
+        for layer, snapshot in zip(cache.state_layers, states, strict=True):
+            layer.restore(snapshot)
         positions.last.copy_(fed)
         for group, count in zip(cache.caches, counts, strict=True):
             group.tensors.overflow_counts.copy_(count)
@@ -177,7 +181,7 @@ class DecodeGraph:
 
     def _next_positions(self) -> Tensor:
         """The position of each sequence's next token, `[B, 1]`: how many tokens it has."""
-        return self._cache.caches[0].cache_seqlens[self._cache.layers[0].index, : self._batch, None]
+        return self._cache.caches[0].cache_seqlens[self._cache.attention_layers[0].index, : self._batch, None]
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         shared = self._cache.shared
@@ -188,7 +192,7 @@ class DecodeGraph:
             )
         shared.append_pending()
         shared.positions.raise_if_fed_twice()
-        for layer in self._cache.layers:
+        for layer in self._cache.attention_layers:
             layer.check_room(self._batch, 1)
         self._ids.copy_(input_ids)
         self._positions.copy_(self._next_positions() if position_ids is None else position_ids)
@@ -196,7 +200,7 @@ class DecodeGraph:
             self._step()
             return self._logits()
         self._graph.replay()
-        for layer in self._cache.layers:
+        for layer in self._cache.attention_layers:
             layer.advance(1)
         return self._logits()
 
@@ -230,7 +234,7 @@ class PatchedForward:
         if mask is not None:  # the captured step has none: it is checked and recorded here
             mask = mask.to(ids.device).expand(len(ids), -1)
             columns = cache.get_seq_length()
-            for window in {layer.window for layer in cache.layers}:
+            for window in {layer.window for layer in cache.attention_layers}:
                 cache.shared.padding.mask_for(mask, columns, 1, window, refuse_padding=True)
         self.graph(ids, kwargs["position_ids"])
         return self.graph.output()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...memory import attention_serves
 from .version import CROP_MARGIN, NAME
@@ -19,15 +21,24 @@ class LayerPlan:
     device: torch.device  # where the layer computes
     max_positions: int  # of its ring
     heads: int  # key/value heads
-    head_dim: int
+    key_dim: int  # head_dim of keys, and of values: they differ with latent attention
+    value_dim: int
     window: int | None  # sliding window, in tokens; None: full attention
     present: bool = True  # False: another stage of a pipeline has this layer
+    attends: bool = True  # False: it has no keys and values; the four numbers before mean nothing
+    states: int = 0  # recurrent or convolutional states that it keeps
+    attended_again: bool = False  # by layers after it, which share its keys and values
 
     @property
     def group(self) -> tuple[Any, ...]:
         """Layers with equal groups share one `StreamingKVCacheFp16`."""
         # The window changes no shape. But only layers with equal windows hold the same tokens.
         return self.device, self.max_positions, self.heads, self.head_dim, self.window
+
+    @property
+    def head_dim(self) -> int:
+        """Of the cache: keys and values of different widths are stored as two halves of both."""
+        return (self.key_dim + self.value_dim + 1) // 2
 
 
 def model_type_of(model: Any) -> str:
@@ -47,12 +58,6 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
         raise NotImplementedError(f"Fp16Cache: {name} is an encoder-decoder model; only decoders are supported")
     text = config.get_text_config(decoder=True)
     layer_configs = _layer_configs(text)
-    if any(getattr(each, "kv_lora_rank", None) for each in layer_configs):
-        raise NotImplementedError(
-            f"Fp16Cache: {name} has multi-head latent attention, whose keys and values differ in size"
-        )
-    if _value(text, "num_kv_shared_layers", 0) or "reuse" in (_value(text, "kv_sharing_modes") or ()):
-        raise NotImplementedError(f"Fp16Cache: {name} has layers that share the keys and values of others")
     if _value(text, "cross_attention_layers"):
         raise NotImplementedError(f"Fp16Cache: {name} has cross-attention layers")
     if not isinstance(max_positions, int) or isinstance(max_positions, bool) or max_positions < 1:
@@ -60,29 +65,41 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
 
     if getattr(model, "dtype", None) == torch.float64:
         raise TypeError(f"Fp16Cache: {name} is an FP64 model; FP32, FP16 and BF16 models can have such a cache")
+    types = _layer_types(name, text)
+    for i, (layer_type, _) in enumerate(types):
+        if layer_type not in (*WITH_KEYS, *WITHOUT_KEYS):
+            raise NotImplementedError(
+                f"Fp16Cache: layer {i} of {name} is of type {layer_type!r}, which it cannot hold (see "
+                "docs/transformers.md)"
+            )
+    if types and not any(layer_type in WITH_KEYS for layer_type, _ in types):
+        raise NotImplementedError(f"Fp16Cache: {name} has no attention, so no keys and values to hold")
     modules, present = _attention_modules(model, text.num_hidden_layers)
     per_stack = getattr(text, "num_layers_per_stack", None)
     if per_stack:  # HrmText runs fewer modules several times. Each run has cache layers of its own.
         modules = {i: modules[i % per_stack] for i in range(text.num_hidden_layers) if i % per_stack in modules}
         present = set(modules)
     plans = []
-    for i, layer_type in enumerate(_layer_types(text, layer_configs)):
-        if layer_type not in ("full_attention", "sliding_attention"):
-            raise NotImplementedError(
-                f"Fp16Cache: layer {i} of {name} is of type {layer_type!r}; only 'full_attention' and "
-                "'sliding_attention' layers can be held"
-            )
-        heads, head_dim = _shape(name, i, layer_configs[i], modules.get(i))
-        window = None
-        ring = max_positions
-        if layer_type == "sliding_attention":
-            window = layer_configs[i].sliding_window
-            if window is None:
-                raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has a sliding window of no size")
-            ring = min(max_positions, window + CROP_MARGIN)
+    modes = _value(text, "kv_sharing_modes") or ()
+    again = [i < len(modes) and modes[i] == "store" for i in range(text.num_hidden_layers)]
+    for i, (layer_type, options) in enumerate(types):
         here = i in present or not present
         device = _device(model, modules.get(i)) if here else torch.device("cpu")
-        plans.append(LayerPlan(device, ring, heads, head_dim, window, here))
+        states = options.get("number_of_states", 1) if layer_type in WITH_STATES else 0
+        if layer_type in WITHOUT_KEYS:
+            plans.append(LayerPlan(device, 0, 0, 0, 0, None, here, attends=False, states=states))
+            continue
+        heads, key_dim, value_dim = _shape(name, layer_configs[i], modules.get(i))
+        window = None
+        ring = max_positions
+        if WITH_KEYS[layer_type]:
+            window = options.get("sliding_window")
+            if window is None:
+                raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has a sliding window of no size")
+            # What other layers attend to again has to hold the windows of all new tokens, once these are stored.
+            ring = max_positions + window if again[i] else min(max_positions, window + CROP_MARGIN)
+        shape = heads, key_dim, value_dim, window, here
+        plans.append(LayerPlan(device, ring, *shape, states=states, attended_again=again[i]))
     plans += [plans[i] for i in _repeated_layers(name, text)]
     if not any(plan.present for plan in plans):
         raise NotImplementedError(f"Fp16Cache: {name} has no layers")
@@ -104,26 +121,30 @@ def _layer_configs(text: Any) -> list[Any]:
     return [text if per_layer is None else per_layer[i] for i in range(text.num_hidden_layers)]
 
 
-def _shape(name: str, index: int, config: Any, module: Any) -> tuple[int, int]:
-    """Heads and head_dim of the keys and values of a layer."""
+def _shape(name: str, config: Any, module: Any) -> tuple[int, int, int]:
+    """Heads of the keys and values of a layer, and the head_dim of keys and of values."""
     if not isinstance(getattr(config, "num_attention_heads", None), int):
         raise NotImplementedError(f"Fp16Cache: {name} names no num_attention_heads: it has no attention of this kind")
+    if getattr(config, "kv_lora_rank", None):  # latent attention: what is stored depends on transformers' release
+        if hasattr(module, "expand_kv"):
+            return 1, config.kv_lora_rank, config.qk_rope_head_dim
+        return config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or getattr(config, "dim_head", None)  # CPM-Ant's
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     if module is None:
-        return heads, head_dim
+        return heads, head_dim, head_dim
     head_dim = module.head_dim if isinstance(getattr(module, "head_dim", None), int) else head_dim
     sizes = [getattr(getattr(module, part, None), "out_features", None) for part in ("k_proj", "v_proj")]
     if isinstance(sizes[0], int) and sizes[0] % head_dim == 0:
         heads = sizes[0] // head_dim
     elif getattr(module, "new_decoder_architecture", False):  # Falcon's: keys are repeated to all heads
         heads = config.num_attention_heads
-    elif isinstance(getattr(module, "num_kv_heads", None), int):  # Falcon
-        heads = module.num_kv_heads
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise NotImplementedError(f"Fp16Cache: layer {index} of {name} has keys and values of different sizes")
-    return heads, head_dim
+    else:
+        counts = (getattr(module, named, None) for named in ("num_kv_heads", "kv_heads"))  # Falcon, GPTBigCode
+        heads = next((count for count in counts if isinstance(count, int)), heads)
+    value_dim = head_dim if None in sizes or sizes[0] == sizes[1] else sizes[1] // heads
+    return heads, head_dim, value_dim
 
 
 def _repeated_layers(name: str, text: Any) -> list[int]:
@@ -141,19 +162,24 @@ def _repeated_layers(name: str, text: Any) -> list[int]:
     return []
 
 
-def _layer_types(text: Any, layer_configs: list[Any]) -> list[str]:
-    given = _value(text, "layer_types")
-    if given is not None:
-        return list(given)
-    types = []
-    for config in layer_configs:
-        if getattr(config, "sliding_window", None) is not None:
-            types.append("sliding_attention")
-        elif getattr(config, "attention_chunk_size", None) is not None:
-            types.append("chunked_attention")
-        else:
-            types.append("full_attention")
-    return types
+# Types of layers, as transformers names them: whether those with keys and values have a sliding window.
+# (Chunked attention needs no more than the last chunk: masks say where chunks begin.)
+WITH_KEYS = {
+    **{"full_attention": False, "sliding_attention": True, "chunked_attention": True},
+    **{"hybrid": False, "hybrid_sliding": True},
+}
+WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+WITHOUT_KEYS = ("linear_attention", "conv", "dummy", "moe", "mlp")
+
+
+def _layer_types(name: str, text: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The type of each layer and what its cache needs to know, as transformers' own caches have it."""
+    try:
+        types, options = get_layer_types_and_kwargs(text)
+    except (AttributeError, RuntimeError) as error:
+        raise NotImplementedError(f"Fp16Cache: transformers names no types of layers for {name}: {error}") from None
+    each = [options] * len(types) if isinstance(options, dict) else options  # a dict for all: before 5.19
+    return list(zip(types, each, strict=True))
 
 
 def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int]]:
@@ -165,8 +191,10 @@ def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and 0 <= index < layers:
             present.add(index)
-            if hasattr(module, "head_dim") and index not in found:
-                found[index] = module
+            # (Where a layer has a recurrent part, too, that may have a head_dim of its own.)
+            is_attention = hasattr(module, "head_dim") or hasattr(module, "kv_lora_rank")
+            if is_attention and (index not in found or not hasattr(found[index], "k_proj")):
+                found[index] = module if index not in found or hasattr(module, "k_proj") else found[index]
     return found, present
 
 
@@ -203,13 +231,36 @@ def check_takes_a_cache(model: Any) -> None:
 def check_attention(model: Any, plans: list[LayerPlan]) -> None:
     """Raises if this package's attention cannot serve the model."""
     instead = "make the cache with attention=None, which gives the model gathered keys and values"
+    text = model.config.get_text_config(decoder=True)
+    if _value(text, "num_kv_shared_layers", 0) and not _value(text, "kv_sharing_modes"):
+        raise NotImplementedError(
+            f"Fp16Cache: layers of {type(model).__name__} share keys and values, for which {NAME!r} attention needs "
+            f"transformers 5.23 or later; {instead}"
+        )
     for i, plan in enumerate(plans):
-        if not attention_serves(plan.head_dim):
+        if plan.attends and plan.key_dim != plan.value_dim:
+            raise NotImplementedError(
+                f"Fp16Cache: {NAME!r} attention needs keys and values of one width, and layer {i} of "
+                f"{type(model).__name__} stores keys of {plan.key_dim} and values of {plan.value_dim}; {instead}"
+            )
+        if plan.attends and not attention_serves(plan.head_dim):
             raise NotImplementedError(
                 f"Fp16Cache: {NAME!r} attention needs a head_dim that is a multiple of 8, at most 512, and layer {i} "
                 f"has {plan.head_dim}; {instead}"
             )
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(model, "_supports_attention_backend", False) and not _uses_the_registry(model):
         raise NotImplementedError(
             f"Fp16Cache: {type(model).__name__} does not take attention from transformers' registry; {instead}"
         )
+
+
+def _uses_the_registry(model: Any) -> bool:
+    """Whether the attention modules are written in files that import transformers' registry of attentions.
+
+    (`_supports_attention_backend` is False of hybrid models, whose other layers have no use for it. A module that does
+    not ask the registry after all is noticed at the first forward pass: see `PendingKeyValues`.)
+    """
+    modules, _ = _attention_modules(model, model.config.get_text_config(decoder=True).num_hidden_layers)
+    attention = [module for module in modules.values() if hasattr(module, "k_proj")]
+    files = [sys.modules.get(type(module).__module__) for module in attention]
+    return bool(files) and all(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...cache import StreamingKVCacheFp16
 from .groups import LayerGroup
+from .laid_out import as_handed_over, as_stored
 from .protocol import PendingKeyValues, TaggedLength, mask_of_left_padding, offset_of_window
 from .shared import SharedState
 from .version import CROP_MARGIN
@@ -36,10 +37,22 @@ def without_gradient(answer: Tensor, source: Tensor) -> Tensor:
     return answer
 
 
-def _of_one_dtype(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their dtypes: under autocast rotated keys are FP32 and values are not."""
-    dtype = torch.promote_types(key.dtype, value.dtype)
-    return key.to(dtype), value.to(dtype)
+def copied_with_the_cache(layer: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a layer, as a part of a copy of its cache."""
+    if id(layer.shared) not in memo:
+        raise NotImplementedError(
+            "Fp16Cache: a layer cannot be copied without its cache, as the copy would be left out when tokens are "
+            "taken back, forgotten or put in another order; copy the whole cache"
+        )
+    kind: Any = type(layer)
+    new = kind.__new__(kind)
+    memo[id(layer)] = new
+    new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in layer.__dict__.items()})
+    return new
+
+
+def belongs_to_the_cache(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError("Fp16Cache: layers share their storage; call this on the cache")
 
 
 class Fp16Layer(CacheLayerMixin):
@@ -47,8 +60,17 @@ class Fp16Layer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, shared: SharedState, cache: LayerGroup, index: int, window: int | None) -> None:
+    def __init__(
+        self,
+        shared: SharedState,
+        cache: LayerGroup,
+        index: int,
+        window: int | None,
+        widths: tuple[int, int],
+        attended_again: bool,
+    ) -> None:
         self.shared = shared
+        self.widths = widths  # head_dim of keys and of values, as the model has them
         self.cache = cache
         self.index = index  # of this layer in `cache`
         self.window = window
@@ -57,6 +79,8 @@ class Fp16Layer(CacheLayerMixin):
         # Whether max_positions is the end. A ring that holds a whole window goes round: no query sees what it forgets.
         self.bounded = window is None or cache.max_positions < window + CROP_MARGIN
         shared.bounded = shared.bounded or self.bounded
+        # The most new tokens at a time, where other layers attend to them again when they are stored.
+        self.most_new = cache.max_positions - window + 1 if window is not None and attended_again else None
         self.columns = 0  # that have gone through this layer, padding included
         # The ring holds all columns from this one on. Of texts with padding it may hold older ones, too.
         self.first_held = 0
@@ -65,16 +89,8 @@ class Fp16Layer(CacheLayerMixin):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.columns} columns, window={self.window})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Fp16Layer:
-        if id(self.shared) not in memo:
-            raise NotImplementedError(
-                "Fp16Cache: a layer cannot be copied without its cache, as the copy would be left out when tokens are "
-                "taken back, forgotten or put in another order; copy the whole cache"
-            )
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return new
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copied_with_the_cache(self, memo)
 
     @property
     def is_initialized(self) -> bool:
@@ -139,6 +155,12 @@ class Fp16Layer(CacheLayerMixin):
                 f"Fp16Cache: {self.columns} tokens are in the cache and {new_tokens} more do not fit into "
                 f"max_positions={self.shared.max_positions}; make a larger cache, or reset() this one"
             )
+        if self.most_new is not None and new_tokens > self.most_new:
+            raise ValueError(
+                f"Fp16Cache: {new_tokens} new tokens at a time are more than the {self.most_new} that a sliding window "
+                "layer can take whose keys and values other layers share; make a cache with a larger max_positions, or "
+                "feed them in parts"
+            )
         self.shared.use_sequences(batch, self.columns)
 
     def advance(self, new_tokens: int) -> None:
@@ -163,12 +185,9 @@ class Fp16Layer(CacheLayerMixin):
         `new_lengths`: int32 `[B]`, how many of the last new tokens are real; None: all. `update` has checked the room.
         """
         new_tokens = query.shape[1]
-        key, value = _of_one_dtype(key, value)
+        key, value = as_stored(key, value)
         if new_lengths is None:
             self.shared.padding.all_real_from(self.columns, self.window)
-        precision = self.shared.precision
-        if precision == "auto":
-            precision = "fp32" if query.dtype == torch.float32 else "fp16"
         answer = StreamingKVCacheFp16.append_attend(
             self.cache,
             self.index,
@@ -180,11 +199,33 @@ class Fp16Layer(CacheLayerMixin):
             window=self.window,
             softcap=softcap,
             return_lse=return_lse,
-            precision=precision,
+            precision=self._precision(query),
             **self.shared.sequences_argument(self.device),
         )
         self.advance(new_tokens)
         return answer if isinstance(answer, tuple) else (answer, None)
+
+    def attend_again(
+        self, query: Tensor, *, scale: float | None, softcap: float | None, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`append_attend` for another layer, with the same keys and values, after the call that stored them."""
+        answer = StreamingKVCacheFp16.attend(
+            self.cache,
+            self.index,
+            query,
+            scale=scale,
+            window=self.window,
+            softcap=softcap,
+            return_lse=return_lse,
+            precision=self._precision(query),
+            **self.shared.sequences_argument(self.device),
+        )
+        return answer if isinstance(answer, tuple) else (answer, None)
+
+    def _precision(self, query: Tensor) -> str:
+        if self.shared.precision != "auto":
+            return self.shared.precision
+        return "fp32" if query.dtype == torch.float32 else "fp16"
 
     # New keys and values
 
@@ -214,8 +255,8 @@ class Fp16Layer(CacheLayerMixin):
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
         """Raises before anything of a layer is stored: wrong shapes, no room, or not this layer's turn in the pass."""
-        heads, head_dim = self.cache.num_heads, self.cache.head_dim
-        for name, tensor in (("keys", key), ("values", value)):
+        heads = self.cache.num_heads
+        for name, tensor, head_dim in (("keys", key, self.widths[0]), ("values", value, self.widths[1])):
             if tensor.dim() != 4 or tensor.shape[1] != heads or tensor.shape[3] != head_dim:
                 raise ValueError(
                     f"Fp16Cache: {name} of a layer must be [B, {heads}, T, {head_dim}], as the cache was made for such "
@@ -239,7 +280,7 @@ class Fp16Layer(CacheLayerMixin):
         """Appends what `update` handed out and no attention took: a past made by hand."""
         pending.appended = True
         new_key, new_value = (x.detach().transpose(1, 2) for x in (pending.new_key, pending.new_value))
-        key, value = _of_one_dtype(new_key, new_value)
+        key, value = as_stored(new_key, new_value)
         self.shared.padding.all_real_from(self.columns, self.window)
         self._append(key, value)
 
@@ -260,7 +301,7 @@ class Fp16Layer(CacheLayerMixin):
         self.shared.padding.all_real_from(self.columns, self.window)
         before = self.columns
         start = self._first_visible()
-        new_key, new_value = _of_one_dtype(key.detach().transpose(1, 2), value.detach().transpose(1, 2))
+        new_key, new_value = as_stored(key.detach().transpose(1, 2), value.detach().transpose(1, 2))
         if before + new_tokens - start <= self.cache.max_positions:
             self._append(new_key, new_value)
             keys, values = self._gather(start, self.columns, key.dtype)
@@ -272,6 +313,11 @@ class Fp16Layer(CacheLayerMixin):
                 parts.append(self._gather(before + part.start, before + part.stop, key.dtype))
             keys, values = (torch.cat(x, 2) for x in zip(*parts, strict=True))
         return without_gradient(keys, key), without_gradient(values, value)
+
+    def gather_again(self, new_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `append_gather` returned for the newest tokens, for another layer."""
+        start = 0 if self.window is None else max(self.columns - new_tokens - self.window + 1, 0)
+        return self._gather(start, self.columns, dtype)
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         StreamingKVCacheFp16.append(self.cache, self.index, key, value, **self.shared.sequences_argument(self.device))
@@ -293,14 +339,11 @@ class Fp16Layer(CacheLayerMixin):
         out = keys.transpose(1, 2), values.transpose(1, 2)
         sequences = self.shared.sequences_argument(self.device)
         self.cache.gather(self.index, indices, dtype=dtype, out=out, **sequences)
-        return keys, values
+        return as_handed_over(keys, values, self.widths)
 
     # The cache does the rest of what transformers may call on a layer: its layers share their memory.
 
-    def _by_the_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("Fp16Cache: layers share their storage; call this on the cache")
-
-    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _by_the_cache
+    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = belongs_to_the_cache
 
     def _stays(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
@@ -316,7 +359,7 @@ class AbsentLayer(Fp16Layer):
     def __init__(self, beside: Fp16Layer, window: int | None) -> None:
         self.beside = beside
         self.shared, self.cache, self.index = beside.shared, beside.cache, beside.index
-        self.window = window
+        self.window, self.widths, self.most_new = window, beside.widths, None
         self.is_sliding, self.is_compileable, self.bounded = window is not None, beside.is_compileable, False
         self.dtype, self.device, self.batch_size = beside.dtype, beside.device, beside.batch_size
 

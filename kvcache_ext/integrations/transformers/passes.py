@@ -67,7 +67,7 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
                 shared.positions.check(options.get("position_ids"), real, batch, new_tokens)
     if columns > 0 and new_tokens > 1 and not capturing and not _takes_positions(decoder) and _are_ids(tokens):
         shared.fed_tokens.check(tokens)
-    shared.current_pass = ForwardPass(columns)
+    shared.current_pass = ForwardPass.begin(cache)
 
 
 def end_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: dict[str, Any]) -> None:
@@ -106,8 +106,7 @@ def break_off(cache: WholeCache) -> None:
     """After a pass that ended with an error: notes whether it had stored anything."""
     shared = cache.shared
     forward_pass, shared.current_pass, shared.pending = shared.current_pass, None, None
-    columns = {layer.columns for layer in cache.layers}
-    if forward_pass is not None and columns != {forward_pass.columns}:
+    if forward_pass is not None and forward_pass.has_stored(cache):
         shared.broken_off = True
 
 

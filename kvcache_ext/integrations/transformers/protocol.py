@@ -29,6 +29,7 @@ arrive than that, so some of these are not what they seem. This file defines the
         |     returns         PendingKeyValues, twice          [5] in place of the key and of the value
         |
         `-- calls attention.attend(query, PendingKeyValues, PendingKeyValues, mask)
+              (of a layer that shares another's keys and values: layer.attend_again, or gather_again)
               None, int32, int8:  layer.append_attend -> StreamingKVCacheFp16.append_attend(new_lengths=)
                                   -> AppendParams::new_lengths -> appended_rows (ring.h), AttendPlan (visibility.h)
               bool, float:        layer.append_gather, then torch's attention under the mask
@@ -70,6 +71,12 @@ class Layer(Protocol):
     def gathered_columns(self, new_tokens: int) -> int: ...
 
     def append_gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def gather_again(self, new_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+
+    def attend_again(
+        self, query: Tensor, *, scale: float | None, softcap: float | None, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def append_attend(
         self,
@@ -184,7 +191,8 @@ def flags_of(mask: Tensor, batch: int, new_tokens: int) -> Tensor | None:
 
 # [5] New keys and values, and their layer, as one object in place of a key and a value. A kernel appends and attends in
 # one call, so `attend` needs all three. A model's layer gives its attention no cache, only what `update` returns: a key
-# and a value. So `update` returns this object as both.
+# and a value. So `update` returns this object as both. Layers that share keys and values hand the same object to their
+# own attention later in the pass (`attended`): nothing is stored then.
 
 
 class PendingKeyValues:
@@ -196,6 +204,7 @@ class PendingKeyValues:
         self.new_value = value
         self.in_pass = in_pass  # whether a forward pass is known to be under way
         self.appended = False  # as a past made by hand: see `Fp16Layer.append_pending`
+        self.attended = False  # a layer has attended to them, and so they are stored
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):

@@ -24,7 +24,17 @@ class ForwardPass:
     """A forward pass under way."""
 
     columns: int  # of every layer, when the pass began
+    state_updates: list[int]  # of each layer with states, when the pass began
     new_tokens: int | None = None  # as the first layer got them; None before that
+
+    @classmethod
+    def begin(cls, cache: WholeCache) -> ForwardPass:
+        return cls(cache.attention_layers[0].columns, [layer.updates for layer in cache.state_layers])
+
+    def has_stored(self, cache: WholeCache) -> bool:
+        """Whether any layer has stored something since the pass began."""
+        columns = {layer.columns for layer in cache.attention_layers}
+        return columns != {self.columns} or self.state_updates != [layer.updates for layer in cache.state_layers]
 
 
 @dataclass
@@ -132,8 +142,11 @@ class WholeCache(Protocol):
 
     shared: SharedState
     caches: list[LayerGroup]
-    layers: list[Any]  # of Fp16Layer, which imports this module
+    layers: list[Any]
+    attention_layers: list[Any]  # of Fp16Layer, which imports this module
+    state_layers: list[Any]  # of StateLayer
     model_type: str
+    model_dtype: torch.dtype | None
 
     @property
     def batch_size(self) -> int: ...
@@ -143,8 +156,6 @@ class WholeCache(Protocol):
     def check_whole(self) -> None: ...
 
     def refuse_no_tokens(self) -> NoReturn: ...
-
-    def crop(self, tokens_to_remove: int) -> None: ...
 
     def reset(self) -> None: ...
 
