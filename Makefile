@@ -7,6 +7,7 @@
 ##
 ## make check-kernels    every kernel by plain nvcc for every architecture: warnings, spills, registers, wide loads
 ## make check-cuda-build build the whole CUDA extension, with or without a GPU, and import it
+## make coverage         a tiny model of every family of transformers on an Fp16Cache, and the table in docs/transformers.md
 ## make soak             100,000 random calls against a plain NumPy model (ARGS="--steps 10000 --device cuda --seed 1")
 ## make sanitize         every kernel under sanitizers: the CPU's, and on a GPU machine the GPU's under compute-sanitizer
 ## make check-barriers   leave out every barrier of every GPU kernel, one at a time: the tests must miss it
@@ -28,12 +29,12 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help build test test-all bench bench-all report check-kernels check-cuda-build soak sanitize check-barriers lint format typecheck install-hooks clean
+.PHONY: help build test test-all bench bench-all report check-kernels check-cuda-build coverage soak sanitize check-barriers lint format typecheck install-hooks clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
-build test test-all bench bench-all report check-kernels check-cuda-build soak sanitize check-barriers lint format typecheck install-hooks:
+build test test-all bench bench-all report check-kernels check-cuda-build coverage soak sanitize check-barriers lint format typecheck install-hooks:
 	@$(PYTHON) tools/bootstrap.py --torch="$(TORCH)" $@ -- $(ARGS)
 
 clean:

@@ -28,7 +28,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "bart": ("works", "works"),
     "cohere2": ("works", "works"),
     "deepseek_v3": (LATENT, "works"),
-    "deepseek_v32": ("'indexed_attention', which it cannot hold", "'indexed_attention', which it cannot hold"),
+    "deepseek_v32": ("_attention', which it cannot hold", "_attention', which it cannot hold"),
     "doge": ("uses keys and values elsewhere", "works"),
     "falcon": ("does not take attention from transformers' registry", "works"),
     "gemma3n_text": ("works", "works"),

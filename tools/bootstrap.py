@@ -89,6 +89,7 @@ TARGETS = {
     "report": Target(("bench",), ((*REPORT, "{args}"),), build=True),
     "check-kernels": Target(("sass",), (("python", "tools/check_kernels.py", "{args}"),), torch=False),
     "check-cuda-build": Target((), (("python", "tools/check_cuda_build.py"),)),
+    "coverage": Target(("test",), (("python", "tools/families.py", "{args}"),), build=True, optional=("transformers",)),
     "soak": Target(("test",), (("python", "tools/soak.py", "{args}"),), build=True),
     "check-barriers": Target(("test",), (("python", "tools/leave_out_barriers.py", "{args}"),), build=True),
     "sanitize": Target((), (("python", "tools/sanitize.py", "{args}"),), torch=False),

@@ -6,12 +6,10 @@ values to FP16, and on an `Fp16Cache`, with this package's attention and with th
 prompt; a padded batch; beams; a second turn; and again after `reset()`. The tokens must be the same, but where two are
 nearly equally likely.
 
-    python tools/families.py                    every family
+    make coverage                               every family, and the table in docs/transformers.md
     python tools/families.py llama qwen3_next   these
-    python tools/families.py --part 0/8         every eighth, from number 0 on
-    python tools/families.py --table            also writes the table in docs/transformers.md
 
-The last line says how many work. The exit code is 1 if one is wrong in silence, or fails with an
+The last lines say how many work. The exit code is 1 if one is wrong in silence, or fails with an
 error that is no refusal.
 """
 
@@ -19,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -27,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,8 @@ VOCABULARY = 97
 LAYERS = 4
 SECONDS = 120  # for a family
 NEAR_TIE = 1e-3  # of the spread of logits: two tokens that are so nearly as likely may change places
-WAYS = ("kvcache_ext", None)
+NAME = "kvcache_ext"
+WAYS = (NAME, None)
 
 # Small numbers for fields of configurations, by name. A family takes those that its configuration has.
 SMALL: dict[str, Any] = {
@@ -60,7 +58,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_experts_per_token"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("sliding_window", "attention_window_size"), 8),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "sliding_window_size"), 8),
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
+    **{"linear_num_heads": 4, "linear_head_dim": 8, "num_expert_group": 1, "unpadded_vocab_size": VOCABULARY},
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length"), 256),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 24),
     **dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), 16),
@@ -90,6 +90,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 32},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "mamba_d_head": 32},
     "hrm_text": {"initializer_range": 0.05},  # 32 passes through layers: with 0.2 rounding errors grow to 2% of logits
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}},
+        "layer_types": ["full_attention"] * LAYERS,
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 32}},
+    "dory": {
+        **{"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2, "num_hidden_layers": 6},
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+    },
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": LAYERS, "expansion_ratio": 2},
+    "longcat_flash": {"head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -292,28 +304,88 @@ def examine(family: str) -> Result:
     return result
 
 
+# The table in docs/transformers.md.
+
+DOCS = ROOT / "docs" / "transformers.md"
+BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
+REASONS = {  # by a part of the sentence with which something is refused
+    "registry": "its attention is not taken from transformers' registry",
+    "uses keys and values elsewhere": "it uses keys and values elsewhere than in its attention",
+    "not causal": "its attention is not causal",
+    "a position bias": "its attention has a position bias",
+    "one width": "its keys and values differ in width (latent attention)",
+    "multiple of 8": "the head_dim of the tiny model",
+    "no attention, so": "it has no attention",
+    "no num_attention_heads": "it has no attention",
+    "cross-attention layers": "it has cross-attention layers",
+    "cannot hold": "it has layers of another type: ",
+}
+
+
+def reason_of(words: str) -> str:
+    for part, reason in REASONS.items():
+        if part in words:
+            return reason + (words.split("of type ")[1].split(",")[0] if reason.endswith(": ") else "")
+    return words.removeprefix("refused: ")
+
+
+def table(results: list[Result]) -> str:
+    import transformers
+
+    rows: dict[str, list[str]] = {}
+    for result in results:
+        if "built" in result.ways:
+            what = "not tried: no tiny model of it ran on transformers' own cache"
+        elif result.ways[NAME] == "works":
+            what = "works"
+        elif result.ways["None"] == "works":
+            what = f"works with `attention=None` alone: {reason_of(result.ways[NAME])}"
+        else:
+            what = f"refused: {reason_of(result.ways['None'])}"
+        rows.setdefault(what, []).append(result.family)
+    lines = [
+        f"transformers {transformers.__version__}, {len(results)} families of its causal mapping:",
+        "",
+        "| | families |",
+        "| --- | --- |",
+        *(f"| {what} ({len(rows[what])}) | {', '.join(rows[what])} |" for what in sorted(rows, key=_order)),
+    ]
+    return "\n".join(lines)
+
+
+def _order(what: str) -> tuple[int, str]:
+    beginnings = ("works with", "works", "refused", "not tried")
+    return (1, 0, 2, 3)[next(i for i, each in enumerate(beginnings) if what.startswith(each))], what
+
+
+def write_table(results: list[Result]) -> None:
+    before, _, rest = DOCS.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCS.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+    print(f"written: {DOCS.relative_to(ROOT)}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*")
-    parser.add_argument("--part", default="0/1")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("families", nargs="*", help="of the causal mapping (default: all)")
     args = parser.parse_args()
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    part, parts = map(int, args.part.split("/"))
-    families = args.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[part::parts]
+    families = args.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     results = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for result in pool.map(examine, families):
+        for number, result in enumerate(pool.map(examine, families)):
             results.append(result)
-            print(f"{result.family:24} {result.kinds} {result.ways}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+            print(f"[{number + 1}/{len(families)}] {result.family}: {result.kinds} {result.ways}", flush=True)
+    if not args.families:
+        write_table(results)
     built = [result for result in results if "built" not in result.ways]
     for way in WAYS:
         counts = Counter(result.ways[str(way)].split(" ")[0].rstrip(":") for result in built)
-        print(f"attention={way}: {dict(counts)} of {len(built)} built, {len(results)} in all")
-    return int(any(words.startswith(("WRONG", "CRASH")) for result in built for words in result.ways.values()))
+        print(f"attention={way}: {dict(counts)}, of {len(built)} that can be tried, of {len(results)} in all")
+    bad = [result.family for result in built if any(w.startswith(("WRONG", "CRASH")) for w in result.ways.values())]
+    print("families: " + (f"FAILED: {', '.join(bad)}" if bad else "none is wrong in silence"))
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

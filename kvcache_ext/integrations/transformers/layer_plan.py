@@ -80,8 +80,7 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
         modules = {i: modules[i % per_stack] for i in range(text.num_hidden_layers) if i % per_stack in modules}
         present = set(modules)
     plans = []
-    modes = _value(text, "kv_sharing_modes") or ()
-    again = [i < len(modes) and modes[i] == "store" for i in range(text.num_hidden_layers)]
+    again = _attended_again(text, [layer_type for layer_type, _ in types])
     for i, (layer_type, options) in enumerate(types):
         here = i in present or not present
         device = _device(model, modules.get(i)) if here else torch.device("cpu")
@@ -182,6 +181,16 @@ def _layer_types(name: str, text: Any) -> list[tuple[str, dict[str, Any]]]:
     return list(zip(types, each, strict=True))
 
 
+def _attended_again(text: Any, types: list[str]) -> list[bool]:
+    """Whether the keys and values of each layer are shared by layers after it."""
+    modes = _value(text, "kv_sharing_modes")
+    if modes:
+        return [mode == "store" for mode in modes]
+    # Before 5.23 `types` ends where sharing begins, and the last layer of each type is the one that others share.
+    shared = (_value(text, "num_kv_shared_layers") or 0) > 0
+    return [shared and layer_type not in types[i + 1 :] for i, layer_type in enumerate(types)]
+
+
 def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int]]:
     """The attention modules that are found, by layer, and the layers that the model has."""
     root = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -231,12 +240,6 @@ def check_takes_a_cache(model: Any) -> None:
 def check_attention(model: Any, plans: list[LayerPlan]) -> None:
     """Raises if this package's attention cannot serve the model."""
     instead = "make the cache with attention=None, which gives the model gathered keys and values"
-    text = model.config.get_text_config(decoder=True)
-    if _value(text, "num_kv_shared_layers", 0) and not _value(text, "kv_sharing_modes"):
-        raise NotImplementedError(
-            f"Fp16Cache: layers of {type(model).__name__} share keys and values, for which {NAME!r} attention needs "
-            f"transformers 5.23 or later; {instead}"
-        )
     for i, plan in enumerate(plans):
         if plan.attends and plan.key_dim != plan.value_dim:
             raise NotImplementedError(

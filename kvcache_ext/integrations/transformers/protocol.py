@@ -206,6 +206,12 @@ class PendingKeyValues:
         self.appended = False  # as a past made by hand: see `Fp16Layer.append_pending`
         self.attended = False  # a layer has attended to them, and so they are stored
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PendingKeyValues:
+        """Itself: layers that share keys and values ask for them on their own device before they hand them on."""
+        if isinstance(device, torch.dtype):
+            self._refuse()
+        return self
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
