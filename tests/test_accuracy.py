@@ -56,3 +56,33 @@ def test_accuracy_of_a_checkpoint(
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
     bench.main(["--model", str(tmp_path / "tiny"), "--lengths", "20", "30", "--device", str(device)])
     assert "storage/tiny/20/kl" in capsys.readouterr().out
+
+
+def test_accuracy_of_a_text(bench: ModuleType, device: torch.device, tmp_path: Path) -> None:
+    """The part `trained`, with a tiny random model in place of the trained one."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("kvcache_ext.integrations.transformers", exc_type=ImportError)
+    trained, common = importlib.import_module("accuracy_trained"), importlib.import_module("common")
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval().to(device)
+    results = common.Results(device, tmp_path, "0000000")
+    tokens = torch.randint(1, 100, (1, 300), device=device)
+    with torch.no_grad():
+        trained.measure("accuracy/trained/text", model, tokens, results, {"positions": 300})
+        logits = model(tokens).logits[0].double().cpu()
+    want = float(torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:].cpu()).exp())
+    found = results.measurements
+    perplexity = found["accuracy/trained/text/perplexity"]
+    assert perplexity.peers["FP32 DynamicCache"] == pytest.approx(want, rel=1e-4)
+    assert perplexity.value == pytest.approx(want, rel=1e-2) and perplexity.config["overflows"] == 0
+    assert 0 < found["accuracy/trained/text/kl"].value < found["accuracy/trained/text/kl_max"].value < 1e-2
+    results.save()
+    (path,) = tmp_path.glob("*.json")
+    entries = {entry["name"]: entry for entry in json.loads(path.read_text())["measurements"]}
+    head, rows = importlib.import_module("accuracy_tables").trained(entries)
+    assert len(rows) == 3 and all(len(row) == len(head) for row in rows)
+    assert {"python", "licence"} >= set(trained.texts())
