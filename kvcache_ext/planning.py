@@ -1,157 +1,25 @@
 """`python -m kvcache_ext plan`: what a cache and a model's weights take together, as a table.
 
-`--config` reads a config.json by itself, with a list of the names that model families use. transformers could do that
-better, but a plan is wanted first of all: before weights are downloaded, on machines without transformers or with one
-that is too old for the model.
+`--config` has transformers read a config.json, so that the plan is that of `Fp16Cache.for_model`. A plan is wanted
+first of all, though: before weights are downloaded, on machines without transformers or with one that is too old for
+the model. There config_names.py reads it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import memory
+from .config_names import Shape, read_config
 
 GB = memory.GB
 USUAL_GPUS = (16, 24, 48, 80, 141)  # GB
-
-# transformers' names for the same thing, the usual one first.
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num")
-HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "dim_head")
-DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")  # of models that have an encoder, too
-DECODER_HEADS = ("decoder_attention_heads",)
-HIDDEN = ("hidden_size", "n_embd", "d_model")
-# Models whose config.json may leave out that every so many layers one has no window.
-ALTERNATING = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
-# Where models keep which of their layers have attention, apart from layer_types.
-HYBRID = (
-    *("attn_layer_period", "attn_layer_indices", "attn_layer_idx", "block_types", "layers_block_type"),
-    *("hybrid_layer_ids", "hybrid_override_pattern", "full_attn_idxs"),
-)
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-
-
-@dataclass
-class Shape:
-    """What a config.json says of a model's cache."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    positions: int | None
-    remarks: list[str] = field(default_factory=list)  # what a plan from it leaves out or counts too much
-
-
-def _number(path: Path, config: dict[str, Any], names: tuple[str, ...], least: int = 1) -> int | None:
-    """The first of these entries that is there and not null."""
-    for name in names:
-        value = config.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least or value.bit_length() > 63:
-            got = "one beyond 64 bits" if isinstance(value, int) and value.bit_length() > 63 else repr(value)
-            raise ValueError(f"plan: {name} in {path} must be an int of at least {least}, got {got}")
-        return value
-    return None
-
-
-def _needed(path: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
-    value = _number(path, config, names)
-    if value is None:
-        raise ValueError(f"plan: {path} has no {names[0]}; give the shape as --layers, --heads and --head-dim instead")
-    return value
-
-
-def _remarks(config: dict[str, Any], layers: int) -> list[str]:
-    """What the plan does not tell apart: layers that keep less than every position, or nothing, and encoders."""
-    found = []
-    kinds = config.get("layer_types")
-    window = config.get("sliding_window") or config.get("attention_chunk_size")
-    if isinstance(kinds, list):
-        local = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
-        other = sum("attention" not in str(kind) or kind == "linear_attention" for kind in kinds)
-    else:
-        used = window is not None and config.get("use_sliding_window", True)
-        local, other = (layers if used else 0), 0
-        pattern = config.get("sliding_window_pattern") or ALTERNATING.get(str(config.get("model_type")))
-        if local and isinstance(pattern, int) and pattern > 0:  # every so many layers one without a window
-            local = layers - layers // pattern
-    if local:
-        of = f" of {window:,} positions" if isinstance(window, int) else ""
-        found.append(
-            f"{local} of {layers} layers have a sliding window{of}: Fp16Cache gives those no more slots than their "
-            "window and 128 positions, so this plan is an upper bound"
-        )
-    if other:
-        found.append(f"{other} of {layers} layers keep no keys and values, so this plan is an upper bound")
-    elif any(config.get(name) is not None for name in HYBRID):
-        found.append(
-            "only some of the layers have attention, and it is not known which, so this plan is an upper bound"
-        )
-    if config.get("is_encoder_decoder") is True:
-        found.append("this is the decoder's own attention; what it keeps of the encoder's answers comes on top")
-    shared = config.get("num_kv_shared_layers")
-    if isinstance(shared, int) and shared > 0:
-        found.append(f"{shared} of {layers} layers use the keys and values of others, so this plan is an upper bound")
-    return found
-
-
-def read_config(folder: Path) -> Shape:
-    """The shape in a transformers config.json; `folder` may be the file itself.
-
-    Raises:
-        ValueError: there is none, it cannot be read, or it lacks what a cache's shape needs.
-    """
-    path = folder / "config.json" if folder.is_dir() else folder
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"plan: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"plan: {path} is not JSON: {error}") from error
-    nested = config.get("text_config") if isinstance(config, dict) else config
-    config = nested if isinstance(nested, dict) else config  # models of text and images
-    if not isinstance(config, dict):
-        raise ValueError(f"plan: {path} must hold a JSON object, got a {type(config).__name__}")
-    if config.get("kv_lora_rank") is not None:
-        raise ValueError(
-            f"plan: {path} describes latent attention (kv_lora_rank), whose keys and values differ in size; "
-            "StreamingKVCacheFp16 holds keys and values of one head_dim"
-        )
-    inner = config.get("attn_config")
-    if isinstance(inner, dict):  # MPT and DBRX
-        config = {**inner, **config, "multi_query": inner.get("attn_type") == "multiquery_attention"}
-    if config.get("multi_query_attention") is False:  # ChatGLM, whose number of groups then means nothing
-        config = {name: value for name, value in config.items() if name != "multi_query_group_num"}
-    of_decoder = config.get("is_encoder_decoder") is True
-    query_heads = (*DECODER_HEADS, *QUERY_HEADS) if of_decoder else QUERY_HEADS
-    layers = _needed(path, config, (*DECODER_LAYERS, *LAYERS) if of_decoder else LAYERS)
-    head_dim = _number(path, config, HEAD_DIM)
-    if _number(path, config, ("state_size", "ssm_state_size")) and not any(name in config for name in QUERY_HEADS[:2]):
-        raise ValueError(f"plan: {path} describes a model without attention (state_size), which has no keys and values")
-    heads = _number(path, config, KV_HEADS)
-    if config.get("new_decoder_architecture") is True:
-        heads = _needed(path, config, query_heads)  # Falcon repeats its keys to all heads before it caches them
-    elif config.get("multi_query") is True:
-        heads = 1  # Falcon's config has num_kv_heads all the same
-    elif heads is None:
-        heads = _needed(path, config, query_heads)
-    if head_dim is None:
-        hidden, queries = _needed(path, config, HIDDEN), _needed(path, config, query_heads)
-        if hidden % queries:
-            raise ValueError(
-                f"plan: {path} has no head_dim, and {HIDDEN[0]}, {hidden}, is not a multiple of {QUERY_HEADS[0]}, "
-                f"{queries}"
-            )
-        head_dim = hidden // queries
-    return Shape(layers, heads, head_dim, _number(path, config, POSITIONS), _remarks(config, layers))
 
 
 def _positive(text: str) -> int:
@@ -204,11 +72,121 @@ def _shape(chosen: argparse.Namespace) -> Shape:
     return Shape(**numbers, remarks=[] if read is None else read.remarks)
 
 
-def _budget(planned: memory.Plan, where: str, weights_given: bool) -> list[tuple[str, str, str]]:
+@dataclass(frozen=True)
+class LayersAlike:
+    """Layers that one `StreamingKVCacheFp16` of an `Fp16Cache` holds."""
+
+    layers: int
+    positions: int
+    heads: int
+    head_dim: int
+    window: int | None
+
+    @property
+    def words(self) -> str:
+        window = "" if self.window is None else f" with a window of {self.window:,}"
+        return f"{self.layers} of {self.heads} key/value heads of {self.head_dim}{window}"
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """`memory.Plan` for the `Fp16Cache` of a model, whose layers may differ."""
+
+    alike: Callable[[int], list[LayersAlike]]  # for so many positions
+    max_positions: int
+    batch_size: int
+    device: torch.device | None
+    free_bytes: int | None
+    weights_bytes: int
+
+    def _plans(self, positions: int, batch: int) -> list[memory.Plan]:
+        return [
+            memory.plan(a.layers, a.positions, a.heads, a.head_dim, batch, device=self.device, free=0)
+            for a in self.alike(positions)
+        ]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(plan.cache_bytes for plan in self._plans(self.max_positions, self.batch_size))
+
+    @property
+    def fp32_bytes(self) -> int:
+        return 2 * self.cache_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        return sum(plan.beside_bytes for plan in self._plans(self.max_positions, self.batch_size))
+
+    @property
+    def total_bytes(self) -> int:
+        return self.cache_bytes + self.beside_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.free_bytes is None else self.total_bytes + self.weights_bytes <= self.free_bytes
+
+    def _largest(self, total_bytes: Callable[[int], int]) -> int | None:
+        """The largest number with so many bytes at most; None: any number."""
+        if self.free_bytes is None:
+            return None
+        room = self.free_bytes - self.weights_bytes
+        low, high = 0, 1 << 40
+        if total_bytes(high) <= room:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if total_bytes(middle) <= room else (low, middle)
+        return low
+
+    @property
+    def largest_max_positions(self) -> int | None:
+        return self._largest(lambda positions: sum(p.total_bytes for p in self._plans(positions, self.batch_size)))
+
+    @property
+    def largest_batch_size(self) -> int | None:
+        return self._largest(lambda batch: sum(p.total_bytes for p in self._plans(self.max_positions, batch)))
+
+
+@dataclass(frozen=True)
+class ReadModel:
+    """A config.json as transformers reads it."""
+
+    alike: Callable[[int], list[LayersAlike]]
+    positions: int | None
+    remarks: list[str]
+
+
+def _read_by_transformers(path: Path) -> ReadModel | str | None:
+    """None: it cannot. Text: it can, but an `Fp16Cache` cannot hold the model."""
+    try:
+        from .integrations.transformers.planned import layers_of_config
+
+        layers, positions = layers_of_config(path if path.is_file() else path / "config.json")
+    except NotImplementedError as error:
+        return f"{error} (the figures are of a StreamingKVCacheFp16)"
+    except Exception:  # no transformers, or whatever it raises where it does not know the model
+        return None
+
+    def alike(positions: int) -> list[LayersAlike]:
+        groups = Counter(plan.group for plan in layers(positions) if plan.attends)
+        return [
+            LayersAlike(count, ring, heads, head_dim, window)
+            for (_, ring, heads, head_dim, window), count in groups.items()
+        ]
+
+    states = sum(plan.states > 0 for plan in layers(1))
+    remark = f"{states} layers keep recurrent or convolutional states, which are not counted"
+    return ReadModel(alike, positions, [remark] if states else [])
+
+
+def _budget(planned: memory.Plan | ModelPlan, where: str, weights_given: bool) -> list[tuple[str, str, str]]:
     """Rows of the table: what, GB, a remark."""
 
     def gb(size: int) -> str:
         return f"{size / GB:,.2f} GB" if size == 0 or size >= GB // 100 else f"{size / 1e6:,.2f} MB"
+
+    def most(number: int | None) -> str:
+        return "any" if number is None else f"{number:,}"
 
     both = planned.weights_bytes + planned.total_bytes
     rows = [
@@ -221,8 +199,8 @@ def _budget(planned: memory.Plan, where: str, weights_given: bool) -> list[tuple
         verdict = "fits" if planned.fits else f"does not fit: {gb(both - planned.free_bytes)} too much"
         rows += [
             ("free" + where, gb(planned.free_bytes), verdict),
-            ("most positions that fit", f"{planned.largest_max_positions:,}", f"for a batch of {planned.batch_size:,}"),
-            ("largest batch that fits", f"{planned.largest_batch_size:,}", f"of {planned.max_positions:,} positions"),
+            ("most positions that fit", most(planned.largest_max_positions), f"for a batch of {planned.batch_size:,}"),
+            ("largest batch that fits", most(planned.largest_batch_size), f"of {planned.max_positions:,} positions"),
         ]
     return rows
 
@@ -247,26 +225,43 @@ def print_plan(chosen: argparse.Namespace) -> None:
     Raises:
         ValueError: an option or the config is wrong.
     """
-    shape = _shape(chosen)
+    by_numbers = chosen.config is None or chosen.layers or chosen.heads or chosen.head_dim
+    read = None if by_numbers else _read_by_transformers(chosen.config)
+    shape = None if isinstance(read, ReadModel) else _shape(chosen)
     device, where = None, ""
     if chosen.free_gb is None:
         device = _device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         where = f" on {device}"
-    planned = memory.plan(
-        shape.layers,
-        shape.positions or 1,
-        shape.heads,
-        shape.head_dim,
-        chosen.batch,
-        device=device,
-        free=chosen.free_gb,
-        weights_bytes=chosen.weights_gb or 0,
-    )
-    batch = "" if planned.batch_size == 1 else f"{planned.batch_size:,} sequences of "
-    print(
-        f"{planned.num_layers} layers, {batch}{planned.max_positions:,} positions, "
-        f"{planned.num_heads} key/value heads of {planned.head_dim}"
-    )
+    batch = "" if chosen.batch == 1 else f"{chosen.batch:,} sequences of "
+    planned: memory.Plan | ModelPlan
+    if shape is None:
+        assert isinstance(read, ReadModel)
+        positions = chosen.positions or read.positions
+        if positions is None:
+            raise ValueError("plan: --positions is missing")
+        free = memory.free_bytes(device) if device is not None else chosen.free_gb
+        planned = ModelPlan(read.alike, positions, chosen.batch, device, free, chosen.weights_gb or 0)
+        groups = read.alike(positions)
+        words = ", ".join(group.words for group in groups)
+        print(f"{sum(group.layers for group in groups)} layers, {batch}{positions:,} positions: {words}")
+        head_dims, remarks = {group.head_dim for group in groups}, read.remarks
+    else:
+        planned = memory.plan(
+            shape.layers,
+            shape.positions or 1,
+            shape.heads,
+            shape.head_dim,
+            chosen.batch,
+            device=device,
+            free=chosen.free_gb,
+            weights_bytes=chosen.weights_gb or 0,
+        )
+        print(
+            f"{planned.num_layers} layers, {batch}{planned.max_positions:,} positions, "
+            f"{planned.num_heads} key/value heads of {planned.head_dim}"
+        )
+        head_dims = {planned.head_dim}
+        remarks = [*([read] if isinstance(read, str) else []), *shape.remarks]
     rows = _budget(planned, where, chosen.weights_gb is not None)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for name, figure, remark in rows:
@@ -275,7 +270,8 @@ def print_plan(chosen: argparse.Namespace) -> None:
     sizes = ", ".join(f"{size} GB {'yes' if total <= size * GB else 'no'}" for size in USUAL_GPUS)
     print(f"  fits on an empty GPU of: {sizes}")
     print("  note: activations, other tensors and the CUDA context need room of their own")
-    if not memory.attention_serves(planned.head_dim):
-        print(f"  note: attend needs a head_dim of a multiple of 8, at most 512; {planned.head_dim} can only be read")
-    for remark in shape.remarks:
+    for head_dim in sorted(head_dims):
+        if not memory.attention_serves(head_dim):
+            print(f"  note: attend needs a head_dim of a multiple of 8, at most 512; {head_dim} can only be read")
+    for remark in remarks:
         print(f"  note: {remark}")

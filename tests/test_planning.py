@@ -145,14 +145,53 @@ def test_configs(tmp_path: Path, entries: dict[str, Any], shape: tuple[int | Non
     ],
 )
 def test_configs_of_layers_that_keep_less(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], entries: dict[str, Any], words: list[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    entries: dict[str, Any],
+    words: list[str],
 ) -> None:
+    monkeypatch.setattr(planning, "_read_by_transformers", lambda path: None)  # as without it
     folder = config(tmp_path, **LLAMA | entries)
     found = planning.read_config(Path(folder))
     assert len(found.remarks) == len(words)
     for remark, part in zip(found.remarks, words, strict=True):
         assert part in remark and remark.endswith("so this plan is an upper bound")
         assert printed(capsys, "--config", folder, "--free-gb", "1")["note"] == remark
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("positions", [300, 1])
+def test_transformers_reads_a_config_as_for_model_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, positions: int
+) -> None:
+    llms = pytest.importorskip("llms", reason="transformers is not installed")
+    from kvcache_ext.integrations.transformers import Fp16Cache
+
+    model = llms.make_model(family)
+    model.config.save_pretrained(tmp_path)
+    cache = Fp16Cache.for_model(model, positions, 2, attention=None)
+    options = ["--config", str(tmp_path), "--batch", "2", "--positions", str(positions), "--free-gb", "1"]
+    rows = printed(capsys, *options)
+    assert rows["cache, keys and values (FP16)"].startswith(f"{cache.memory_bytes() / 1e6:,.2f} MB")
+    held = [layer for layer in cache.layers if hasattr(layer, "window")]
+    assert rows[""].startswith(f"{len(held)} layers, 2 sequences of {positions:,} positions: ")
+    assert ("note" in rows and "recurrent or convolutional states" in rows["note"]) == bool(cache.state_layers)
+    most = int(rows["most positions that fit"].split()[0].replace(",", ""))
+    for room, verdict in ((most, "fits"), (most + 1, "does not fit")):
+        options[5] = str(room)
+        assert printed(capsys, *options)["free"].startswith(f"1.00 GB {verdict}")
+
+
+def test_transformers_reads_what_an_fp16_cache_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llms = pytest.importorskip("llms", reason="transformers is not installed")
+    llms.transformers.T5Config(num_layers=2, num_decoder_layers=3, d_model=64, num_heads=4, d_kv=16).save_pretrained(
+        tmp_path
+    )
+    assert main(["plan", "--config", str(tmp_path), "--positions", "100", "--free-gb", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("3 layers, 100 positions, 4 key/value heads of 16\n")
+    assert "T5Model is an encoder-decoder model; only decoders are supported" in out
 
 
 def test_configs_of_encoders_and_decoders(tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
     },
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": LAYERS, "expansion_ratio": 2},
+    "inkling2_loop_text": {
+        **{"n_layers_per_attn_res_block": 1, "loop_num_passes": 2},
+        **{"loop_layer_index_start": 1, "loop_layer_index_end": 3},
+    },
     "longcat_flash": {"head_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},

@@ -45,8 +45,10 @@ def model_type_of(model: Any) -> str:
     return str(model.config.get_text_config(decoder=True).model_type)
 
 
-def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
+def plan_layers(model: Any, max_positions: int, *, device: torch.device | None = None) -> tuple[list[LayerPlan], Any]:
     """A plan for each layer, and the configuration in which the model's attention is set.
+
+    `device`: in place of where the layers are, for a model that is nowhere yet.
 
     Raises NotImplementedError, TypeError or ValueError if such a cache cannot serve this model.
     """
@@ -83,10 +85,10 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
     again = _attended_again(text, [layer_type for layer_type, _ in types])
     for i, (layer_type, options) in enumerate(types):
         here = i in present or not present
-        device = _device(model, modules.get(i)) if here else torch.device("cpu")
+        at = device or (_device(model, modules.get(i)) if here else torch.device("cpu"))
         states = options.get("number_of_states", 1) if layer_type in WITH_STATES else 0
         if layer_type in WITHOUT_KEYS:
-            plans.append(LayerPlan(device, 0, 0, 0, 0, None, here, attends=False, states=states))
+            plans.append(LayerPlan(at, 0, 0, 0, 0, None, here, attends=False, states=states))
             continue
         heads, key_dim, value_dim = _shape(name, layer_configs[i], modules.get(i))
         window = None
@@ -98,7 +100,7 @@ def plan_layers(model: Any, max_positions: int) -> tuple[list[LayerPlan], Any]:
             # What other layers attend to again has to hold the windows of all new tokens, once these are stored.
             ring = max_positions + window if again[i] else min(max_positions, window + CROP_MARGIN)
         shape = heads, key_dim, value_dim, window, here
-        plans.append(LayerPlan(device, ring, *shape, states=states, attended_again=again[i]))
+        plans.append(LayerPlan(at, ring, *shape, states=states, attended_again=again[i]))
     plans += [plans[i] for i in _repeated_layers(name, text)]
     if not any(plan.present for plan in plans):
         raise NotImplementedError(f"Fp16Cache: {name} has no layers")
@@ -157,7 +159,8 @@ def _repeated_layers(name: str, text: Any) -> list[int]:
         first, loops = text.n_input_layers, text.n_recurrent_loops
         return list(range(first, first + text.n_recurrent_layers)) * (loops - 1)
     if hasattr(text, "loop_num_passes"):  # Inkling 2
-        return list(range(text.loop_layer_index_start, text.loop_layer_index_end)) * (text.loop_num_passes - 1)
+        looped = range(text.num_hidden_layers)[text.loop_layer_index_start : text.loop_layer_index_end]
+        return list(looped) * (text.loop_num_passes - 1)
     return []
 
 
