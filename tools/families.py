@@ -317,6 +317,7 @@ REASONS = {  # by a part of the sentence with which something is refused
     "uses keys and values elsewhere": "it uses keys and values elsewhere than in its attention",
     "not causal": "its attention is not causal",
     "a position bias": "its attention has a position bias",
+    "by an index": "it chooses keys by an index",
     "one width": "its keys and values differ in width (latent attention)",
     "multiple of 8": "the head_dim of the tiny model",
     "no attention, so": "it has no attention",

@@ -25,8 +25,9 @@ included. `columns` is that number, everywhere here.
 
 The other modules: cache.py (`Fp16Cache`), build.py and layer_plan.py (which layers a model needs, and making them),
 shared.py (what the layers have in common), groups.py (their storage), states.py (recurrent and convolutional states),
-laid_out.py (keys and values of different widths), changes.py (taking tokens back, choosing sequences), graphs.py (CUDA
-graphs), files.py (save and load), longrope.py (Phi-3), version.py (names and releases).
+indexed.py (an index of keys), laid_out.py (keys and values of different widths), changes.py (taking tokens back,
+choosing sequences), graphs.py (CUDA graphs), files.py (save and load), planned.py (for a config.json), longrope.py
+(Phi-3), version.py (names and releases).
 """
 
 from __future__ import annotations

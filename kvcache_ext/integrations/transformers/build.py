@@ -6,6 +6,7 @@ from typing import Any
 
 from ...errors import shown
 from .groups import LayerGroup
+from .indexed import IndexedLayer
 from .layer_plan import LayerPlan, check_attention, check_takes_a_cache, plan_layers
 from .layers import AbsentLayer, Fp16Layer
 from .longrope import keep_cache_where_rope_changes
@@ -94,7 +95,10 @@ def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> 
             states = plans[i].states
             widths = plans[i].key_dim, plans[i].value_dim
             attention = shared, cache, index_in_cache, plan.window, widths, plans[i].attended_again
-            layers[i] = HybridLayer(states, *attention) if states else Fp16Layer(*attention)
+            if states:
+                layers[i] = HybridLayer(states, *attention)
+            else:
+                layers[i] = (IndexedLayer if plans[i].indexed else Fp16Layer)(*attention)
     beside = layers[min(layers)]
     assert isinstance(beside, Fp16Layer)
     for i, plan in enumerate(plans):

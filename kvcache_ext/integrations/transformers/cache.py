@@ -20,6 +20,7 @@ from .build import build
 from .changes import select, take_back
 from .graphs import DecodeGraph, replayed_steps
 from .groups import LayerGroup
+from .indexed import IndexedLayer
 from .layer_plan import model_type_of
 from .layers import AbsentLayer, Fp16Layer
 from .shared import SharedState
@@ -280,8 +281,9 @@ class Fp16Cache(Cache):
         shared.active = None
         for layer in self.attention_layers:
             layer.columns = layer.first_held = 0
-        for states in self.state_layers:
-            states.forget()
+        for other in self.layers:
+            if isinstance(other, (StateLayer, IndexedLayer)):
+                other.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest `-tokens_to_remove` tokens back, such as those that assisted decoding rejects.

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ...cache import StreamingKVCacheFp16
+from .indexed import IndexedLayer
 from .shared import WholeCache
+from .states import StateLayer
 from .version import CROP_MARGIN
 
 
@@ -36,6 +38,8 @@ def take_back(cache: WholeCache, count: int) -> None:
         StreamingKVCacheFp16.drop_newest(group, removed, **shared.sequences_argument(group.device))
     for layer in cache.attention_layers:
         layer.columns = left
+        if isinstance(layer, IndexedLayer):
+            layer.indexed = left
         shared.padding.all_real_from(left, layer.window)
     shared.fed_tokens.crop(left)
     shared.positions.remove(count, left)
@@ -67,6 +71,7 @@ def select(cache: WholeCache, sequences: Tensor) -> None:
     shared.fed_tokens.select(sequences)
     shared.positions.select(sequences)
     shared.padding.select(sequences)
-    for states in cache.state_layers:
-        states.select(sequences.long())
+    for layer in cache.layers:
+        if isinstance(layer, (StateLayer, IndexedLayer)):
+            layer.select(sequences.long())
     shared.active = len(sequences)

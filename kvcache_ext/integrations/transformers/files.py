@@ -9,13 +9,14 @@ caches hold them. Beside them it has:
   - `model_type`: the model's.
   - `layers`: for each layer its `kind`, and what that kind needs. "attention" has a `window` (or null) and `first`: the
     columns before that one may be gone from its ring. "states" has recurrent or convolutional states instead, and
-    "hybrid" both: `states` says whether each is of a text (`previous`) and its `conv_kernel_size`. "empty" has
-    nothing, and "absent" is a layer that another stage of a pipeline has: neither has keys and values in the file. A
-    reader that does not know a kind refuses the file.
-  - `dtype`: the model's, where there are states.
+    "hybrid" both: `states` says whether each is of a text (`previous`) and its `conv_kernel_size`. "indexed" is an
+    "attention" layer with an index of its keys. "empty" has nothing, and "absent" is a layer that another stage of a
+    pipeline has: neither has keys and values in the file. A reader that does not know a kind refuses the file.
+  - `dtype`: the model's, where there are states or indexes.
 - tensors `padding.WINDOW` (`padding.full` for layers without a window), bool `[sequences, n]`, where there may be
   padding: which of the first `n` columns are real. Padding is not stored. Columns from `n` on are real.
 - tensors `states.LAYER.conv.N` and `states.LAYER.recurrent.N`, `[sequences, ...]` of any dtype.
+- tensor `index.LAYER`, `[sequences, columns, index_head_dim]`.
 - tensor `positions`, int64 `[sequences]`: the largest position that each sequence was fed.
 """
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from ...errors import shown
 from ...files import LayersFile, open_layers, save_layers
+from .indexed import IndexedLayer
 from .layer_plan import LayerPlan, model_type_of, plan_layers
 from .layers import AbsentLayer, Fp16Layer
 from .shared import WholeCache
@@ -36,7 +38,8 @@ from .states import StateLayer
 
 NewCache = TypeVar("NewCache", bound=WholeCache)
 Progress = bool | Callable[[int, int], object] | None
-KINDS = ("attention", "hybrid", "states", "empty", "absent")
+KINDS = ("attention", "indexed", "hybrid", "states", "empty", "absent")
+WITH_KEYS = KINDS[:3]
 
 
 def _has_keys(layer: Any) -> bool:
@@ -44,6 +47,8 @@ def _has_keys(layer: Any) -> bool:
 
 
 def _kind(layer: Any) -> str:
+    if isinstance(layer, IndexedLayer):
+        return "indexed"
     if isinstance(layer, StateLayer):
         return "hybrid" if _has_keys(layer) else "states"
     return "attention" if _has_keys(layer) else "absent" if isinstance(layer, AbsentLayer) else "empty"
@@ -52,6 +57,8 @@ def _kind(layer: Any) -> str:
 def _kind_of_plan(plan: LayerPlan) -> str:
     if plan.attends and not plan.present:
         return "absent"
+    if plan.indexed:
+        return "indexed"
     if plan.states:
         return "hybrid" if plan.attends else "states"
     return "attention" if plan.attends else "empty"
@@ -79,6 +86,8 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
             described_layer["states"] = layer.described()
             if shared.active is not None:
                 tensors |= {f"states.{i}.{name}": state for name, state in layer.saved_states().items()}
+        if isinstance(layer, IndexedLayer) and (index := layer.saved_index()) is not None:
+            tensors[f"index.{i}"] = index
         layers.append(described_layer)
     columns = cache.get_seq_length()
     described = {
@@ -90,7 +99,7 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
         "sequences": shared.active,
         "layers": layers,
     }
-    if cache.state_layers:
+    if cache.state_layers or any(isinstance(layer, IndexedLayer) for layer in cache.layers):
         described["dtype"] = str(cache.model_dtype)
     sequences = shared.active or 1
     for window in shared.padding.windows():
@@ -142,12 +151,14 @@ class _Saved:
 
         check_equal("its model_type is", repr(self.model_type), repr(model_type))
         check_equal("the number of its layers is", len(self.layers), len(plans))
-        if any(plan.states for plan in plans):  # states are not rounded, so they are of the model's dtype
+        if any(
+            plan.states or plan.indexed for plan in plans
+        ):  # which are not rounded, so they are of the model's dtype
             check_equal("its dtype is", self.dtype, str(dtype))
         shapes = iter(file.layers)
         for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
             check_equal(f"layer {i} is", layer["kind"], _kind_of_plan(plan))
-            if layer["kind"] not in ("attention", "hybrid"):
+            if layer["kind"] not in WITH_KEYS:
                 continue
             check_equal(f"the window of layer {i} is", layer["window"], plan.window)
             shape = next(shapes)
@@ -195,7 +206,7 @@ def load(
             raise
         shared = cache.shared
         shared.active = saved.sequences
-        here = [layer for layer in saved.layers if layer["kind"] in ("attention", "hybrid")]
+        here = [layer for layer in saved.layers if layer["kind"] in WITH_KEYS]
         for layer, described in zip(present, here, strict=True):
             layer.columns = saved.columns
             layer.first_held = max(int(described["first"]), saved.columns - layer.cache.max_positions, 0)
@@ -207,6 +218,9 @@ def load(
                 prefix = f"states.{i}."
                 states = {name[len(prefix) :]: x for name, x in file.tensors.items() if name.startswith(prefix)}
                 layer.load_states(described["states"], states, device_of_state[i])
+            index = file.tensors.get(f"index.{i}")
+            if isinstance(layer, IndexedLayer) and index is not None:
+                layer.load_index(index, device_of_state[i])
         if "positions" in file.tensors:
             last = file.tensors["positions"]
             shared.positions.last[: len(last)].copy_(last)

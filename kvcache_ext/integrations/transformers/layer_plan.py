@@ -28,6 +28,7 @@ class LayerPlan:
     attends: bool = True  # False: it has no keys and values; the four numbers before mean nothing
     states: int = 0  # recurrent or convolutional states that it keeps
     attended_again: bool = False  # by layers after it, which share its keys and values
+    indexed: bool = False  # has an index of its keys
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -100,7 +101,8 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
             # What other layers attend to again has to hold the windows of all new tokens, once these are stored.
             ring = max_positions + window if again[i] else min(max_positions, window + CROP_MARGIN)
         shape = heads, key_dim, value_dim, window, here
-        plans.append(LayerPlan(at, ring, *shape, states=states, attended_again=again[i]))
+        indexed = layer_type == "indexed_attention"
+        plans.append(LayerPlan(at, ring, *shape, states=states, attended_again=again[i], indexed=indexed))
     plans += [plans[i] for i in _repeated_layers(name, text)]
     if not any(plan.present for plan in plans):
         raise NotImplementedError(f"Fp16Cache: {name} has no layers")
@@ -168,7 +170,7 @@ def _repeated_layers(name: str, text: Any) -> list[int]:
 # (Chunked attention needs no more than the last chunk: masks say where chunks begin.)
 WITH_KEYS = {
     **{"full_attention": False, "sliding_attention": True, "chunked_attention": True},
-    **{"hybrid": False, "hybrid_sliding": True},
+    **{"hybrid": False, "hybrid_sliding": True, "indexed_attention": False},
 }
 WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 WITHOUT_KEYS = ("linear_attention", "conv", "dummy", "moe", "mlp")
@@ -244,6 +246,11 @@ def check_attention(model: Any, plans: list[LayerPlan]) -> None:
     """Raises if this package's attention cannot serve the model."""
     instead = "make the cache with attention=None, which gives the model gathered keys and values"
     for i, plan in enumerate(plans):
+        if plan.indexed:
+            raise NotImplementedError(
+                f"Fp16Cache: {NAME!r} attention sees all keys, and layer {i} of {type(model).__name__} chooses some by "
+                f"an index; {instead}"
+            )
         if plan.attends and plan.key_dim != plan.value_dim:
             raise NotImplementedError(
                 f"Fp16Cache: {NAME!r} attention needs keys and values of one width, and layer {i} of "

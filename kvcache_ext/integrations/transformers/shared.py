@@ -24,17 +24,21 @@ class ForwardPass:
     """A forward pass under way."""
 
     columns: int  # of every layer, when the pass began
-    state_updates: list[int]  # of each layer with states, when the pass began
+    state_updates: list[int]  # of each layer with states or an index, when the pass began
     new_tokens: int | None = None  # as the first layer got them; None before that
 
     @classmethod
     def begin(cls, cache: WholeCache) -> ForwardPass:
-        return cls(cache.attention_layers[0].columns, [layer.updates for layer in cache.state_layers])
+        return cls(cache.attention_layers[0].columns, cls._updates(cache))
 
     def has_stored(self, cache: WholeCache) -> bool:
         """Whether any layer has stored something since the pass began."""
         columns = {layer.columns for layer in cache.attention_layers}
-        return columns != {self.columns} or self.state_updates != [layer.updates for layer in cache.state_layers]
+        return columns != {self.columns} or self.state_updates != self._updates(cache)
+
+    @staticmethod
+    def _updates(cache: WholeCache) -> list[int]:
+        return [layer.updates for layer in cache.layers if hasattr(layer, "updates")]
 
 
 @dataclass
