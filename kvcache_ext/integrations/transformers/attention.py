@@ -59,17 +59,21 @@ def attend(
     layer = key.layer
     again, key.attended = key.attended, True
     if attention_mask is not None and (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
+        key.layer.note_masked_step()
         if again:
-            keys, values = layer.gather_again(query.shape[2], query.dtype)
+            keys, values = layer.gather_again(key.new_key.shape[2], query.dtype)
             _check_mask(attention_mask, query, keys.shape[2])
         else:
             _check_mask(attention_mask, query, layer.gathered_columns(query.shape[2]))
             keys, values = (x.to(query.dtype) for x in layer.append_gather(key.new_key, key.new_value))
         return _masked_attention(query, keys, values, attention_mask, scaling, softcap, s_aux), None
     new_query, new_key, new_value = (x.detach().transpose(1, 2) for x in (query, key.new_key, key.new_value))
+    queries, new_tokens = new_query.shape[1], new_key.shape[1]
+    if queries < new_tokens:  # the last ones alone: of a layer that shares keys and values (Gemma 4, logits_to_keep)
+        new_query = nn.functional.pad(new_query, (0, 0, 0, 0, new_tokens - queries, 0))
     new_lengths = order = None
     if attention_mask is not None:
-        batch, new_tokens = new_key.shape[:2]
+        batch = new_key.shape[0]
         new_lengths, flags = counts_of(attention_mask, batch), flags_of(attention_mask, batch, new_tokens)
         if flags is not None:
             # Padding among the new tokens: the real ones move to the end in their order, and back after attention.
@@ -91,7 +95,7 @@ def attend(
         answer = answer * torch.sigmoid(lse - s_aux.float())[..., None].to(answer.dtype)
     if order is not None:
         answer = _reordered(answer, order.argsort(dim=1))
-    return without_gradient(answer, query), None
+    return without_gradient(answer[:, new_tokens - queries :], query), None
 
 
 def _is_causal(module: nn.Module, options: dict[str, Any]) -> bool:

@@ -94,7 +94,7 @@ def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> 
         for index_in_cache, i in enumerate(indices):
             states = plans[i].states
             widths = plans[i].key_dim, plans[i].value_dim
-            attention = shared, cache, index_in_cache, plan.window, widths, plans[i].attended_again
+            attention = shared, cache, index_in_cache, plan.window, widths, plans[i].attended_again, plans[i].chunked
             if states:
                 layers[i] = HybridLayer(states, *attention)
             else:
@@ -103,7 +103,7 @@ def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> 
     assert isinstance(beside, Fp16Layer)
     for i, plan in enumerate(plans):
         if not plan.attends:
-            layers[i] = StateLayer(shared, plan.states) if plan.states else EmptyLayer()
+            layers[i] = StateLayer(shared, plan.states, here=plan.present) if plan.states else EmptyLayer()
         elif not plan.present:
             layers[i] = AbsentLayer(beside, plan.window)
     return [layers[i] for i in range(len(plans))]

@@ -7,8 +7,9 @@ caches hold them. Beside them it has:
   - `max_positions`, `batch_size`, `overflow`: what the cache was made with.
   - `columns`: tokens and padding that it holds. `sequences`: those in use, or null.
   - `model_type`: the model's.
-  - `layers`: for each layer its `kind`, and what that kind needs. "attention" has a `window` (or null) and `first`: the
-    columns before that one may be gone from its ring. "states" has recurrent or convolutional states instead, and
+  - `layers`: for each layer its `kind`, and what that kind needs. "attention" has a `window` (or null), `first`: the
+    columns before that one may be gone from its ring, and `widths`: head_dim of keys and of values, as the model has
+    them (none in older files: both are the cache's). "states" has recurrent or convolutional states instead, and
     "hybrid" both: `states` says whether each is of a text (`previous`) and its `conv_kernel_size`. "indexed" is an
     "attention" layer with an index of its keys. "empty" has nothing, and "absent" is a layer that another stage of a
     pipeline has: neither has keys and values in the file. A reader that does not know a kind refuses the file.
@@ -80,7 +81,7 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
     for i, layer in enumerate(cache.layers):
         described_layer: dict[str, Any] = {"kind": _kind(layer)}
         if _has_keys(layer):
-            described_layer |= {"window": layer.window, "first": layer.first_held}
+            described_layer |= {"window": layer.window, "first": layer.first_held, "widths": list(layer.widths)}
             stored.append((layer.cache, layer.index))
         if isinstance(layer, StateLayer):
             described_layer["states"] = layer.described()
@@ -164,6 +165,8 @@ class _Saved:
             shape = next(shapes)
             check_equal(f"the key/value heads of layer {i} are", shape.num_heads, plan.heads)
             check_equal(f"the head_dim of layer {i} is", shape.head_dim, plan.head_dim)
+            widths = layer.get("widths", [shape.head_dim, shape.head_dim])
+            check_equal(f"keys and values of layer {i} are as wide as", widths, [plan.key_dim, plan.value_dim])
 
 
 def load(

@@ -10,10 +10,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .changes import take_back
+from .passes import takes_positions
 from .positions import Positions
 from .shared import WholeCache
 from .version import NAME, cache_argument
@@ -102,6 +103,14 @@ class DecodeGraph:
             raise ValueError(f"DecodeGraph: the model's attention must be {NAME!r}, got {used!r}")
         if shared.active is None:
             raise ValueError("DecodeGraph: run the prompt through the model first")
+        if compile and any(layer.chunked for layer in cache.attention_layers):
+            raise NotImplementedError("DecodeGraph: compiled code cannot serve chunked attention")
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        if isinstance(decoder, nn.Module) and not takes_positions(decoder):
+            raise NotImplementedError(
+                f"DecodeGraph: {type(model).__name__} takes no position_ids, and a graph would keep the position that "
+                "it has now; decode without a graph"
+            )
         devices = {layer.device for layer in cache.attention_layers}
         if len(devices) != 1:
             raise NotImplementedError("DecodeGraph: one CUDA graph cannot hold a model on several devices")
@@ -156,6 +165,7 @@ class DecodeGraph:
         positions = shared.positions
         fed = positions.last.clone()
         states = [layer.snapshot() for layer in cache.state_layers]
+        masked_calls = shared.masked_calls
         self._positions.copy_(self._next_positions())
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -170,6 +180,11 @@ class DecodeGraph:
         positions.last.copy_(fed)
         for group, count in zip(cache.caches, counts, strict=True):
             group.tensors.overflow_counts.copy_(count)
+        if shared.masked_calls != masked_calls:
+            raise MaskedStep(
+                "DecodeGraph: a step of this model attends under a 4D mask (chunked attention, say), and a graph would "
+                "keep the columns that it has now; decode without a graph"
+            )
         before = [(layer.columns, layer.first_held) for layer in layers]
         self._graph = torch.cuda.CUDAGraph()
         try:
@@ -205,6 +220,10 @@ class DecodeGraph:
         return self._logits()
 
 
+class MaskedStep(NotImplementedError):
+    """A step that a graph cannot hold, as it has a 4D mask."""
+
+
 class PatchedForward:
     """A model's `forward` within `replayed_steps`: replays one-token steps, and runs the original for all others."""
 
@@ -213,6 +232,7 @@ class PatchedForward:
         self.original: Callable[..., Any] = model.forward
         self.previous: Any = model.__dict__.get("forward")  # set on the model itself before, or None
         self.graph: DecodeGraph | None = None
+        self.has_masked_steps = any(layer.chunked for layer in cache.attention_layers)
         self.cache_names = {cache_argument(), "past_key_values"}  # all versions understand the old name
         functools.update_wrapper(self, self.original, updated=())  # generate() reads the signature
 
@@ -224,13 +244,17 @@ class PatchedForward:
         return MethodType(type(model).forward, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args or not self._can_replay(kwargs):
+        if args or self.has_masked_steps or not self._can_replay(kwargs):
             return self.original(*args, **kwargs)
         cache, ids, mask = self.cache, kwargs["input_ids"], kwargs.get("attention_mask")
         if self.graph is None or not self.graph.serves(ids):
             if not DecodeGraph.has_room(cache):
                 return self.original(*args, **kwargs)
-            self.graph = DecodeGraph(self.model, cache, compile=self.compile, forward=self.original)
+            try:
+                self.graph = DecodeGraph(self.model, cache, compile=self.compile, forward=self.original)
+            except MaskedStep:
+                self.has_masked_steps = True
+                return self.original(*args, **kwargs)
         if mask is not None:  # the captured step has none: it is checked and recorded here
             mask = mask.to(ids.device).expand(len(ids), -1)
             columns = cache.get_seq_length()

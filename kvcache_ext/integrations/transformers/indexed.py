@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from .layers import Fp16Layer
+from .states import chosen
+
+
+def _alike(memory: Tensor, states: Tensor) -> bool:
+    return memory.dtype == states.dtype and memory.device == states.device and memory.shape[2:] == states.shape[2:]
 
 
 class IndexedLayer(Fp16Layer):
@@ -19,6 +24,7 @@ class IndexedLayer(Fp16Layer):
     index_keys: Tensor | None = None  # [batch_size, max_positions, index_head_dim]
     indexed = 0  # columns in it
     updates = 0  # since the layer was made
+    here = True  # no other stage of a pipeline has it
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """See `Cache.update_indexer`: new rows `[B, T, index_head_dim]`; returns all."""
@@ -26,9 +32,10 @@ class IndexedLayer(Fp16Layer):
         start = self.indexed
         if start == self.columns:  # (else the layer's own keys came first, and were looked at)
             self.check_room(batch, new)
-        if self.index_keys is None:
+        if self.index_keys is None or (start == 0 and not _alike(self.index_keys, indexer_key_states)):
             shape = self.shared.batch_size, self.cache.max_positions, head_dim
-            self.index_keys = indexer_key_states.new_zeros(shape)
+            with torch.inference_mode(False):
+                self.index_keys = torch.zeros(shape, dtype=indexer_key_states.dtype, device=indexer_key_states.device)
         self.indexed = start + new
         self.updates += 1
         self.index_keys[:batch, start : self.indexed] = indexer_key_states.detach()
@@ -40,7 +47,7 @@ class IndexedLayer(Fp16Layer):
     def select(self, sequences: Tensor) -> None:
         """Sequence i becomes what sequence `sequences[i]` was."""
         if self.index_keys is not None:
-            self.index_keys[: len(sequences)] = self.index_keys.index_select(0, sequences.to(self.index_keys.device))
+            self.index_keys[: len(sequences)] = chosen(self.index_keys, sequences, self.shared.active)
 
     def saved_index(self) -> Tensor | None:
         return None if self.index_keys is None else self.index_keys[: self.shared.active or 0, : self.columns]

@@ -29,6 +29,7 @@ class LayerPlan:
     states: int = 0  # recurrent or convolutional states that it keeps
     attended_again: bool = False  # by layers after it, which share its keys and values
     indexed: bool = False  # has an index of its keys
+    chunked: bool = False  # attention begins anew at each multiple of the window
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -61,6 +62,10 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
         raise NotImplementedError(f"Fp16Cache: {name} is an encoder-decoder model; only decoders are supported")
     text = config.get_text_config(decoder=True)
     layer_configs = _layer_configs(text)
+    if any(hasattr(module, "conv1d_state") or hasattr(module, "recurrent_states") for module in model.modules()):
+        raise NotImplementedError(
+            f"Fp16Cache: {name} keeps its recurrent states on its own modules, where no cache can take them along"
+        )
     if _value(text, "cross_attention_layers"):
         raise NotImplementedError(f"Fp16Cache: {name} has cross-attention layers")
     if not isinstance(max_positions, int) or isinstance(max_positions, bool) or max_positions < 1:
@@ -101,8 +106,10 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
             # What other layers attend to again has to hold the windows of all new tokens, once these are stored.
             ring = max_positions + window if again[i] else min(max_positions, window + CROP_MARGIN)
         shape = heads, key_dim, value_dim, window, here
-        indexed = layer_type == "indexed_attention"
-        plans.append(LayerPlan(at, ring, *shape, states=states, attended_again=again[i], indexed=indexed))
+        indexed, chunked = layer_type == "indexed_attention", layer_type == "chunked_attention"
+        plans.append(
+            LayerPlan(at, ring, *shape, states=states, attended_again=again[i], indexed=indexed, chunked=chunked)
+        )
     plans += [plans[i] for i in _repeated_layers(name, text)]
     if not any(plan.present for plan in plans):
         raise NotImplementedError(f"Fp16Cache: {name} has no layers")

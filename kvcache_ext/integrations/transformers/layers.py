@@ -68,8 +68,10 @@ class Fp16Layer(CacheLayerMixin):
         window: int | None,
         widths: tuple[int, int],
         attended_again: bool,
+        chunked: bool,
     ) -> None:
         self.shared = shared
+        self.chunked = chunked  # attention begins anew at each multiple of the window
         self.widths = widths  # head_dim of keys and of values, as the model has them
         self.cache = cache
         self.index = index  # of this layer in `cache`
@@ -131,6 +133,10 @@ class Fp16Layer(CacheLayerMixin):
         if not self.shared.own_attention:
             return length, offset
         if is_compiling():
+            if self.chunked:
+                raise NotImplementedError(
+                    "Fp16Cache: compiled code cannot serve chunked attention with its own attention"
+                )
             return length, offset_of_window(self.window)
         return TaggedLength.of(self, length), offset
 
@@ -253,6 +259,11 @@ class Fp16Layer(CacheLayerMixin):
         """Forgets what `update` handed out: attention has taken it, or it was used in a wrong place."""
         self.shared.pending = None
 
+    def note_masked_step(self) -> None:
+        """Attention is about to go over gathered keys under a 4D mask, whose columns a CUDA graph would keep."""
+        if not is_compiling():
+            self.shared.masked_calls += 1
+
     def _check_new(self, key: Tensor, value: Tensor) -> None:
         """Raises before anything of a layer is stored: wrong shapes, no room, or not this layer's turn in the pass."""
         heads = self.cache.num_heads
@@ -359,7 +370,7 @@ class AbsentLayer(Fp16Layer):
     def __init__(self, beside: Fp16Layer, window: int | None) -> None:
         self.beside = beside
         self.shared, self.cache, self.index = beside.shared, beside.cache, beside.index
-        self.window, self.widths, self.most_new = window, beside.widths, None
+        self.window, self.widths, self.most_new, self.chunked = window, beside.widths, None, beside.chunked
         self.is_sliding, self.is_compileable, self.bounded = window is not None, beside.is_compileable, False
         self.dtype, self.device, self.batch_size = beside.dtype, beside.device, beside.batch_size
 

@@ -51,12 +51,16 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
             raise ValueError(f"Fp16Cache: {name} must have {batch} rows, one for each sequence, got {value.shape[0]}")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         check_columns(mask, columns, new_tokens)
-    elif columns > 0 and options.get("use_cache") is False and not _takes_positions(decoder):
+    elif columns > 0 and options.get("use_cache") is False and not takes_positions(decoder):
         raise ValueError(
             f"Fp16Cache: a forward pass with use_cache=False over {new_tokens} tokens, and the cache holds {columns}: "
             "generate() feeds the whole text at each step then; leave use_cache=False out (in the model's config, "
             "too)"
         )
+    if cache.state_layers:
+        _check_padding_of_states(mask, columns, new_tokens)
+        if columns == 0:
+            cache.model_dtype = getattr(decoder, "dtype", cache.model_dtype)
     capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
     if not capturing:
         waits = columns > 0 and new_tokens > 1
@@ -65,9 +69,23 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
             real, known = real_tokens(mask, batch, new_tokens)
             if known:
                 shared.positions.check(options.get("position_ids"), real, batch, new_tokens)
-    if columns > 0 and new_tokens > 1 and not capturing and not _takes_positions(decoder) and _are_ids(tokens):
+    if columns > 0 and new_tokens > 1 and not capturing and not takes_positions(decoder) and _are_ids(tokens):
         shared.fed_tokens.check(tokens)
     shared.current_pass = ForwardPass.begin(cache)
+
+
+def _check_padding_of_states(mask: Any, columns: int, new_tokens: int) -> None:
+    """Raises where padding would go into recurrent states, as they are: anywhere but on the left of a text."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or new_tokens == 1:
+        return
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    new = mask[:, -new_tokens:].bool()
+    if not bool(new.all() if columns else (new[:, 1:] >= new[:, :-1]).all()):
+        raise ValueError(
+            "Fp16Cache: the model has recurrent or convolutional states, which take in padding as if it were text, but "
+            "on the left of a text's first tokens: pad there, and not at all in later turns"
+        )
 
 
 def end_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: dict[str, Any]) -> None:
@@ -84,7 +102,13 @@ def end_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: dic
                 f"Fp16Cache: {type(decoder).__name__} was given this cache and stored nothing in it: it keeps no "
                 "keys and values in such a cache"
             )
-    if not is_compiling() and not _takes_positions(decoder):
+        if forward_pass.columns == 0 and forward_pass.missed_states(cache):
+            shared.broken_off = True
+            raise NotImplementedError(
+                f"Fp16Cache: {type(decoder).__name__} stored no state in a layer that should have one: it keeps its "
+                "states elsewhere, where no cache can take them along"
+            )
+    if not is_compiling() and not takes_positions(decoder):
         shared.fed_tokens.note(tokens if _are_ids(tokens) else None, cache.get_seq_length())
     real, known = real_tokens(options.get("attention_mask"), batch, new_tokens)
     if not known or batch > cache.batch_size:
@@ -115,7 +139,7 @@ def _names_positions(kind: Any) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 
-def _takes_positions(decoder: nn.Module) -> bool:
+def takes_positions(decoder: nn.Module) -> bool:
     """Whether the decoder's forward has `position_ids`."""
     kind: Any = type(decoder)
     return _names_positions(kind)

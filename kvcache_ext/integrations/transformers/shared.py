@@ -32,9 +32,17 @@ class ForwardPass:
         return cls(cache.attention_layers[0].columns, cls._updates(cache))
 
     def has_stored(self, cache: WholeCache) -> bool:
-        """Whether any layer has stored something since the pass began."""
+        """Whether any layer has stored something since the pass began, or may have: models change states in place."""
+        if cache.state_layers:
+            return True
         columns = {layer.columns for layer in cache.attention_layers}
         return columns != {self.columns} or self.state_updates != self._updates(cache)
+
+    def missed_states(self, cache: WholeCache) -> bool:
+        """Whether a layer with states, that is here, has had no update since the pass began."""
+        now = self._updates(cache)
+        here = [layer.here for layer in cache.layers if hasattr(layer, "updates")]
+        return any(at and was == is_ for at, was, is_ in zip(here, self.state_updates, now, strict=True))
 
     @staticmethod
     def _updates(cache: WholeCache) -> list[int]:
@@ -62,6 +70,7 @@ class SharedState:
     fed_tokens: FedTokens = field(default_factory=FedTokens)
     # The forward pass under way. None where there is none, or none that the hooks know of.
     current_pass: ForwardPass | None = None
+    masked_calls: int = 0  # of attention, over gathered keys under a 4D mask
     broken_off: bool = False  # a pass ended with an error after it had stored something
     pending: PendingKeyValues | None = None  # `update` handed these out, and nobody has attended to them yet
     # The `sequences` argument of calls, by device and number. Kept for ever: captured graphs have their addresses.

@@ -21,15 +21,30 @@ from .shared import SharedState
 PARTS = ("conv", "recurrent")  # the two kinds of states, each numbered: `conv_states[0]`
 
 
+def chosen(memory: Tensor, sequences: Tensor, active: int | None) -> Tensor:
+    """Rows `sequences` of the first `active` ones. A number out of range (of a GPU's they are not looked at) leaves its
+    sequence as it is."""
+    at = sequences.to(memory.device)
+    own = torch.arange(len(at), device=at.device)
+    return memory.index_select(0, torch.where((at >= 0) & (at < (active or 0)), at, own))
+
+
+def _alike(memory: Tensor, states: Tensor, part: str) -> bool:
+    """Whether memory is for such states. (The last dimension of a convolution's is its tokens.)"""
+    shapes = [x.shape[1:-1] if part == "conv" else x.shape[1:] for x in (memory, states)]
+    return memory.dtype == states.dtype and memory.device == states.device and shapes[0] == shapes[1]
+
+
 class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
     """A layer that keeps states alone. A state is `[sequences in use, ...]`, a view into memory for `batch_size`."""
 
     is_croppable = False
     is_compileable = False
 
-    def __init__(self, shared: SharedState, number_of_states: int) -> None:
+    def __init__(self, shared: SharedState, number_of_states: int, *, here: bool = True) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         self.shared = shared
+        self.here = here  # no other stage of a pipeline has it
         self.memory: dict[tuple[str, int], Tensor] = {}  # by part and number: [batch_size, ...]
         self.updates = 0  # of states since the layer was made; not counted in compiled code
 
@@ -62,24 +77,29 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             if given is not None:
                 made = self._states(part)[number]
                 assert made is not None
-                self.memory[part, number] = made.new_zeros(self.shared.batch_size, *made.shape[1:])
+                shape = self.shared.batch_size, *made.shape[1:]
+                with torch.inference_mode(False):  # it is to be written outside of it, too
+                    self.memory[part, number] = torch.zeros(shape, dtype=made.dtype, device=made.device)
                 self._states(part)[number] = self.memory[part, number][: len(made)]
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **options: Any) -> Tensor:
         """See `Cache.update_conv_state`."""
-        self._begin_update(len(conv_states))
+        self._begin_update("conv", state_idx, conv_states)
         new: Tensor = super().update_conv_state(conv_states.detach(), state_idx, **options)
         return without_gradient(new, conv_states)
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **options: Any) -> Tensor:
         """See `Cache.update_recurrent_state`."""
-        self._begin_update(len(recurrent_states))
+        self._begin_update("recurrent", state_idx, recurrent_states)
         new: Tensor = super().update_recurrent_state(recurrent_states.detach(), state_idx, **options)
         return without_gradient(new, recurrent_states)
 
-    def _begin_update(self, sequences: int) -> None:
+    def _begin_update(self, part: str, number: int, new: Tensor) -> None:
         if is_compiling():
             return
+        sequences, memory = len(new), self.memory.get((part, number))
+        if memory is not None and not _alike(memory, new, part):
+            self._begin_anew(part, number, memory, new)
         if not any(self.has_previous_state.values()):
             self.shared.use_sequences(sequences, 0)
         elif self.shared.active != sequences:
@@ -89,6 +109,17 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             )
         self.updates += 1
         self.use_first(sequences)
+
+    def _begin_anew(self, part: str, number: int, memory: Tensor, new: Tensor) -> None:
+        """Lets go of memory that the model's states do not fit any more: it was moved, or has another dtype."""
+        if any(self.has_previous_state.values()):
+            raise ValueError(
+                f"Fp16Cache: it holds a state of {memory.dtype} {list(memory.shape[1:])} on {memory.device}, and one "
+                f"of {new.dtype} {list(new.shape[1:])} on {new.device} came; reset() it, or load a file of this model"
+            )
+        del self.memory[part, number]
+        self._states(part)[number] = None
+        getattr(self, f"is_{part}_states_initialized")[number] = False
 
     def activate_past_recording(self) -> NoReturn:
         refuse_to_take_back()
@@ -105,7 +136,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         for (part, number), memory in self.memory.items():
             state = self._states(part)[number]
             assert state is not None
-            memory[: len(sequences)] = state.index_select(0, sequences.to(memory.device))
+            memory[: len(sequences)] = chosen(memory, sequences, len(state))
         self.use_first(len(sequences))
 
     def snapshot(self) -> dict[tuple[str, int], Tensor]:
