@@ -1,16 +1,16 @@
 """Which families of transformers work on an `Fp16Cache`: a tiny random model of each, and the tokens that it generates.
 
-Every family that transformers' causal mapping names is built with small numbers, as far as they can be guessed from the
-names of its configuration's fields. Then it generates greedily on a cache of transformers' own that rounds keys and
-values to FP16, and on an `Fp16Cache`, with this package's attention and with the model's own (`attention=None`): one
-prompt; a padded batch; beams; a second turn; and again after `reset()`. The tokens must be the same, but where two are
-nearly equally likely.
+Every family that transformers' mappings name for text, and for images and text (which get no image), is built with
+small numbers, as far as they can be guessed from the names of its configuration's fields. Then it generates greedily on
+a cache of transformers' own that rounds keys and values to FP16, and on an `Fp16Cache`, with this package's attention
+and with the model's own (`attention=None`): one prompt; a padded batch; beams; a second turn; and again after
+`reset()`. The logits must be close, and the tokens the same, but where two are nearly equally likely.
 
     make coverage                               every family, and the table in docs/transformers.md
     python tools/families.py llama qwen3_next   these
 
-The last lines say how many work. The exit code is 1 if one is wrong in silence, or fails with an
-error that is no refusal.
+The last lines say how many work. The exit code is 1 if one is wrong in silence, or fails with an error that is no
+refusal.
 """
 
 from __future__ import annotations
@@ -330,6 +330,7 @@ def examine(family: str) -> Result:
 DOCS = ROOT / "docs" / "transformers.md"
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
 REASONS = {  # by a part of the sentence with which something is refused
+    "own modules": "it keeps recurrent states on its own modules",
     "registry": "its attention is not taken from transformers' registry",
     "uses keys and values elsewhere": "it uses keys and values elsewhere than in its attention",
     "not causal": "its attention is not causal",
@@ -366,7 +367,7 @@ def table(results: list[Result]) -> str:
             what = f"refused: {reason_of(result.ways['None'])}"
         rows.setdefault(what, []).append(result.family)
     lines = [
-        f"transformers {transformers.__version__}, {len(results)} families of its causal mapping:",
+        f"transformers {transformers.__version__}, {len(results)} families for text, or for images and text:",
         "",
         "| | families |",
         "| --- | --- |",

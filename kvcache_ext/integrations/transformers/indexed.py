@@ -24,7 +24,6 @@ class IndexedLayer(Fp16Layer):
     index_keys: Tensor | None = None  # [batch_size, max_positions, index_head_dim]
     indexed = 0  # columns in it
     updates = 0  # since the layer was made
-    here = True  # no other stage of a pipeline has it
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """See `Cache.update_indexer`: new rows `[B, T, index_head_dim]`; returns all."""

@@ -41,8 +41,10 @@ class ForwardPass:
     def missed_states(self, cache: WholeCache) -> bool:
         """Whether a layer with states, that is here, has had no update since the pass began."""
         now = self._updates(cache)
-        here = [layer.here for layer in cache.layers if hasattr(layer, "updates")]
-        return any(at and was == is_ for at, was, is_ in zip(here, self.state_updates, now, strict=True))
+        with_states = [
+            layer in cache.state_layers and layer.here for layer in cache.layers if hasattr(layer, "updates")
+        ]
+        return any(at and was == is_ for at, was, is_ in zip(with_states, self.state_updates, now, strict=True))
 
     @staticmethod
     def _updates(cache: WholeCache) -> list[int]:
