@@ -1,6 +1,7 @@
 """Decoding with Llamas of random weights: tokens a second and peak memory, against transformers' own caches.
 
-Two shapes: `7b` (32 heads, Llama 2's) and `8b` (32 heads on 8, Llama 3's). Greedy, one sequence or several (`b16`), at
+Three shapes: `7b` (32 heads, Llama 2's), `8b` (32 heads on 8, Llama 3's) and `8h` (a hybrid as large: three linear
+layers to one with attention, Qwen3.5's). Greedy, one sequence or several (`b16`), at
 each number of positions held: DynamicCache; StaticCache, eager and compiled with CUDA graphs;
 ours eager, in a CUDA graph (`decode_graph`), and that compiled first. The tuned ones (only when asked for, as they take
 minutes) are compiled with Inductor's `coordinate_descent_tuning`, and have rows of their own. Caches are filled with
@@ -47,14 +48,26 @@ from common import (
     print_table,
     quantity,
 )
-from llama import EIGHT_B, OPTIONS, SEVEN_B, TINY, WEIGHT_WORDS, WEIGHTS, LlamaShape, Option, Unavailable
+from llama import (
+    EIGHT_B,
+    EIGHT_B_HYBRID,
+    OPTIONS,
+    SEVEN_B,
+    TINY,
+    WEIGHT_WORDS,
+    WEIGHTS,
+    LlamaShape,
+    Option,
+    Unavailable,
+)
 
-MODELS = {"7b": SEVEN_B, "8b": EIGHT_B}
-DECODED = {"7b": ["fp16", "fp32", "w4", "w8"], "8b": ["fp16", "bf16"]}
+MODELS = {"7b": SEVEN_B, "8b": EIGHT_B, "8h": EIGHT_B_HYBRID}
+DECODED = {"7b": ["fp16", "fp32", "w4", "w8"], "8b": ["fp16", "bf16"], "8h": ["fp16"]}
 GPU_POSITIONS = [1_024, 4_096, 16_384, 65_536, 131_072]
 FEWER_POSITIONS = [4_096, 65_536]  # for all but FP16 weights: compiling takes most of the time
 CPU_POSITIONS = [128, 512]
 EIGHT_B_POSITIONS = [8_192, 32_768, 131_072]
+HYBRID_POSITIONS = [32_768]
 SEVERAL = 16  # sequences, of the fewest of these positions, FP16 weights
 GB = 10**9
 WAYS = {"eager": "eager", "graph": "graph", "graph-compiled": "compiled"}  # rows of their own, by what they are called
@@ -219,8 +232,8 @@ def positions_for(model: str, weights: str, args: argparse.Namespace, gpu: bool)
         return CPU_POSITIONS[:1] if args.quick else CPU_POSITIONS
     if args.quick:
         return GPU_POSITIONS[:1]
-    if model == "8b":
-        return EIGHT_B_POSITIONS
+    if model != "7b":
+        return EIGHT_B_POSITIONS if model == "8b" else HYBRID_POSITIONS
     return GPU_POSITIONS if weights == "fp16" else FEWER_POSITIONS
 
 

@@ -1,4 +1,4 @@
-"""A Llama of the 7B shape with random weights, caches filled with random keys and values, and ways to decode with them.
+"""Llamas and a hybrid with random weights, caches filled with random keys and values, and ways to decode with them.
 
 Nothing here is measured by itself: bench_generate.py and gpu015_model.py do that.
 """
@@ -39,6 +39,11 @@ class LlamaShape:
     head_dim: int
     intermediate: int
     vocabulary: int
+    attention_every: int = 1  # of so many layers one, the last, has attention; the others are linear (a Qwen3.5)
+
+    @property
+    def attention_layers(self) -> int:
+        return self.layers // self.attention_every
 
     def with_layers(self, layers: int | None) -> LlamaShape:
         if layers is None or layers == self.layers:
@@ -47,7 +52,7 @@ class LlamaShape:
 
     def position_bytes(self, element_bytes: int) -> int:
         """Of keys and values of one position, all layers."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * element_bytes
+        return self.attention_layers * 2 * self.kv_heads * self.head_dim * element_bytes
 
     def config(self) -> dict[str, Any]:
         return {
@@ -58,11 +63,13 @@ class LlamaShape:
             "head_dim": self.head_dim,
             "intermediate": self.intermediate,
             "vocabulary": self.vocabulary,
+            "attention_layers": self.attention_layers,
         }
 
 
 SEVEN_B = LlamaShape("7b", 32, 4096, 32, 32, 128, 11008, 32000)
 EIGHT_B = LlamaShape("8b", 32, 4096, 32, 8, 128, 14336, 128256)  # Llama 3's
+EIGHT_B_HYBRID = LlamaShape("8h", 32, 4096, 32, 8, 128, 12288, 128256, attention_every=4)
 TINY = LlamaShape("tiny", 4, 256, 4, 4, 64, 512, 1024)  # a rehearsal on a CPU
 
 # What the weights are stored as, and the dtype that the model computes in.
@@ -148,23 +155,30 @@ def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 def make_model(shape: LlamaShape, weights: str, positions: int, device: torch.device) -> Any:
     """The model with random weights, each of them made once, on the device, as what it is stored as."""
     library = transformers()
-    config = library.LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=positions,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
+    options = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    if shape.attention_every > 1:
+        types = [*["linear_attention"] * (shape.attention_every - 1), "full_attention"] * shape.attention_layers
+        linear = {"linear_num_key_heads": shape.heads // 2, "linear_num_value_heads": shape.heads}
+        linear |= {"linear_key_head_dim": shape.head_dim, "linear_value_head_dim": shape.head_dim}
+        config, kind = library.Qwen3_5TextConfig(**options, **linear, layer_types=types), library.Qwen3_5ForCausalLM
+    else:
+        config, kind = library.LlamaConfig(**options), library.LlamaForCausalLM
     dtype = WEIGHTS[weights]
     with torch.device("meta"):
-        model = library.LlamaForCausalLM(config).to(dtype).eval()
+        model = kind(config).to(dtype).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     few_bits = {"w4": Int4Linear, "w8": Int8Linear}.get(weights)
     for name, module in list(model.named_modules()):
@@ -175,8 +189,8 @@ def make_model(shape: LlamaShape, weights: str, positions: int, device: torch.de
         for key, parameter in list(module.named_parameters(recurse=False)):
             size = parameter.shape
             filled = (
-                _random(size[0], size[1], dtype, device)
-                if parameter.dim() == 2
+                _random(size[0], size[1:].numel(), dtype, device).view(size)
+                if parameter.dim() >= 2
                 else torch.ones(size, dtype=dtype, device=device)
             )
             module.register_parameter(key, nn.Parameter(filled, requires_grad=False))
@@ -229,6 +243,13 @@ def _random_rows(size: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return keys, values
 
 
+def _begin_states(model: Any, cache: Any, shape: LlamaShape, batch: int) -> None:
+    """Has linear layers take in some tokens: what their states hold does not change what a step takes."""
+    if shape.attention_every > 1:
+        ids = torch.ones(batch, 8, dtype=torch.int64, device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
 def our_cache(model: Any, positions: int, batch: int = 1) -> Any:
     from kvcache_ext.integrations.transformers import Fp16Cache
 
@@ -240,16 +261,19 @@ def fill_ours(cache: Any, shape: LlamaShape, held: int) -> None:
     batch = cache.caches[0].batch_size
     chunk = max(1, min(CHUNK // batch, held))
     size = (batch, chunk, shape.kv_heads, shape.head_dim)
-    keys, values = _random_rows(size, torch.float32, cache.layers[0].device)
+    keys, values = _random_rows(size, torch.float32, cache.attention_layers[0].device)
     for i, layer in enumerate(cache.layers):
-        while (before := layer.get_seq_length()) < held:
+        while layer in cache.attention_layers and (before := layer.get_seq_length()) < held:
             rows = min(chunk, held - before)
             cache.update(keys[:, :rows].transpose(1, 2), values[:, :rows].transpose(1, 2), i)
 
 
 def dynamic_cache(model: Any, shape: LlamaShape, held: int, batch: int = 1) -> Any:
     cache = transformers().DynamicCache(config=model.config)
+    _begin_states(model, cache, shape, batch)
     for layer in cache.layers:
+        if not hasattr(layer, "keys"):
+            continue
         sample = torch.empty(batch, shape.kv_heads, 0, shape.head_dim, dtype=model.dtype, device=model.device)
         layer.lazy_initialization(sample, sample)
         size = (batch, shape.kv_heads, held, shape.head_dim)
@@ -259,8 +283,12 @@ def dynamic_cache(model: Any, shape: LlamaShape, held: int, batch: int = 1) -> A
 
 def static_cache(model: Any, shape: LlamaShape, held: int, positions: int, batch: int = 1) -> Any:
     cache = transformers().StaticCache(config=model.config, max_cache_len=positions)
-    cache.early_initialization(batch, shape.kv_heads, shape.head_dim, model.dtype, model.device)
+    if shape.attention_every == 1:
+        cache.early_initialization(batch, shape.kv_heads, shape.head_dim, model.dtype, model.device)
+    _begin_states(model, cache, shape, batch)
     for layer in cache.layers:
+        if not hasattr(layer, "keys"):
+            continue
         fill_random(layer.keys)
         fill_random(layer.values)
         layer.cumulative_length.fill_(held)
@@ -316,6 +344,7 @@ def _prepare_static(model: Any, shape: LlamaShape, held: int, positions: int, ba
 
 def _prepare_ours(model: Any, shape: LlamaShape, held: int, positions: int, batch: int) -> Any:
     cache = our_cache(model, positions, batch)
+    _begin_states(model, cache, shape, batch)
     fill_ours(cache, shape, held)
     return cache
 

@@ -36,7 +36,7 @@ def time_attention(cache: Any, shape: LlamaShape, dtype: torch.dtype, device: to
 
     def attend() -> None:
         x = query
-        for layer in cache.layers:
+        for layer in cache.attention_layers:
             # (The group's own method refuses: what goes past the Fp16Cache is counted by nobody, as is fine here.)
             answer = StreamingKVCacheFp16.append_attend(layer.cache, layer.index, x, key, value)
             assert isinstance(answer, Tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,21 @@ def test_every_weight_is_made_once_and_counted(device: torch.device) -> None:
     assert len(llama.linears(model)) == 7 * SHAPE.layers + 1
 
 
+HYBRID = replace(SHAPE, attention_every=2)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
-def test_options_start_at_the_same_length_and_give_finite_logits(device: torch.device, batch: int) -> None:
-    model = llama.make_model(SHAPE, "fp32", POSITIONS, device)
+@pytest.mark.parametrize("shape", [SHAPE, HYBRID], ids=["llama", "hybrid"])
+def test_options_start_at_the_same_length_and_give_finite_logits(
+    device: torch.device, shape: llama.LlamaShape, batch: int
+) -> None:
+    model = llama.make_model(shape, "fp32", POSITIONS, device)
     held = POSITIONS - llama.RESERVE
     token = torch.ones(batch, 1, dtype=torch.int64, device=device)
     for key in ("graph", "eager", "static", "dynamic"):
         option = llama.OPTIONS[key]
         with torch.no_grad():
-            cache = option.prepare(model, SHAPE, held, POSITIONS, batch)
+            cache = option.prepare(model, shape, held, POSITIONS, batch)
             assert int(cache.get_seq_length()) == held
             logits = option.step(model, cache)(token)
         assert int(cache.get_seq_length()) == held + 1
