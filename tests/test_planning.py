@@ -183,6 +183,25 @@ def test_transformers_reads_a_config_as_for_model_does(
         assert printed(capsys, *options)["free"].startswith(f"1.00 GB {verdict}")
 
 
+def test_positions_by_another_name_and_models_that_take_no_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llms", reason="transformers is not installed")
+    folder = config(tmp_path, model_type="mpt", d_model=64, n_heads=4, n_layers=2, max_seq_len=300)
+    rows = printed(capsys, "--config", folder, "--free-gb", "1")
+    assert rows[""] == "2 layers, 300 positions: 2 of 4 key/value heads of 16"
+    folder = config(tmp_path, model_type="openai-gpt", n_embd=64, n_head=4, n_layer=2, n_positions=50)
+    rows = printed(capsys, "--config", folder, "--free-gb", "1")
+    assert rows[""] == "2 layers, 50 positions, 4 key/value heads of 16"
+    assert "takes no cache of this kind" in rows["note"]
+
+
+def test_no_code_of_a_model_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = LLAMA | {"model_type": "someones", "auto_map": {"AutoConfig": "configuration_someones.SomeonesConfig"}}
+    rows = printed(capsys, "--config", config(tmp_path, **entries), "--free-gb", "100")
+    assert rows[""] == "32 layers, 4,096 positions, 32 key/value heads of 128"
+
+
 def test_transformers_reads_what_an_fp16_cache_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llms = pytest.importorskip("llms", reason="transformers is not installed")
     llms.transformers.T5Config(num_layers=2, num_decoder_layers=3, d_model=64, num_heads=4, d_kv=16).save_pretrained(

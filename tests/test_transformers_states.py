@@ -285,6 +285,14 @@ def test_padding_that_would_go_into_states(models: Any, device: torch.device, fa
     with pytest.raises(ValueError, match="take in padding as if it were text"):
         logits_of(model, cache, input_ids=inputs["input_ids"], attention_mask=second)
     check_states(cache, before)
+    one = ones_after(inputs, 1)
+    one[0, -1] = 0
+    with pytest.raises(ValueError, match="take in padding as if it were text"):
+        for _ in range(2):  # on a GPU one step later
+            logits_of(model, cache, input_ids=torch.full((2, 1), 5, device=device), attention_mask=one)
+            one = torch.nn.functional.pad(one, (0, 1), value=1)
+    cache.reset()
+    logits_of(model, cache, **inputs)
     logits_of(model, cache, input_ids=inputs["input_ids"], attention_mask=torch.ones_like(second))
 
 

@@ -23,6 +23,7 @@ from .groups import LayerGroup
 from .indexed import IndexedLayer
 from .layer_plan import model_type_of
 from .layers import AbsentLayer, Fp16Layer
+from .padding import DeferredMaskCheck
 from .shared import SharedState
 from .states import StateLayer, refuse_to_take_back
 from .version import NAME
@@ -276,6 +277,7 @@ class Fp16Cache(Cache):
         shared = self.shared
         shared.pending = shared.current_pass = None
         shared.broken_off = False
+        shared.state_padding = DeferredMaskCheck()
         shared.forget_tokens()
         shared.padding.forget()
         shared.active = None

@@ -49,7 +49,11 @@ class IndexedLayer(Fp16Layer):
             self.index_keys[: len(sequences)] = chosen(self.index_keys, sequences, self.shared.active)
 
     def saved_index(self) -> Tensor | None:
-        return None if self.index_keys is None else self.index_keys[: self.shared.active or 0, : self.columns]
+        return (
+            None
+            if self.index_keys is None or self.columns == 0
+            else self.index_keys[: self.shared.active or 0, : self.columns]
+        )
 
     def load_index(self, index: Tensor, device: torch.device) -> None:
         self.update_indexer(index.to(device))

@@ -33,14 +33,18 @@ class DeferredMaskCheck:
         self._arrived.record(torch.cuda.current_stream(failed.device))
 
     def raise_if_failed(self) -> None:
+        if self.has_failed():
+            _mask_changed()
+
+    def has_failed(self) -> bool:
+        """The result of the latest check, told once."""
         if self._failed is None:
-            return
+            return False
         if self._arrived is not None:
             # This waits for the mask of the step before. The device still has the latest step to do.
             self._arrived.synchronize()
         failed, self._failed = self._failed, None
-        if failed.item():
-            _mask_changed()
+        return bool(failed.item())
 
 
 def _mask_changed() -> NoReturn:

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from .masks import real_tokens
 from .padding import check_columns
-from .shared import ForwardPass, WholeCache, find_cache
+from .shared import ForwardPass, SharedState, WholeCache, find_cache, refuse_padding_of_states
 
 
 def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
             "too)"
         )
     if cache.state_layers:
-        _check_padding_of_states(mask, columns, new_tokens)
+        _check_padding_of_states(shared, mask, columns, new_tokens)
         if columns == 0:
             cache.model_dtype = getattr(decoder, "dtype", cache.model_dtype)
     capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -74,18 +74,21 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
     shared.current_pass = ForwardPass.begin(cache)
 
 
-def _check_padding_of_states(mask: Any, columns: int, new_tokens: int) -> None:
-    """Raises where padding would go into recurrent states, as they are: anywhere but on the left of a text."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or new_tokens == 1:
+def _check_padding_of_states(shared: SharedState, mask: Any, columns: int, new_tokens: int) -> None:
+    """Raises where padding would go into recurrent states, as they are: anywhere but on the left of a text. What one
+    token's mask on a GPU says is noticed at the next pass."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return
+    if shared.state_padding.has_failed():
+        refuse_padding_of_states()
     new = mask[:, -new_tokens:].bool()
-    if not bool(new.all() if columns else (new[:, 1:] >= new[:, :-1]).all()):
-        raise ValueError(
-            "Fp16Cache: the model has recurrent or convolutional states, which take in padding as if it were text, but "
-            "on the left of a text's first tokens: pad there, and not at all in later turns"
-        )
+    right = new.all() if columns or new_tokens == 1 else (new[:, 1:] >= new[:, :-1]).all()
+    if new_tokens == 1 and shared.padding.defers_checks(mask):
+        shared.state_padding.start(~right)
+    elif not bool(right):
+        refuse_padding_of_states()
 
 
 def end_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .layer_plan import LayerPlan, plan_layers
+from ...config_names import POSITIONS
+from .layer_plan import LayerPlan, check_takes_a_cache, plan_layers
 
 
 def layers_of_config(path: Path) -> tuple[Callable[[int], list[LayerPlan]], int | None]:
@@ -23,14 +24,17 @@ def layers_of_config(path: Path) -> tuple[Callable[[int], list[LayerPlan]], int 
     def layers(max_positions: int) -> list[LayerPlan]:
         return plan_layers(model, max_positions, device=torch.device("cpu"))[0]
 
+    check_takes_a_cache(model)
     layers(1)
-    return layers, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text = model.config.get_text_config(decoder=True)
+    made_for = [getattr(text, name, None) for name in POSITIONS]
+    return layers, next((number for number in made_for if isinstance(number, int) and number > 0), None)
 
 
 def _without_weights(path: Path) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModel)
     with torch.device("meta"):
         for kind in kinds:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ...cache import StreamingKVCacheFp16
 from .groups import LayerGroup
-from .padding import Padding
+from .padding import DeferredMaskCheck, Padding
 from .positions import FedTokens, Positions
 from .protocol import PendingKeyValues
 from .version import NAME
@@ -73,6 +73,7 @@ class SharedState:
     # The forward pass under way. None where there is none, or none that the hooks know of.
     current_pass: ForwardPass | None = None
     masked_calls: int = 0  # of attention, over gathered keys under a 4D mask
+    state_padding: DeferredMaskCheck = field(default_factory=DeferredMaskCheck)  # of one-token steps, on a GPU
     broken_off: bool = False  # a pass ended with an error after it had stored something
     pending: PendingKeyValues | None = None  # `update` handed these out, and nobody has attended to them yet
     # The `sequences` argument of calls, by device and number. Kept for ever: captured graphs have their addresses.
@@ -148,8 +149,17 @@ class SharedState:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         self.padding.raise_if_failed()
+        if self.state_padding.has_failed():
+            refuse_padding_of_states()
         if wait:
             self.positions.raise_if_fed_twice(wait=True)
+
+
+def refuse_padding_of_states() -> NoReturn:
+    raise ValueError(
+        "Fp16Cache: the model has recurrent or convolutional states, which take in padding as if it were text, but on "
+        "the left of a text's first tokens: pad there, and not at all in later turns; reset() the cache"
+    )
 
 
 class WholeCache(Protocol):
