@@ -55,6 +55,10 @@ README_ROWS = {
     "generate/peak_gb/7b/fp16/65536": "the same: peak memory",
     "generate/7b/w4/65536": "4-bit weights",
     "generate/peak_gb/7b/w4/65536": "the same: peak memory",
+    "generate/8b/fp16/8192": "an 8B model (Llama 3's shape, FP16 weights) at 8,192 positions",
+    "generate/8b/fp16/8192/tuned": "the same, tuned",
+    "generate/8b/fp16/131072": "at 131,072 positions",
+    "generate/8b/fp16/131072/tuned": "the same, tuned",
 }
 CPU_HAS_NO_GRAPHS = ", GPU time", " in a graph"
 LESS_IS_BETTER = ("us", "ms", "s", "GB", "relative")
