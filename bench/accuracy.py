@@ -153,15 +153,9 @@ def measure_storage(name: str, model: Any, tokens: Tensor, last: int, results: R
 
     from kvcache_ext.integrations.transformers import Fp16Cache
 
-    class Rounding(DynamicCache):
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            rounded = (x.half().to(x.dtype) for x in (key_states, value_states))
-            keys, values = super().update(*rounded, *args, **kwargs)
-            return keys, values
-
     model.set_attn_implementation("sdpa")
     exact = last_logits(model, tokens, DynamicCache(), last)
-    rounded = last_logits(model, tokens, Rounding(), last)
+    rounded = last_logits(model, tokens, accuracy_trained.rounding_cache(), last)
     truth, against = exact, "FP32 cache"
     if 3 * 8 * sum(p.numel() for p in model.parameters()) < free_bytes(model.device):
         double = copy.deepcopy(model).double()

@@ -26,6 +26,19 @@ CHUNK = 256  # tokens of a forward pass: what came before is read from the cache
 DYNAMIC, ROUNDED = "FP32 DynamicCache", "FP16-rounded DynamicCache"
 
 
+def rounding_cache() -> Any:
+    """A DynamicCache that rounds keys and values to FP16 as they come."""
+    from transformers import DynamicCache
+
+    class Rounding(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            rounded = (x.half().to(x.dtype) for x in (key_states, value_states))
+            keys, values = super().update(*rounded, *args, **kwargs)
+            return keys, values
+
+    return Rounding()
+
+
 def check_packages() -> None:
     """Raises ImportError if one is missing."""
     lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -75,16 +88,10 @@ def measure(name: str, model: Any, tokens: Tensor, results: Results, config: dic
 
     from kvcache_ext.integrations.transformers import Fp16Cache
 
-    class Rounding(DynamicCache):
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            rounded = (x.half().to(x.dtype) for x in (key_states, value_states))
-            keys, values = super().update(*rounded, *args, **kwargs)
-            return keys, values
-
     model.set_attn_implementation("sdpa")
     exact = DynamicCache()
     truth = all_logits(model, tokens, exact)
-    rounded = all_logits(model, tokens, Rounding())
+    rounded = all_logits(model, tokens, rounding_cache())
     cache = Fp16Cache.for_model(model, max_positions=tokens.shape[1])
     ours = all_logits(model, tokens, cache)
     config = config | {

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from llms import RoundingCache, check_tokens, generate, logits_of, ones_after, prompts
-from torch import Tensor
+from llms import RoundingCache, check_tokens, expected, generate, logits_of, ones_after, prompts
 
 from kvcache_ext.integrations.transformers import NAME, Fp16Cache
 from kvcache_ext.integrations.transformers.layers import Fp16Layer
@@ -82,14 +81,6 @@ def model_of(family: str, device: torch.device, **options: Any) -> Any:
             pytest.skip(f"no such tiny model with this transformers: {error}")
     model.set_attn_implementation("eager")
     return model
-
-
-def expected(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    tokens = generate(model, inputs, RoundingCache(config=model.config), **options)
-    model.set_attn_implementation(before)
-    return tokens
 
 
 @pytest.mark.parametrize("attention", [NAME, None])
@@ -171,7 +162,7 @@ def test_chunked_attention(device: torch.device, attention: str | None, counted:
 
 def test_an_index_of_keys(device: torch.device, counted: dict[str, int], tmp_path: Path) -> None:
     """Tokens, tokens taken back, sequences chosen, copies and files; a pass that was broken off after the index."""
-    model = model_of("deepseek_v32", device)
+    model = model_of("deepseek_v32", device, index_topk=4)
     if "indexed_attention" not in (model.config.layer_types or ()):
         pytest.skip("this transformers has no indexed_attention yet")
     cache = Fp16Cache.for_model(model, 64, 3, attention=None)
@@ -197,16 +188,17 @@ def test_an_index_of_keys(device: torch.device, counted: dict[str, int], tmp_pat
     fresh.reset()
     inputs = prompts(2, 9, device)
     check_tokens(model, inputs, generate(model, inputs, fresh), expected(model, inputs), counted, least=3)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    step = {"input_ids": torch.full((2, 1), 5, device=device)}
+    with pytest.MonkeyPatch.context() as patch:
 
         def fail(*arguments: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(Fp16Cache, "update", fail)
-        logits_of(model, fresh, input_ids=torch.full((2, 1), 5, device=device))
-    if fresh.layers[0].indexed != fresh.get_seq_length():  # (else the model's keys came before its index)
-        with pytest.raises(RuntimeError, match="broken off"):
-            logits_of(model, fresh, input_ids=torch.full((2, 1), 5, device=device))
+        patch.setattr(type(fresh.layers[1]), "update_indexer", fail)
+        with pytest.raises(KeyboardInterrupt):
+            logits_of(model, fresh, **step)
+    with pytest.raises(RuntimeError, match="broken off"):
+        logits_of(model, fresh, **step)
 
 
 def test_the_last_tokens_alone_go_through_shared_layers(device: torch.device) -> None:
@@ -266,9 +258,9 @@ def test_a_file_of_other_widths(device: torch.device, tmp_path: Path) -> None:
     cache = Fp16Cache.for_model(model, 64, attention=None)
     logits_of(model, cache, **prompts(1, 5, device))
     cache.save(tmp_path / "text")
-    if cache.attention_layers[0].widths[0] != cache.attention_layers[0].widths[1]:
-        with pytest.raises(ValueError, match="keys and values of layer 0 are as wide as"):
-            Fp16Cache.load(tmp_path / "text", other, attention=None)
+    assert cache.attention_layers[0].widths == (24, 8)
+    with pytest.raises(ValueError, match=r"layer 0 are as wide as \[24, 8\] in the file and \[16, 16\] in this one"):
+        Fp16Cache.load(tmp_path / "text", other, attention=None)
 
 
 def test_models_without_positions_are_not_captured(device: torch.device) -> None:

@@ -45,8 +45,8 @@ def build(
     present = [plan for plan in plans if plan.present]
     if compileable and any(plan.states for plan in plans):
         raise NotImplementedError(
-            f"Fp16Cache: {type(model).__name__} has recurrent or convolutional states, with which compileable=True "
-            "has not been tried; decode with cuda_graphs() instead"
+            f"Fp16Cache: {type(model).__name__} has recurrent or convolutional states, which compileable=True does not "
+            "serve; decode with cuda_graphs() instead"
         )
     if attention is not None:
         check_attention(model, present)
@@ -92,18 +92,13 @@ def _make_layers(plans: list[LayerPlan], shared: SharedState, overflow: str) -> 
         )
         shared.caches.append(cache)
         for index_in_cache, i in enumerate(indices):
-            states = plans[i].states
-            widths = plans[i].key_dim, plans[i].value_dim
-            attention = shared, cache, index_in_cache, plan.window, widths, plans[i].attended_again, plans[i].chunked
-            if states:
-                layers[i] = HybridLayer(states, *attention)
-            else:
-                layers[i] = (IndexedLayer if plans[i].indexed else Fp16Layer)(*attention)
+            kind = HybridLayer if plans[i].states else IndexedLayer if plans[i].indexed else Fp16Layer
+            layers[i] = kind(shared, cache, index_in_cache, plans[i])
     beside = layers[min(layers)]
     assert isinstance(beside, Fp16Layer)
     for i, plan in enumerate(plans):
         if not plan.attends:
             layers[i] = StateLayer(shared, plan.states, here=plan.present) if plan.states else EmptyLayer()
         elif not plan.present:
-            layers[i] = AbsentLayer(beside, plan.window)
+            layers[i] = AbsentLayer(beside, plan)
     return [layers[i] for i in range(len(plans))]

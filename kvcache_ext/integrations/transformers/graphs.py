@@ -112,6 +112,7 @@ class DecodeGraph:
                 "it has now; decode without a graph"
             )
         devices = {layer.device for layer in cache.attention_layers}
+        devices |= {memory.device for layer in cache.state_layers for memory in layer.memory.values()}
         if len(devices) != 1:
             raise NotImplementedError("DecodeGraph: one CUDA graph cannot hold a model on several devices")
         self._forward = model if forward is None else forward

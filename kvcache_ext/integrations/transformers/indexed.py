@@ -49,11 +49,9 @@ class IndexedLayer(Fp16Layer):
             self.index_keys[: len(sequences)] = chosen(self.index_keys, sequences, self.shared.active)
 
     def saved_index(self) -> Tensor | None:
-        return (
-            None
-            if self.index_keys is None or self.columns == 0
-            else self.index_keys[: self.shared.active or 0, : self.columns]
-        )
+        if self.index_keys is None or self.columns == 0:
+            return None
+        return self.index_keys[: self.shared.active, : self.columns]
 
     def load_index(self, index: Tensor, device: torch.device) -> None:
         self.update_indexer(index.to(device))

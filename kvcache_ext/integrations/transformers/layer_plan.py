@@ -113,6 +113,10 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
     plans += [plans[i] for i in _repeated_layers(name, text)]
     if not any(plan.present for plan in plans):
         raise NotImplementedError(f"Fp16Cache: {name} has no layers")
+    if not any(plan.present and plan.attends for plan in plans):
+        raise NotImplementedError(
+            f"Fp16Cache: of the layers of {name} that are here none has attention: there are no keys and values to hold"
+        )
     configs = [module.config for module in modules.values() if hasattr(module, "config")]
     return plans, configs[0] if configs else text
 
@@ -212,10 +216,11 @@ def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and 0 <= index < layers:
             present.add(index)
-            # (Where a layer has a recurrent part, too, that may have a head_dim of its own.)
+            # (Where a layer has a recurrent part, too, that may have a head_dim of its own, but no k_proj.)
             is_attention = hasattr(module, "head_dim") or hasattr(module, "kv_lora_rank")
-            if is_attention and (index not in found or not hasattr(found[index], "k_proj")):
-                found[index] = module if index not in found or hasattr(module, "k_proj") else found[index]
+            better = index not in found or (hasattr(module, "k_proj") and not hasattr(found[index], "k_proj"))
+            if is_attention and better:
+                found[index] = module
     return found, present
 
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...cache import StreamingKVCacheFp16
 from .groups import LayerGroup
 from .laid_out import as_handed_over, as_stored
+from .layer_plan import LayerPlan
 from .protocol import PendingKeyValues, TaggedLength, mask_of_left_padding, offset_of_window
 from .shared import SharedState
 from .version import CROP_MARGIN
@@ -60,19 +61,11 @@ class Fp16Layer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(
-        self,
-        shared: SharedState,
-        cache: LayerGroup,
-        index: int,
-        window: int | None,
-        widths: tuple[int, int],
-        attended_again: bool,
-        chunked: bool,
-    ) -> None:
+    def __init__(self, shared: SharedState, cache: LayerGroup, index: int, plan: LayerPlan) -> None:
+        window = plan.window
         self.shared = shared
-        self.chunked = chunked  # attention begins anew at each multiple of the window
-        self.widths = widths  # head_dim of keys and of values, as the model has them
+        self.chunked = plan.chunked
+        self.widths = plan.key_dim, plan.value_dim  # as the model has them
         self.cache = cache
         self.index = index  # of this layer in `cache`
         self.window = window
@@ -82,7 +75,7 @@ class Fp16Layer(CacheLayerMixin):
         self.bounded = window is None or cache.max_positions < window + CROP_MARGIN
         shared.bounded = shared.bounded or self.bounded
         # The most new tokens at a time, where other layers attend to them again when they are stored.
-        self.most_new = cache.max_positions - window + 1 if window is not None and attended_again else None
+        self.most_new = cache.max_positions - window + 1 if window is not None and plan.attended_again else None
         self.columns = 0  # that have gone through this layer, padding included
         # The ring holds all columns from this one on. Of texts with padding it may hold older ones, too.
         self.first_held = 0
@@ -135,7 +128,8 @@ class Fp16Layer(CacheLayerMixin):
         if is_compiling():
             if self.chunked:
                 raise NotImplementedError(
-                    "Fp16Cache: compiled code cannot serve chunked attention with its own attention"
+                    "Fp16Cache: compiled code cannot serve chunked attention; do not compile, or make the cache with "
+                    "attention=None"
                 )
             return length, offset_of_window(self.window)
         return TaggedLength.of(self, length), offset
@@ -367,10 +361,12 @@ class Fp16Layer(CacheLayerMixin):
 class AbsentLayer(Fp16Layer):
     """A layer that another stage of a pipeline has. It has no memory, and the counts of a layer that is `beside` it."""
 
-    def __init__(self, beside: Fp16Layer, window: int | None) -> None:
+    def __init__(self, beside: Fp16Layer, plan: LayerPlan) -> None:
+        window = plan.window
         self.beside = beside
         self.shared, self.cache, self.index = beside.shared, beside.cache, beside.index
-        self.window, self.widths, self.most_new, self.chunked = window, beside.widths, None, beside.chunked
+        self.window, self.widths, self.most_new = window, (plan.key_dim, plan.value_dim), None
+        self.chunked = plan.chunked
         self.is_sliding, self.is_compileable, self.bounded = window is not None, beside.is_compileable, False
         self.dtype, self.device, self.batch_size = beside.dtype, beside.device, beside.batch_size
 

@@ -15,6 +15,8 @@ from torch.compiler import is_compiling
 from transformers import cache_utils
 from transformers.cache_utils import LinearAttentionLayer
 
+from .groups import LayerGroup
+from .layer_plan import LayerPlan
 from .layers import Fp16Layer, belongs_to_the_cache, copied_with_the_cache, without_gradient
 from .shared import SharedState
 
@@ -194,9 +196,9 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
 class HybridLayer(StateLayer, Fp16Layer):
     """A layer with keys and values, and states beside them."""
 
-    def __init__(self, number_of_states: int, shared: SharedState, *attention: Any) -> None:
-        StateLayer.__init__(self, shared, number_of_states)
-        Fp16Layer.__init__(self, shared, *attention)
+    def __init__(self, shared: SharedState, cache: LayerGroup, index: int, plan: LayerPlan) -> None:
+        StateLayer.__init__(self, shared, plan.states)
+        Fp16Layer.__init__(self, shared, cache, index, plan)
         self.is_compileable = False
 
 
