@@ -114,20 +114,29 @@ class StreamingKVCacheFp16:
 
         planned = memory.plan(
             self.num_layers,
-            self._max_positions,
+            self._max_positions // self.ranks,
             self.num_heads,
             self.head_dim,
             self.batch_size,
             device=self.device,
         )
         memory.check_fits(planned)
-        self._take(CacheTensors.allocate(planned, self.device, self.sink_positions, overflow == "saturate"))
+        sinks = self.sink_positions // self.ranks
+        self._take(CacheTensors.allocate(planned, self.device, sinks, overflow == "saturate"))
         self.native.clear()
+
+    # Of a text that is dealt out to several ranks, this one has a share (kvcache_ext.distributed).
+    ranks = 1
+    rank = 0
 
     def _take(self, tensors: CacheTensors) -> None:
         # For this package's own modules:
         self.tensors = tensors.prepared()
-        self.native = extension.Cache(*self.tensors)
+        self.native = extension.Cache(*self.tensors, self.ranks, self.rank)
+
+    def _calls(self) -> Any:
+        """What the calls go to."""
+        return TracedCalls(self.tensors) if is_compiling() else self.native
 
     @property
     def overflow(self) -> str:
@@ -212,7 +221,7 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         calls.append(layer, key, value, new_lengths, sequences)
 
     def append_all(
@@ -224,7 +233,7 @@ class StreamingKVCacheFp16:
         sequences: Sequence[int] | Tensor | None = None,
     ) -> None:
         """`append` to every layer in one launch: `keys`, `values` are `[L, B, T, H, D]` (or `L` and a short form)."""
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         calls.append_all(keys, values, new_lengths, sequences)
 
     def truncate(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
@@ -247,7 +256,7 @@ class StreamingKVCacheFp16:
         A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
         lengths are not known, an `n` beyond what is held changes nothing.)
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         calls.truncate(n, sequences)
 
     def drop_newest(self, n: int | Sequence[int] | Tensor, *, sequences: Sequence[int] | Tensor | None = None) -> None:
@@ -270,7 +279,7 @@ class StreamingKVCacheFp16:
         A graph captures it with tensors, or with an int and `sequences` as a tensor. (Under torch.compile, where
         lengths are not known, an `n` beyond what is held takes back all of it.)
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         calls.drop_newest(n, sequences)
 
     def reset(self, sequences: Sequence[int] | Tensor | None = None) -> None:
@@ -285,7 +294,7 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         calls.reset(sequences)
 
     def reorder(self, batch_indices: Sequence[int] | Tensor) -> None:
@@ -302,7 +311,7 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong. The cache is unchanged.
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         calls.reorder(batch_indices)
 
     def copy_sequence(
@@ -336,7 +345,7 @@ class StreamingKVCacheFp16:
         """
         if isinstance(src, int) and isinstance(dst, (list, tuple)):
             src = [src] * len(dst)
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         if source is None or source is self:
             calls.copy_sequence(src, dst)
             return
@@ -348,14 +357,14 @@ class StreamingKVCacheFp16:
             raise TypeError(f"copy_sequence: source must be a StreamingKVCacheFp16 or None, got {shown(source)}")
         if source.device != self.device:
             raise ValueError(f"copy_sequence: source must be on the cache's device {self.device}, got {source.device}")
-        for name in ("num_layers", "num_heads", "head_dim", "sink_positions"):
+        for name in ("num_layers", "num_heads", "head_dim", "sink_positions", "ranks", "rank"):
             wanted, got = getattr(self, name), getattr(source, name)
             if got != wanted:
                 raise ValueError(f"copy_sequence: source must have the cache's {name}, {wanted}, got {got}")
 
     def clear(self) -> None:
         """Forgets every position and zeroes the overflow counters. No data moves."""
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         calls.clear()
 
     # Reading
@@ -421,7 +430,7 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         answer: tuple[Tensor, Tensor] = calls.gather(layer, indices, dtype, out, sequences)
         return answer
 
@@ -473,7 +482,7 @@ class StreamingKVCacheFp16:
         on a GPU, and on a CPU from 10 queries on. On a GPU the only memory beside the answer is the cache's workspace
         (see `plan`), whatever `T` is. Lengths are read on the device: a call never waits, and a graph can capture it.
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         answer: Tensor | tuple[Tensor, Tensor] = calls.attend(
             layer, query, scale, window, softcap, return_lse, out, _rounds(precision), sequences
         )
@@ -504,7 +513,7 @@ class StreamingKVCacheFp16:
 
         Args, Returns, Raises: as `append` and `attend`; `query` has as many positions as `key` and `value`.
         """
-        calls = TracedCalls(self.tensors) if is_compiling() else self.native
+        calls = self._calls()
         answer: Tensor | tuple[Tensor, Tensor] = calls.append_attend(
             layer,
             query,

@@ -28,6 +28,7 @@ constexpr Backend kLoadedBackend = {
     .copy_sequences = run_loaded<CopySequencesParams>,
     .copy_from = run_loaded<CopyFromParams>,
     .truncate = run_loaded<TruncateParams>,
+    .merge = run_loaded<MergeParams>,
     .graph_capture = [](c10::Device) -> uint64_t { return 0; },
 };
 
@@ -72,6 +73,7 @@ void load_cpu_ops(const char* path) {
   load_op<CopySequencesParams>(library, "kvc_copy_sequences");
   load_op<CopyFromParams>(library, "kvc_copy_from");
   load_op<TruncateParams>(library, "kvc_truncate");
+  load_op<MergeParams>(library, "kvc_merge");
   cpu_backend = &kLoadedBackend;
 }
 

@@ -17,6 +17,7 @@ struct Backend {
   void (*copy_sequences)(const CopySequencesParams& params, c10::Device device);
   void (*copy_from)(const CopyFromParams& params, c10::Device device);
   void (*truncate)(const TruncateParams& params, c10::Device device);
+  void (*merge)(const MergeParams& params, c10::Device device);
   // The number of the graph capture that the current stream is part of; 0: none.
   uint64_t (*graph_capture)(c10::Device device);
 };

@@ -130,6 +130,11 @@ void copy_from(const CopyFromParams& p, c10::Device) {
 
 void truncate(const TruncateParams& p, c10::Device) { cpu::truncate(p); }
 
+void merge(const MergeParams& p, c10::Device) {
+  cpu::compare_lengths(p);
+  run_items(p.rows, p.ranks * p.head_dim, [&](int64_t begin, int64_t end) { cpu::merge(p, begin, end); });
+}
+
 }  // namespace
 
 const Backend kCpuBackend = {
@@ -139,6 +144,7 @@ const Backend kCpuBackend = {
     .copy_sequences = copy_sequences,
     .copy_from = copy_from,
     .truncate = truncate,
+    .merge = merge,
     .graph_capture = [](c10::Device) -> uint64_t { return 0; },
 };
 

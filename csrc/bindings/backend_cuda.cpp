@@ -47,6 +47,8 @@ void copy_from(const CopyFromParams& p, c10::Device device) { launch("copy_from"
 
 void truncate(const TruncateParams& p, c10::Device device) { launch("truncate", launch_truncate, p, device); }
 
+void merge(const MergeParams& p, c10::Device device) { launch("merge", launch_merge, p, device); }
+
 uint64_t capture_of_stream(c10::Device device) {
   const c10::DeviceGuard guard(device);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -64,6 +66,7 @@ const Backend kCudaBackend = {
     .copy_sequences = copy_sequences,
     .copy_from = copy_from,
     .truncate = truncate,
+    .merge = merge,
     .graph_capture = capture_of_stream,
 };
 

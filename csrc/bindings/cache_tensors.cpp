@@ -28,6 +28,9 @@ CacheView view_of(const CacheTensors& t) {
       .head_dim = t.k_cache.size(4),
       .sinks = t.sink_positions,
       .ring = Divider::by(positions - t.sink_positions),
+      .share = {Divider::by(t.ranks), t.rank},
+      .all_sinks = t.sink_positions * t.ranks,
+      .all_ring = (positions - t.sink_positions) * t.ranks,
   };
 }
 
@@ -71,6 +74,7 @@ CheckedCache::CheckedCache(const char* op, CacheTensors of) : tensors(std::move(
   TORCH_CHECK_VALUE(t.sink_positions >= 0 && t.sink_positions < positions, op,
                     ": sink_positions must be from 0 to max_positions - 1 = ", positions - 1, ", got ",
                     t.sink_positions);
+  TORCH_CHECK_VALUE(t.rank >= 0 && t.rank < t.ranks, op, ": rank must be from 0 to ", t.ranks - 1, ", got ", t.rank);
   view = view_of(t);
   keys = StridedMemory(t.k_cache);
   values = StridedMemory(t.v_cache);

@@ -19,6 +19,8 @@ struct CacheTensors {
   at::Tensor overflow_counts;  // [L] int64; undefined for ops that count nothing
   int64_t sink_positions;
   bool saturate;
+  int64_t ranks = 1;  // of the group that a text is dealt out to; N and sink_positions are then this rank's share
+  int64_t rank = 0;
 };
 
 struct CheckedCache {

@@ -150,7 +150,9 @@ void check_source(const char* op, const CheckedCache& cache, const CheckedCache&
   check_equal("num_layers", cache.view.layers, source.view.layers);
   check_equal("num_heads", cache.view.heads, source.view.heads);
   check_equal("head_dim", cache.view.head_dim, source.view.head_dim);
-  check_equal("sink_positions", cache.view.sinks, source.view.sinks);
+  check_equal("sink_positions", cache.view.all_sinks, source.view.all_sinks);
+  check_equal("number of ranks", cache.view.share.ranks.divisor, source.view.share.ranks.divisor);
+  check_equal("rank", cache.view.share.rank, source.view.share.rank);
   const auto shared = [&](const StridedMemory& memory) {
     return cache.holds(memory) || memory.shares_with(cache.state);
   };
@@ -268,16 +270,20 @@ void check_query_of_append(const char* op, const at::Tensor& query, int64_t posi
                     ": query must not be a view of the cache that is appended to; pass a copy");
 }
 
-Rows<void*> checked_attend_output(const char* op, const at::Tensor& out, const at::Tensor& query,
+Rows<void*> checked_attend_output(const char* op, const at::Tensor& out, const at::Tensor& query, at::ScalarType wanted,
                                   const CheckedCache& cache) {
   check_call_tensor(op, "out", out, cache);
   check_no_grad(op, "out", out);
-  TORCH_CHECK_TYPE(out.scalar_type() == query.scalar_type(), op, ": out must have the dtype of query, ",
-                   dtype_name(query.scalar_type()), ", got ", dtype_name(out.scalar_type()));
+  TORCH_CHECK_TYPE(out.scalar_type() == wanted, op, ": out must have the dtype of query, ", dtype_name(wanted),
+                   ", got ", dtype_name(out.scalar_type()));
   TORCH_CHECK_VALUE(out.sizes() == query.sizes(), op, ": out must have the shape of query, ", shape_text(query.sizes()),
                     ", got ", shape_text(out.sizes()));
-  check_unit_stride(op, "out", out);
-  return rows_of<void*>(out.data_ptr(), out, cache.view.head_dim);
+  return checked_rows(op, "out", out, cache.view.head_dim);
+}
+
+Rows<void*> checked_rows(const char* op, const char* name, const at::Tensor& t, int64_t head_dim) {
+  check_unit_stride(op, name, t);
+  return rows_of<void*>(t.data_ptr(), t, head_dim);
 }
 
 float* checked_lse(const char* op, const at::Tensor& lse, const at::Tensor& query, const CheckedCache& cache) {

@@ -77,7 +77,11 @@ void check_query_of_append(const char* op, const at::Tensor& query, int64_t posi
                            const CheckedCache& cache);
 
 // The output of attention: the query's shape and dtype.
-Rows<void*> checked_attend_output(const char* op, const at::Tensor& out, const at::Tensor& query,
+// A tensor of a query's shape, to write to.
+Rows<void*> checked_rows(const char* op, const char* name, const at::Tensor& t, int64_t head_dim);
+
+// `wanted`: its dtype.
+Rows<void*> checked_attend_output(const char* op, const at::Tensor& out, const at::Tensor& query, at::ScalarType wanted,
                                   const CheckedCache& cache);
 
 // Null where the tensor is undefined.

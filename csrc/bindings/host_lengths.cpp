@@ -8,12 +8,12 @@
 
 namespace kvc {
 
-HostLengths::HostLengths(at::Tensor state, int64_t sinks, int64_t positions)
+HostLengths::HostLengths(at::Tensor state, int64_t sinks, int64_t ring)
     : state_(std::move(state)),
       layers_(state_.size(1)),
       batch_(state_.size(2)),
       sinks_(sinks),
-      ring_(Divider::by(positions - sinks)) {
+      ring_(Divider::by(ring)) {
   if (on_host()) {
     seqlens_ = state_.data_ptr<int64_t>();
   } else {

@@ -22,7 +22,7 @@ namespace kvc {
 class HostLengths {
  public:
   // `state` [3, L, B] on any device.
-  HostLengths(at::Tensor state, int64_t sinks, int64_t positions);
+  HostLengths(at::Tensor state, int64_t sinks, int64_t ring);
   HostLengths(const HostLengths&) = delete;
   HostLengths& operator=(const HostLengths&) = delete;
 

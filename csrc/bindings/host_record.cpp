@@ -15,8 +15,8 @@ std::unordered_map<const void*, std::weak_ptr<HostRecord>>& registry() {
 
 }  // namespace
 
-HostRecord::HostRecord(const at::Tensor& state, int64_t sinks, int64_t positions)
-    : key(state.const_data_ptr()), lengths(state, sinks, positions), launch_order(state.device()) {}
+HostRecord::HostRecord(const at::Tensor& state, int64_t sinks, int64_t ring)
+    : key(state.const_data_ptr()), lengths(state, sinks, ring), launch_order(state.device()) {}
 
 HostRecord::~HostRecord() {
   const std::lock_guard<std::mutex> lock(registry_mutex);
@@ -24,8 +24,8 @@ HostRecord::~HostRecord() {
   if (found != registry().end() && found->second.expired()) registry().erase(found);
 }
 
-std::shared_ptr<HostRecord> HostRecord::make(const at::Tensor& state, int64_t sinks, int64_t positions) {
-  auto record = std::make_shared<HostRecord>(state, sinks, positions);
+std::shared_ptr<HostRecord> HostRecord::make(const at::Tensor& state, int64_t sinks, int64_t ring) {
+  auto record = std::make_shared<HostRecord>(state, sinks, ring);
   const std::lock_guard<std::mutex> lock(registry_mutex);
   registry()[record->key] = record;
   return record;

@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "backend.h"
 #include "checks.h"
+#include "merge.h"
 #include "ops.h"
 
 namespace kvc {
@@ -18,15 +19,17 @@ namespace {
 class Cache {
  public:
   Cache(at::Tensor k_cache, at::Tensor v_cache, at::Tensor state, at::Tensor overflow_counts, at::Tensor workspace,
-        int64_t sink_positions, bool saturate)
+        int64_t sink_positions, bool saturate, int64_t ranks, int64_t rank)
       : cache_("StreamingKVCacheFp16", {.k_cache = std::move(k_cache),
                                         .v_cache = std::move(v_cache),
                                         .state = std::move(state),
                                         .overflow_counts = std::move(overflow_counts),
                                         .sink_positions = sink_positions,
-                                        .saturate = saturate}),
+                                        .saturate = saturate,
+                                        .ranks = ranks,
+                                        .rank = rank}),
         workspace_(std::move(workspace)) {
-    cache_.host = HostRecord::make(cache_.tensors.state, sink_positions, cache_.view.positions);
+    cache_.host = HostRecord::make(cache_.tensors.state, cache_.view.all_sinks, cache_.view.all_ring);
   }
 
   void append(py::handle layer, py::handle key, py::handle value, py::handle new_lengths, py::handle sequences) {
@@ -87,7 +90,8 @@ class Cache {
     check_in_place(op);
     const int64_t l = layer_argument(op, layer, cache_);
     const auto [from, to] = checked_range(op, l, start, end);
-    const int64_t slot = lengths_on_host().contiguous_slot(l, from, to);
+    const bool is_all = cache_.view.share.is_all();
+    const int64_t slot = is_all ? lengths_on_host().contiguous_slot(l, from, to) : -1;
     if (slot < 0) return gather_range(op, cache_, l, from, to, at::kHalf, nullptr);
     const auto view = [&, from = from, to = to](const at::Tensor& storage) {
       const at::Tensor rows = storage.select(0, l).narrow(1, slot, to - from);
@@ -183,6 +187,34 @@ class Cache {
     kvc::clear(cache_);
   }
 
+  // For a share of a text: raises unless the merged answers can be written to `out`, before anything else is.
+  void check_output(const std::string& name, const at::Tensor& query, py::handle out, py::handle key, py::handle value,
+                    py::handle new_lengths) const {
+    const char* op = name.c_str();
+    const at::Tensor& to = tensor_argument(op, "out", out);
+    check_dense(op, "query", query);
+    checked_attend_output(op, to, query, query.scalar_type(), cache_);
+    check_outputs_apart(op, cache_,
+                        {{"query", query},
+                         {"key", optional_tensor_argument(op, "key", key)},
+                         {"value", optional_tensor_argument(op, "value", value)},
+                         {"new_lengths", optional_tensor_argument(op, "new_lengths", new_lengths)}},
+                        {{"out", to}});
+  }
+
+  void merge_exchanged(int64_t layer, const at::Tensor& answers, const at::Tensor& lses, const at::Tensor& out,
+                       py::handle lse, py::handle sequences, const ExchangeMemory& memory) {
+    kvc::merge_exchanged(cache_, layer, answers, lses,
+                         {.out = out, .lse = optional_tensor_argument("merge", "lse", lse)},
+                         sequences_argument("merge", sequences, cache_), memory);
+  }
+
+  void merge_gathered(int64_t layer, const at::Tensor& gathered, const at::Tensor& out, py::handle lse,
+                      py::handle sequences, const at::Tensor& failure) {
+    kvc::merge_gathered(cache_, layer, gathered, {.out = out, .lse = optional_tensor_argument("merge", "lse", lse)},
+                        sequences_argument("merge", sequences, cache_), failure);
+  }
+
   // Raises if torch has moved the memory of a tensor: the addresses in `view` are taken once.
   void check_in_place(const char* op) const {
     const CacheTensors& t = cache_.tensors;
@@ -212,7 +244,8 @@ class Cache {
     check_dense(op, "query", query);
     kernel_dtype(op, "query", query.scalar_type());
     checked_query_shape(op, query, cache_.view, entries);
-    return at::empty(query.sizes(), query.options().requires_grad(false));
+    const auto options = query.options().requires_grad(false);
+    return at::empty(query.sizes(), cache_.view.share.is_all() ? options : options.dtype(at::kFloat));
   }
 
   at::Tensor new_lse(const at::Tensor& query) const {
@@ -270,7 +303,9 @@ PYBIND11_MODULE(_C, m) {
   using kvc::Cache;
   py::register_local_exception_translator(kvc::translate);
   py::class_<Cache>(m, "Cache")
-      .def(py::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, int64_t, bool>())
+      .def(py::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, int64_t, bool, int64_t, int64_t>(),
+           py::arg("k_cache"), py::arg("v_cache"), py::arg("state"), py::arg("overflow_counts"), py::arg("workspace"),
+           py::arg("sink_positions"), py::arg("saturate"), py::arg("ranks") = 1, py::arg("rank") = 0)
       .def("append", &Cache::append)
       .def("append_all", &Cache::append_all)
       .def("gather", &Cache::gather)
@@ -280,6 +315,9 @@ PYBIND11_MODULE(_C, m) {
       .def("attend", &Cache::attend)
       .def("append_attend", &Cache::append_attend)
       .def("check_in_place", &Cache::check_in_place)
+      .def("check_output", &Cache::check_output)
+      .def("merge_exchanged", &Cache::merge_exchanged)
+      .def("merge_gathered", &Cache::merge_gathered)
       .def("shortest", &Cache::shortest)
       .def("position", &Cache::position)
       .def("lengths", &Cache::lengths)
@@ -290,6 +328,8 @@ PYBIND11_MODULE(_C, m) {
       .def("copy_sequence", &Cache::copy_sequence)
       .def("copy_from", &Cache::copy_from)
       .def("clear", &Cache::clear);
+  py::class_<kvc::ExchangeMemory>(m, "ExchangeMemory")
+      .def(py::init<const std::vector<uint64_t>&, int64_t, at::Tensor, at::Tensor, double>());
   m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
   m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });
   m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });

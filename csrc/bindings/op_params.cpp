@@ -51,9 +51,12 @@ AttendParams attend_params(const char* op, const CheckedCache& cache, int64_t la
   p.rows = query.shape.positions;
   p.query_heads = query.shape.heads;
   p.query = query.rows;
-  p.out = checked_attend_output(op, tensors.out, tensors.query, cache);
+  // Other ranks' answers are merged with a share's.
+  const at::ScalarType out_dtype = c.share.is_all() ? tensors.query.scalar_type() : at::kFloat;
+  p.out = checked_attend_output(op, tensors.out, tensors.query, out_dtype, cache);
   p.lse = checked_lse(op, tensors.lse, tensors.query, cache);
   p.dtype = query.dtype;
+  p.out_dtype = kernel_dtype(op, "out", out_dtype);
   p.scale = static_cast<float>(options.scale);
   p.softcap = static_cast<float>(options.softcap);
   p.window = options.window;
@@ -110,7 +113,7 @@ TruncateParams reset_params(const char* op, const CheckedCache& cache, const Int
   p.state = cache.view.state;
   p.layers = cache.view.layers;
   p.batch = cache.view.batch;
-  p.sinks = cache.view.sinks;
+  p.sinks = cache.view.all_sinks;
   p.resets = true;
   p.sequences = chosen_sequences(op, cache, sequences);
   return p;

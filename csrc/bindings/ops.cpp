@@ -162,7 +162,7 @@ void copy_from(const CheckedCache& cache, const CheckedCache& source, const Inte
 
 void clear(const CheckedCache& cache) {
   cache.tensors.state.zero_();
-  if (cache.view.sinks > 0) cache.tensors.state.select(0, 1).fill_(cache.view.sinks);
+  if (cache.view.all_sinks > 0) cache.tensors.state.select(0, 1).fill_(cache.view.all_sinks);
   cache.tensors.overflow_counts.zero_();
   if (HostLengths* lengths = note_launch(cache)) lengths->cleared();
 }

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(2 * kFewThreads) append_few_kernel(const Appen
   }
   __syncthreads();  // all threads have read the state
   if (threadIdx.x == 0) {
-    const SequenceState next = state_after_append(now, appended, p.cache.ring.divisor);
+    const SequenceState next = state_after_append(now, appended, p.cache.all_ring);
     *seqlen = next.seqlen;
     *first = next.first;
   }
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(2 * kThreads) append_kernel(const AppendParams
       __threadfence();  // every block's reads of the state come before these writes
       *arrivals = 0;
     }
-    const SequenceState next = state_after_append(state, appended, p.cache.ring.divisor);
+    const SequenceState next = state_after_append(state, appended, p.cache.all_ring);
     *seqlen = next.seqlen;
     *first = next.first;
   }

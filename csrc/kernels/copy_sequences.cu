@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMostThreads)
   uint16_t* cache = half & 1 ? c.v_cache : c.k_cache;
   const int64_t* seqlen = c.state + layer * c.batch;
   const auto plan_of = [&](uint32_t sequence) {
-    return ReadPlan::make({seqlen[sequence], seqlen[c.layers * c.batch + sequence]}, c);
+    return ReadPlan::make(local_state({seqlen[sequence], seqlen[c.layers * c.batch + sequence]}, c.share), c);
   };
 
   if (threadIdx.x == 0) {

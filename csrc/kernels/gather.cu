@@ -18,7 +18,7 @@ constexpr int kThreads = 128;
 template <int kVector>
 constexpr int kBlocksAtATime = kVector == 4 ? 12 : 8;
 
-template <DType kType, int kVector, int kUnroll>
+template <DType kType, int kVector, int kUnroll, typename Plan>
 __global__ void __launch_bounds__(kThreads, kBlocksAtATime<kVector>)
     gather_kernel(const GatherParams p, const Tiling tiling) {
   using T = typename Element<kType>::Type;
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtATime<kVector>)
   wait_for_previous_launch();
 
   SequenceState state{p.cache.state[state_row], p.cache.state[state_row + p.cache.layers * p.cache.batch]};
-  if (sequence < 0) state = empty_state(p.cache.sinks);
-  const ReadPlan plan = ReadPlan::make(state, p.cache);
+  if (sequence < 0) state = empty_state(p.cache.all_sinks);
+  const Plan plan = Plan::make(state, p.cache);
   const int64_t run =
       indices == nullptr ? plan.run(p.start + part.row_begin, p.start + part.row_end) : kNoSlot;  // the usual range
   for (uint32_t column = part.column_begin + (threadIdx.x & (tiling.width - 1)); column < part.column_end;
@@ -83,7 +83,9 @@ cudaError_t launch(const GatherParams& p, cudaStream_t stream) {
     return cudaErrorInvalidConfiguration;
   }
   PdlLaunch launch(grid, kThreads, 0, stream);
-  return cudaLaunchKernelEx(&launch.config, gather_kernel<kType, kVector, kUnroll>, p, tiling);
+  const auto kernel = p.cache.share.is_all() ? gather_kernel<kType, kVector, kUnroll, ReadPlan>
+                                             : gather_kernel<kType, kVector, kUnroll, ReadShare>;
+  return cudaLaunchKernelEx(&launch.config, kernel, p, tiling);
 }
 
 template <DType kType>

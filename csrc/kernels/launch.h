@@ -29,6 +29,7 @@ void prefer_portable_prompts(bool portable);
 
 cudaError_t launch_copy_sequences(const CopySequencesParams& params, cudaStream_t stream);
 cudaError_t launch_copy_from(const CopyFromParams& params, cudaStream_t stream);
+cudaError_t launch_merge(const MergeParams& params, cudaStream_t stream);
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream);
 
 }  // namespace kvc

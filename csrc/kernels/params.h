@@ -42,6 +42,21 @@ struct ChosenSequences {
   }
 };
 
+// The positions of a text that a cache stores. A text can be dealt out to W caches, one on each rank of a group of
+// processes: rank r stores the positions p with p mod W = r, and numbers them p / W. These numbers are its local
+// positions, which its slots are of; the state counts the positions of the text. A cache by itself is rank 0 of 1.
+struct Share {
+  Divider ranks;  // W
+  int64_t rank;
+
+  KVC_HD bool is_all() const { return ranks.divisor == 1; }
+  // How many of the first n positions are stored here, which is the local position of the next one.
+  KVC_HD int64_t local(int64_t n) const { return is_all() ? n : n <= 0 ? 0 : part(n); }
+  KVC_HD int64_t part(int64_t n) const { return ranks.div(n + ranks.divisor - 1 - rank); }  // n >= 0, any W
+  KVC_HD int64_t position(int64_t local) const { return is_all() ? local : local * ranks.divisor + rank; }
+  KVC_HD bool stores(int64_t position) const { return is_all() || ranks.mod(position) == rank; }
+};
+
 // The cache as it lies in memory.
 struct CacheView {
   uint16_t* k_cache;  // [L, B, N, H, D], contiguous
@@ -52,8 +67,11 @@ struct CacheView {
   int64_t positions;  // N
   int64_t heads;      // H
   int64_t head_dim;   // D
-  int64_t sinks;      // sink_positions, 0 <= sinks < N
+  int64_t sinks;      // the slots of sinks, 0 <= sinks < N
   Divider ring;       // N - sinks, the slots that are used in turn
+  Share share;        // the positions that are stored here
+  int64_t all_sinks;  // sink_positions: `sinks` of all ranks
+  int64_t all_ring;   // `ring` of all ranks
 };
 
 // A tensor [layers, B, T, H, D] of any strides, the one of D excepted, which is 1.
@@ -118,9 +136,10 @@ struct AttendParams {
   int64_t rows;             // T
   int64_t query_heads;      // Hq, a multiple of H: query head j reads KV head j / (Hq / H)
   Rows<const void*> query;  // [1, B, T, Hq, D] of `dtype`
-  Rows<void*> out;          // [1, B, T, Hq, D] of `dtype`
+  Rows<void*> out;          // [1, B, T, Hq, D] of `out_dtype`
   float* lse;               // [B, T, Hq] natural log-sum-exp, or null
   DType dtype;
+  DType out_dtype;  // `dtype`; FP32 if other ranks' answers are still to be merged with these
   float scale;
   float softcap;              // scores become softcap * tanh(score / softcap); 0: they stay
   int64_t window;             // 0: no window
@@ -161,12 +180,60 @@ struct TruncateParams {
   int64_t* state;  // [3, L, B]
   int64_t layers;
   int64_t batch;
-  int64_t sinks;
+  int64_t sinks;     // sink_positions
   bool resets;       // forget everything and begin to number from 0 again: `length` and `lengths` do not count
   bool newest;       // `length` and `lengths` count what goes, not what stays
   int64_t length;    // of every sequence, where `lengths` is null; not negative
   Integers lengths;  // one for each of `sequences`, negative numbers counting as 0; or null
   ChosenSequences sequences;
+};
+
+// How ranks whose GPUs reach each other's memory hand over their answers: each writes its own into the inboxes of the
+// others (merge.cu says what an inbox holds).
+struct Exchange {
+  static constexpr int kMostRanks = 16;
+
+  uint32_t* inboxes[kMostRanks] = {};  // of every rank, as this one reaches it: [2, ranks, lines, 4]; all null: none
+  int64_t lines = 0;                   // of an inbox, for the rows of one call of one rank
+  uint32_t* control = nullptr;         // this rank's, zero at first: calls that are done, blocks arrived, what failed
+  int64_t timeout_ns = 0;              // how long a rank waits for another's answers
+  bool sends = true;                   // tests do one after the other: first every rank sends, then every rank
+  bool receives = true;                // receives
+
+  int64_t most_rows(int64_t head_dim) const { return lines / (head_dim / 2 + 1); }
+};
+
+// What went wrong in a merge: a kind, and above it the rank whose answers were missing or did not fit.
+constexpr uint32_t kMergeTimedOut = 1;
+constexpr uint32_t kMergeOtherLengths = 2;
+constexpr uint32_t merge_failure(uint32_t kind, uint32_t rank) { return kind | rank << 8; }
+
+// Merge what ranks answer over their shares of a text, in the order of ranks, so that all get the same bits. A row is
+// the answer to one query of one head, as in out: row (b * T + t) * Hq + head.
+struct MergeParams {
+  int64_t first_row;  // the rows from this one on
+  int64_t rows;       // so many
+  int64_t head_dim;   // D, even
+  int64_t ranks;
+  int64_t rank;
+  const float* answers;  // [all rows, D]: this rank's or, without an exchange, those of every rank, part_stride apart
+  const float* lses;     // [all rows]: the same
+  int64_t part_stride;   // in floats, even
+  Rows<void*> out;       // [1, B, T, Hq, D] of `dtype`
+  DType dtype;
+  float* lse;               // [all rows] of the merged answers, or null
+  FastDivider query_heads;  // Hq
+  FastDivider positions;    // T
+  uint32_t* failure;        // memory of the host: a merge_failure, if one is met; else it stays
+  const int64_t* state;     // [3, L, B] of the cache: ranks whose lengths differ are found by it
+  int64_t layer;
+  int64_t layers;
+  int64_t batch;
+  ChosenSequences sequences;
+  uint32_t call;  // what else must be the same on every rank, in one number
+  Exchange exchange;
+  // Without an exchange: what the ranks' lengths were, behind their answers.
+  const int64_t* lengths;  // [2 * B] of the first rank, part_stride floats from one rank's to the next one's
 };
 
 constexpr int64_t kMostCopies = 4096;  // pairs that a block of copy_sequences has room for

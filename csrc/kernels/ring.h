@@ -6,6 +6,10 @@
 // Position p lies in slot p if p < sinks, else in slot sinks + (p - sinks) mod ring, ring = N - sinks.
 // Held are the positions [0, min(seqlen, sinks)) and [first, seqlen). Chronological index 0 is the oldest of them.
 //
+// A cache that is one of several, each with a share of the text (Share, params.h), has the same state as the others.
+// The slots are of its local positions, by the same rules: N, `sinks` and `ring` are then those of the share, and the
+// plans below turn positions of the text into local ones.
+//
 // The GPU kernels and the CPU kernels share these functions, so that what is tested on a CPU is what runs on a GPU.
 #pragma once
 
@@ -18,7 +22,7 @@
 namespace kvc {
 
 constexpr int64_t kNoSlot = -1;   // an index that is not held, or a row that a later row of the call overwrites
-constexpr int64_t kPadding = -2;  // a row of left padding, which is not appended at all
+constexpr int64_t kPadding = -2;  // a row that is not appended here at all: left padding, or another rank's
 
 KVC_HD int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
 KVC_HD int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -31,6 +35,12 @@ struct SequenceState {
 KVC_HD SequenceState state_after_append(SequenceState s, int64_t appended, int64_t ring) {
   const int64_t seqlen = s.seqlen + appended;
   return {seqlen, imax(s.first, seqlen - ring)};
+}
+
+// The same of the positions that are stored here.
+KVC_HD SequenceState local_state(SequenceState s, const Share& share) {
+  if (share.is_all()) return s;
+  return {share.part(s.seqlen), share.part(s.first)};
 }
 
 KVC_HD int64_t held_sinks(SequenceState s, int64_t sinks) { return imin(s.seqlen, sinks); }
@@ -82,21 +92,36 @@ KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
 
 // The slots of the rows of one append to one sequence.
 struct AppendPlan {
-  int64_t padding;  // rows before this one are left padding
-  int64_t base;     // place of the first appended row: counted from 0 behind the sinks, so in [-sinks, ring)
-  int64_t lost;     // appended rows before this one are overwritten by later ones of the same call (sinks excepted)
+  int64_t padding;  // rows before this one are left padding, or stored by other ranks
+  int64_t base;     // place of the first stored row: counted from 0 behind the sinks, so in [-sinks, ring)
+  int64_t lost;     // stored rows before this one are overwritten by later ones of the same call (sinks excepted)
   int64_t sinks;
   Divider ring;
+  Divider ranks;  // of the rows from `padding` on, each W-th is stored here
 
   KVC_HD static AppendPlan make(int64_t seqlen, int64_t rows, int64_t appended, const CacheView& c) {
-    const int64_t past_sinks = seqlen - c.sinks;
-    return {rows - appended, past_sinks < 0 ? past_sinks : c.ring.mod(past_sinks), appended - c.ring.divisor, c.sinks,
-            c.ring};
+    int64_t padding = rows - appended;
+    int64_t before = seqlen;
+    int64_t stored = appended;
+    if (!c.share.is_all()) {
+      before = c.share.part(seqlen);
+      stored = c.share.part(seqlen + appended) - before;
+      padding += before * c.share.ranks.divisor + c.share.rank - seqlen;
+    }
+    const int64_t past_sinks = before - c.sinks;
+    return {
+        padding,      past_sinks < 0 ? past_sinks : c.ring.mod(past_sinks), stored - c.ring.divisor, c.sinks, c.ring,
+        c.share.ranks};
   }
 
   KVC_HD int64_t slot(int64_t row) const {
-    const int64_t j = row - padding;
+    int64_t j = row - padding;
     if (j < 0) return kPadding;
+    if (ranks.divisor != 1) {
+      const int64_t stored = ranks.div(j);
+      if (stored * ranks.divisor != j) return kPadding;
+      j = stored;
+    }
     int64_t place = base + j;
     if (place >= 0) {
       if (j < lost) return kNoSlot;
@@ -107,6 +132,7 @@ struct AppendPlan {
 
   // The slot of row `begin` if the rows [begin, end) lie in slots that follow each other, else -1.
   KVC_HD int64_t run(int64_t begin, int64_t end) const {
+    if (ranks.divisor != 1) return kNoSlot;  // neighbours are other ranks'
     const int64_t slot0 = slot(begin);
     const bool none_lost = begin - padding >= lost;
     return slot0 >= 0 && none_lost && slot(end - 1) - slot0 == end - 1 - begin ? slot0 : -1;
@@ -117,13 +143,14 @@ struct AppendPlan {
 struct ReadPlan {
   int64_t held;
   int64_t held_sinks;
-  int64_t base;  // the place of position `first` in the ring
+  int64_t base;  // the place of the oldest position in the ring
   int64_t sinks;
   int64_t ring;
 
-  KVC_HD static ReadPlan make(SequenceState s, const CacheView& c) {
-    return {held_positions(s, c.sinks), kvc::held_sinks(s, c.sinks), c.ring.mod(s.first - c.sinks), c.sinks,
-            c.ring.divisor};
+  // Of a share: `stored` is c.share.local(the state), and indices count the positions that are stored here.
+  KVC_HD static ReadPlan make(SequenceState stored, const CacheView& c) {
+    return {held_positions(stored, c.sinks), kvc::held_sinks(stored, c.sinks), c.ring.mod(stored.first - c.sinks),
+            c.sinks, c.ring.divisor};
   }
 
   KVC_HD int64_t slot(int64_t index) const {
@@ -153,6 +180,29 @@ struct ReadPlan {
     const int64_t slot0 = slot(begin);
     return slot0 >= 0 && slot(end - 1) - slot0 == end - 1 - begin ? slot0 : -1;
   }
+};
+
+// The slots of chronological indices among the positions of all ranks, as far as they are stored here.
+struct ReadShare {
+  ReadPlan stored;
+  SequenceState state;  // of the text
+  int64_t all_sinks;
+  Share share;
+
+  KVC_HD static ReadShare make(SequenceState s, const CacheView& c) {
+    return {ReadPlan::make(local_state(s, c.share), c), s, c.all_sinks, c.share};
+  }
+
+  KVC_HD int64_t slot(int64_t index) const {
+    if (index < 0 || index >= held_positions(state, all_sinks)) return kNoSlot;
+    const int64_t sinks = kvc::held_sinks(state, all_sinks);
+    const int64_t position = index < sinks ? index : state.first + (index - sinks);
+    const int64_t local = share.local(position);
+    if (share.position(local) != position) return kNoSlot;
+    return stored.slot(index < sinks ? local : stored.held_sinks + local - share.local(state.first));
+  }
+
+  KVC_HD int64_t run(int64_t, int64_t) const { return kNoSlot; }  // neighbours are other ranks'
 };
 
 // Pair i of copy_sequences; one with a number that is out of range is a sequence and itself.
@@ -191,8 +241,9 @@ struct CopyPlan {
   ReadPlan to;          // where they will lie
 
   KVC_HD static CopyPlan make(SequenceState s, const CopyFromParams& p) {
-    const SequenceState after = state_in_ring(s, p.cache.ring.divisor);
-    return {after, ReadPlan::make(after, p.source), ReadPlan::make(after, p.cache)};
+    const SequenceState after = state_in_ring(s, p.cache.all_ring);
+    const SequenceState stored = local_state(after, p.cache.share);
+    return {after, ReadPlan::make(stored, p.source), ReadPlan::make(stored, p.cache)};
   }
 
   KVC_HD int64_t rows() const { return to.held; }

@@ -1,7 +1,8 @@
 // What each query of an attention call may see. Shared by the GPU and the CPU kernels.
 //
 // The positions that any query of a sequence sees are numbered 0, 1, ... in order of age: first the sinks, then a run
-// that ends with the newest position. These numbers ("rows" below) are what the kernels loop over.
+// that ends with the newest position. These numbers ("rows" below) are what the kernels loop over. Of a text that is
+// dealt out to several ranks (Share, params.h), the rows are the positions that are stored here.
 #pragma once
 
 #include <cstdint>
@@ -30,14 +31,16 @@ struct AttendPlan {
   int64_t padding;     // queries before this one are left padding and see nothing
   int64_t queries;     // T
   int64_t sinks_held;  // rows that are sinks
-  int64_t oldest;      // the position of the first row that is not a sink
+  int64_t oldest;      // the local position of the first row that is not a sink
   int64_t count;       // rows
   int64_t cached;      // rows before this one lie in the cache, the others in the call's own keys and values
   int64_t base;        // the place of `oldest` in the ring
   int64_t sinks;
   int64_t ring;
+  int64_t all_ring;
   int64_t first;  // of the state before the call
   int64_t window;
+  Share share;
   bool appends;
 
   // `stored`: what the call appends is in the cache already, and `s` the state after that. (Nothing was evicted then.)
@@ -50,13 +53,17 @@ struct AttendPlan {
     a.queries = p.rows;
     a.sinks = p.cache.sinks;
     a.ring = p.cache.ring.divisor;
+    a.all_ring = p.cache.all_ring;
     a.first = s.first;
     a.window = p.window;
+    a.share = p.cache.share;
     a.appends = p.appends;
-    a.sinks_held = imin(a.total, a.sinks);
+    const int64_t before = a.share.local(a.seqlen);
+    const int64_t after = a.share.local(a.total);
+    a.sinks_held = imin(after, a.sinks);
     a.oldest = a.oldest_for(a.padding);
-    a.count = a.padding < p.rows ? a.sinks_held + imax(a.total - a.oldest, 0) : 0;
-    a.cached = a.seqlen <= a.sinks_held ? a.seqlen : a.sinks_held + imax(a.seqlen - a.oldest, 0);
+    a.count = a.padding < p.rows ? a.sinks_held + imax(after - a.oldest, 0) : 0;
+    a.cached = before <= a.sinks_held ? before : a.sinks_held + imax(before - a.oldest, 0);
     a.cached = stored ? a.count : imin(a.cached, a.count);
     a.base = p.cache.ring.mod(a.oldest - a.sinks);
     return a;
@@ -64,16 +71,19 @@ struct AttendPlan {
 
   KVC_HD int64_t query_position(int64_t query) const { return total - queries + query; }
 
-  // The oldest position that is not a sink and that a query may see, from its own position.
+  // The local position behind a query's own.
+  KVC_HD int64_t past(int64_t query) const { return share.local(query_position(query) + 1); }
+
+  // The oldest local position that is not a sink and that a query may see, from its own position.
   KVC_HD int64_t oldest_for(int64_t query) const {
     const int64_t p = query_position(query);
-    int64_t oldest = first;
-    if (appends) oldest = imax(oldest, p + 1 - ring);
-    if (window > 0) oldest = imax(oldest, p + 1 - window);
-    return oldest;
+    int64_t from = first;
+    if (appends) from = imax(from, p + 1 - all_ring);
+    if (window > 0) from = imax(from, p + 1 - window);
+    return share.local(from);
   }
 
-  KVC_HD int64_t position(int64_t row) const { return row < sinks_held ? row : oldest + (row - sinks_held); }
+  KVC_HD int64_t local_position(int64_t row) const { return row < sinks_held ? row : oldest + (row - sinks_held); }
 
   KVC_HD int64_t slot(int64_t row) const {
     if (row < sinks_held) return row;
@@ -83,13 +93,13 @@ struct AttendPlan {
   }
 
   // Where a row that is not cached lies in the call's keys and values.
-  KVC_HD int64_t input_row(int64_t row) const { return position(row) - seqlen + padding; }
+  KVC_HD int64_t input_row(int64_t row) const { return share.position(local_position(row)) - seqlen + padding; }
 
   // Row numbers are at most max_positions + T, for which 32 bits do (checks.cpp).
   KVC_HD VisibleRange range_of(int64_t query) const {
     if (query < padding) return {0, 0};
-    const int64_t past = query_position(query) + 1;
-    const int64_t end = past <= sinks_held ? past : sinks_held + imin(imax(past - oldest, 0), count - sinks_held);
+    const int64_t end =
+        past(query) <= sinks_held ? past(query) : sinks_held + imin(imax(past(query) - oldest, 0), count - sinks_held);
     const int64_t begin = sinks_held + imax(oldest_for(query) - oldest, 0);
     return {static_cast<int32_t>(begin), static_cast<int32_t>(imax(end, 0))};
   }
@@ -100,8 +110,8 @@ struct AttendPlan {
   }
 
   KVC_HD bool sees(int64_t query, int64_t row) const {
-    const int64_t p = position(row);
-    return query >= padding && p <= query_position(query) && (row < sinks_held || p >= oldest_for(query));
+    const int64_t p = local_position(row);
+    return query >= padding && p < past(query) && (row < sinks_held || p >= oldest_for(query));
   }
 };
 
@@ -109,9 +119,10 @@ struct AttendPlan {
 // do, as a cache has at most 2^30 positions.
 struct DecodePlan {
   SequenceState state;  // before the call
-  int64_t appended;     // 0 or 1
+  int64_t appended;     // 0 or 1, to the text
   int32_t count;        // rows
-  int32_t cached;       // rows before this one lie in the cache; if there is one more, it is the new position
+  int32_t cached;       // rows before this one lie in the cache; if there is one more, it is the new position, which
+                        // is then stored here
   int32_t sinks_held;   // rows that are sinks: row r lies in slot r
   int32_t wrap;         // the first row past the end of the ring
   int32_t offset;       // slot = row + offset from sinks_held to `wrap`, row + offset - ring from there on
@@ -121,17 +132,24 @@ struct DecodePlan {
     DecodePlan a;
     a.state = s;
     a.appended = p.appends ? appended_rows(p.append, entry) : 0;
+    const Share& share = p.cache.share;
     const int64_t ring = p.cache.ring.divisor;
-    const int64_t total = s.seqlen + a.appended;
-    const int64_t sinks_held = imin(total, p.cache.sinks);
+    int64_t total = s.seqlen + a.appended;
     int64_t oldest = s.first;
-    if (p.appends) oldest = imax(oldest, total - ring);
+    if (p.appends) oldest = imax(oldest, total - p.cache.all_ring);
     if (p.window > 0) oldest = imax(oldest, total - p.window);
+    int64_t stored = a.appended;  // of the appended
+    if (!share.is_all()) {
+      if (!share.stores(s.seqlen)) stored = 0;
+      total = share.local(total);
+      oldest = share.local(oldest);
+    }
+    const int64_t sinks_held = imin(total, p.cache.sinks);
     int64_t count = sinks_held + imax(total - oldest, 0);
     if (p.appends && a.appended == 0) count = 0;  // the query is left padding
     const int64_t base = p.cache.ring.mod(oldest - p.cache.sinks);
     a.count = static_cast<int32_t>(count);
-    a.cached = static_cast<int32_t>(imax(count - a.appended, 0));
+    a.cached = static_cast<int32_t>(imax(count - stored, 0));
     a.sinks_held = static_cast<int32_t>(sinks_held);
     a.wrap = static_cast<int32_t>(sinks_held + (ring - base));
     a.offset = static_cast<int32_t>(p.cache.sinks + base - sinks_held);

@@ -246,8 +246,8 @@ struct Guess {
   explicit Guess(const kvc::CacheView& cache) {
     guessed_state = cache.state;
     guessed_entries = cache.layers * cache.batch;
-    guessed_positions = cache.positions;
-    guessed_sinks = cache.sinks;
+    guessed_positions = cache.all_sinks + cache.all_ring;
+    guessed_sinks = cache.all_sinks;
   }
   ~Guess() { guessed_state = nullptr; }
 };
@@ -327,5 +327,6 @@ int kvc_attend(const kvc::AttendParams* p) {
 }
 int kvc_copy_sequences(const kvc::CopySequencesParams* p) { return kvc::launch_copy_sequences(*p, nullptr); }
 int kvc_copy_from(const kvc::CopyFromParams* p) { return kvc::launch_copy_from(*p, nullptr); }
+int kvc_merge(const kvc::MergeParams* p) { return kvc::launch_merge(*p, nullptr); }
 int kvc_truncate(const kvc::TruncateParams* p) { return kvc::launch_truncate(*p, nullptr); }
 }

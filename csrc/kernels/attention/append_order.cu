@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) append_order_kernel(const __grid_con
   if (sequence >= 0) {
     const volatile int64_t* seqlen = p.cache.state + p.layer * p.cache.batch + sequence;
     const SequenceState state = {seqlen[0], seqlen[p.cache.layers * p.cache.batch]};
-    evicts = state_after_append(state, appended, p.cache.ring.divisor).first != state.first;
+    evicts = state_after_append(state, appended, p.cache.all_ring).first != state.first;
   }
   p.first_lengths[entry] = evicts ? 0 : appended;
   p.last_lengths[entry] = evicts ? appended : 0;

@@ -171,12 +171,12 @@ __device__ __forceinline__ void write_output(const AttendParams& p, const Divisi
   const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
   const int64_t offset = block.entry * p.out.batch_stride + t * p.out.row_stride + query_head * p.out.head_stride + d;
   const float factor = state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
-  if (p.dtype == DType::f32) {
+  if (p.out_dtype == DType::f32) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) static_cast<float*>(p.out.data)[offset + i] = sums.x[i] * factor;
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) store_float(p.out.data, offset + i, p.dtype, sums.x[i] * factor);
+    for (int i = 0; i < 4; ++i) store_float(p.out.data, offset + i, p.out_dtype, sums.x[i] * factor);
   }
   if (p.lse != nullptr && d == 0) {
     p.lse[(block.entry * p.rows + t) * p.query_heads + query_head] =
@@ -209,7 +209,7 @@ __device__ __forceinline__ TileRange fully_visible_tiles(const AttendParams& p, 
   if (p.rows == 1) return {0, static_cast<uint32_t>(plan.count / kTileRows)};
   const int64_t oldest_query = division.group_size(first);
   const int64_t newest_query = division.group_size(last);
-  const int64_t past_oldest = plan.query_position(oldest_query) + 1;
+  const int64_t past_oldest = plan.past(oldest_query);
   if (oldest_query < plan.padding || past_oldest < plan.sinks_held) return {0, 0};
   const int64_t begin = plan.sinks_held + imax(plan.oldest_for(newest_query) - plan.oldest, 0);
   const int64_t end = plan.sinks_held + imax(past_oldest - plan.oldest, 0);
@@ -235,7 +235,7 @@ struct StateAdvance {
   }
   // volatile keeps these loads out of the read-only cache.
   static __device__ __forceinline__ SequenceState read(const AttendParams& p, const BlockUnit& block) {
-    if (block.sequence < 0) return empty_state(p.cache.sinks);
+    if (block.sequence < 0) return empty_state(p.cache.all_sinks);
     const volatile int64_t* const state = place(p, block);
     return {state[0], state[stride(p)]};
   }
@@ -246,7 +246,7 @@ struct StateAdvance {
                                          SequenceState before, int64_t appended) const {
     const Counter all = Counter{division.splits.divisor} * division.tiles.divisor * division.heads.divisor;
     if (!counts(p, block) || arrived + 1 != all) return;
-    const SequenceState next = state_after_append(before, appended, p.cache.ring.divisor);
+    const SequenceState next = state_after_append(before, appended, p.cache.all_ring);
     place(p, block)[0] = next.seqlen;
     place(p, block)[stride(p)] = next.first;
     *arrivals(p, block) = 0;

@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
     }
   }
   advance.all_have_read(p, block);
-  if (stores && plan.total > plan.seqlen) {
+  if (stores && plan.cached < plan.count) {
     if (block.split == 0 && block.tile == 0) {
       const int64_t offset = plan.slot(plan.count - 1) * row_elements;
       store_new_row(p, block, keys + offset, values + offset);

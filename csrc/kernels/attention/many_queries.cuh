@@ -78,7 +78,7 @@ inline ManyDivision divide_many(const AttendParams& p, int64_t queries, int64_t 
   d.together = FastDivider::by(static_cast<uint32_t>(together));
   d.walk = FastDivider::by(static_cast<uint32_t>(together * (units / shape.sequence_heads())));
   d.query_in_pairs = lies_in_pairs(p.query, p.dtype);
-  d.out_in_pairs = lies_in_pairs(p.out, p.dtype);
+  d.out_in_pairs = lies_in_pairs(p.out, p.out_dtype);
   return d;
 }
 
@@ -103,7 +103,7 @@ struct QueryTile {
 };
 
 __device__ __forceinline__ AttendPlan read_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
-  SequenceState state = empty_state(p.cache.sinks);
+  SequenceState state = empty_state(p.cache.all_sinks);
   if (sequence >= 0) {
     const volatile int64_t* seqlen = p.cache.state + p.layer * p.cache.batch + sequence;
     state = {seqlen[0], seqlen[p.cache.layers * p.cache.batch]};

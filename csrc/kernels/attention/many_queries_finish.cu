@@ -95,7 +95,7 @@ struct ExactQuery {
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j) {
       const int d = static_cast<int>(threadIdx.x % 32) + 32 * j;
-      if (d < p.cache.head_dim) store_float(p.out.data, offset + d, p.dtype, is_nan ? nan : sums[j] * factor);
+      if (d < p.cache.head_dim) store_float(p.out.data, offset + d, p.out_dtype, is_nan ? nan : sums[j] * factor);
     }
     if (p.lse != nullptr && threadIdx.x % 32 == 0) {
       p.lse[(block.entry * p.rows + place.t) * p.query_heads + place.head] = is_nan ? nan
@@ -116,7 +116,7 @@ __device__ __forceinline__ bool has_nan(const AttendParams& p, const BlockUnit& 
   const int64_t offset = block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride;
   bool found = false;
   for (int64_t d = threadIdx.x % 32; d < p.cache.head_dim; d += 32) {
-    const float x = load_as_float(p.out.data, offset + d, p.dtype);
+    const float x = load_as_float(p.out.data, offset + d, p.out_dtype);
     found = found || x != x;
   }
   return __any_sync(kAllLanes, found);

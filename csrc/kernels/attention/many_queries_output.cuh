@@ -43,10 +43,10 @@ __device__ __forceinline__ void write_rows(const AttendParams& p, const ManyDivi
         block.entry * p.out.batch_stride + place.t * p.out.row_stride + place.head * p.out.head_stride + lane_column;
     const float factor = rows.sum[h] == 0.0f ? 0.0f : 1.0f / rows.sum[h];
     const auto as_it_is = [](float x) { return x; };
-    const auto as_half = [&](float x) { return p.dtype == DType::f16 ? float_to_half(x) : float_to_bf16(x); };
+    const auto as_half = [&](float x) { return p.out_dtype == DType::f16 ? float_to_half(x) : float_to_bf16(x); };
     float* const floats = static_cast<float*>(p.out.data) + offset;
     uint16_t* const halves = static_cast<uint16_t*>(p.out.data) + offset;
-    if (p.dtype == DType::f32) {
+    if (p.out_dtype == DType::f32) {
       is_nan |= division.out_in_pairs ? write_columns<float, true>(floats, columns, sums, h, factor, as_it_is)
                                       : write_columns<float, false>(floats, columns, sums, h, factor, as_it_is);
     } else {

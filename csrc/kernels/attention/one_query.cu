@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
     load_floats(p.query.data, offset, p.dtype, real ? 8 : 0, q);
   }
   // The new row, as it is stored. Each block keeps it for itself, and one stores it (as store_new_row says).
-  if (plan.appended != 0) {
+  if (plan.cached != plan.count) {
     const int64_t slot_offset = head_offset + plan.slot(plan.count - 1) * row_elements;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < 2 * head_dim; i += static_cast<int>(blockDim.x)) {

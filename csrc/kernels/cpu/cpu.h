@@ -94,6 +94,10 @@ void finish_attend(const AttendParams& params, int64_t entry, int64_t runs, cons
 
 void truncate(const TruncateParams& params);
 
+// An item is a row. Without an exchange, which is for GPUs.
+void merge(const MergeParams& params, int64_t begin, int64_t end);
+void compare_lengths(const MergeParams& params);
+
 // The pairs whose data moves. Then an item is one slot of one layer; move_states comes after all items.
 std::vector<SequencePair> sequence_pairs(const CopySequencesParams& params);
 int64_t copy_sequences_items(const CopySequencesParams& params);

@@ -95,7 +95,7 @@ void load_tile(const Conversions& use, const GatherParams& p, const Rows<void*>&
 }  // namespace
 
 SequenceState state_of(const CacheView& c, int64_t layer, int64_t sequence) {
-  if (sequence < 0) return empty_state(c.sinks);
+  if (sequence < 0) return empty_state(c.all_sinks);
   const int64_t state_row = layer * c.batch + sequence;
   return {*seqlen_of(c, state_row), *first_of(c, state_row)};
 }
@@ -140,8 +140,8 @@ void advance_state(const AppendParams& p) {
       const int64_t sequence = p.sequences.sequence(entry, c.batch);
       if (sequence < 0) continue;
       const int64_t state_row = (p.first_layer + layer) * c.batch + sequence;
-      const SequenceState next = state_after_append({*seqlen_of(c, state_row), *first_of(c, state_row)},
-                                                    appended_rows(p, entry), c.ring.divisor);
+      const SequenceState next =
+          state_after_append({*seqlen_of(c, state_row), *first_of(c, state_row)}, appended_rows(p, entry), c.all_ring);
       *seqlen_of(c, state_row) = next.seqlen;
       *first_of(c, state_row) = next.first;
     }
@@ -159,7 +159,7 @@ void gather(const GatherParams& p, int64_t begin, int64_t end, bool stream) {
     const int64_t last_row = imin(p.rows, first_row + (end - begin));
     const int64_t sequence = p.sequences.sequence(entry, c.batch);
     const int64_t state_row = p.layer * c.batch + imax(sequence, 0);
-    const ReadPlan plan = ReadPlan::make(state_of(c, p.layer, sequence), c);
+    const ReadShare plan = ReadShare::make(state_of(c, p.layer, sequence), c);
     const int64_t cache_start = state_row * c.positions * c.heads * c.head_dim;
     for (int64_t row = first_row; row < last_row; row += kTileRows) {
       const int64_t count = imin(kTileRows, last_row - row);
@@ -265,11 +265,11 @@ void finish_attend(const AttendParams& p, int64_t entry, int64_t runs, const flo
         entry * p.out.batch_stride + m / p.query_heads * p.out.row_stride + m % p.query_heads * p.out.head_stride;
     for (int64_t d = 0; d < head_dim; ++d) {
       const float answer = sum == 0.0 ? 0.0f : static_cast<float>(merged[d] / sum);
-      if (p.dtype == DType::f32) {
+      if (p.out_dtype == DType::f32) {
         static_cast<float*>(p.out.data)[offset + d] = answer;
       } else {
         static_cast<uint16_t*>(p.out.data)[offset + d] =
-            p.dtype == DType::f16 ? float_to_half(answer) : float_to_bf16(answer);
+            p.out_dtype == DType::f16 ? float_to_half(answer) : float_to_bf16(answer);
       }
     }
     if (p.lse != nullptr) {

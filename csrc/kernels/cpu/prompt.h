@@ -62,14 +62,12 @@ struct SeenRows {
   }
 
  private:
-  static int64_t sinks_end(const AttendPlan& plan, int64_t t) {
-    return imin(imax(plan.query_position(t) + 1, 0), plan.sinks_held);
-  }
+  static int64_t sinks_end(const AttendPlan& plan, int64_t t) { return imin(imax(plan.past(t), 0), plan.sinks_held); }
   static int64_t run_begin(const AttendPlan& plan, int64_t t) {
     return plan.sinks_held + imax(plan.oldest_for(t) - plan.oldest, 0);
   }
   static int64_t run_end(const AttendPlan& plan, int64_t t) {
-    return imin(plan.sinks_held + imax(plan.query_position(t) + 1 - plan.oldest, 0), plan.count);
+    return imin(plan.sinks_held + imax(plan.past(t) - plan.oldest, 0), plan.count);
   }
 };
 

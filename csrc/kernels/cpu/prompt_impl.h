@@ -302,11 +302,11 @@ struct PromptAttention {
     const int64_t offset = tile.entry * p.out.batch_stride + t * p.out.row_stride + query_head * p.out.head_stride;
     for (int64_t d = 0; d < head_dim; ++d) {
       const float answer = total == 0.0 ? 0.0f : static_cast<float>(from[d * at.width] * factor);
-      if (p.dtype == DType::f32) {
+      if (p.out_dtype == DType::f32) {
         static_cast<float*>(p.out.data)[offset + d] = answer;
       } else {
         static_cast<uint16_t*>(p.out.data)[offset + d] =
-            p.dtype == DType::f16 ? float_to_half(answer) : float_to_bf16(answer);
+            p.out_dtype == DType::f16 ? float_to_half(answer) : float_to_bf16(answer);
       }
     }
     if (p.lse != nullptr) {

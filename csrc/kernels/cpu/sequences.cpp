@@ -48,7 +48,7 @@ void copy_sequences(const CopySequencesParams& p, const std::vector<SequencePair
     for (int64_t i = 0; i < count; ++i) {
       const int64_t state_row = layer * c.batch + pairs[static_cast<size_t>(i)].source;
       ReadPlan& plan = plans[static_cast<size_t>(i)];
-      plan = ReadPlan::make({*seqlen_of(c, state_row), *first_of(c, state_row)}, c);
+      plan = ReadPlan::make(local_state({*seqlen_of(c, state_row), *first_of(c, state_row)}, c.share), c);
       slots_end = imax(slots_end, plan.slots_end());
     }
     for (int64_t slot = first_slot; slot < imin(last_slot, slots_end); ++slot) {
