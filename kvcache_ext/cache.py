@@ -128,6 +128,7 @@ class StreamingKVCacheFp16:
     # Of a text that is dealt out to several ranks, this one has a share (kvcache_ext.distributed).
     ranks = 1
     rank = 0
+    group: Any = None
 
     def _take(self, tensors: CacheTensors) -> None:
         # For this package's own modules:

@@ -14,6 +14,8 @@ MOST_MULTIPROCESSORS = 192  # no GPU so far has more; for a plan that names no d
 # What PyTorch's CUDA allocator may take beyond what it is asked for: keys and values are rounded up to 2 MiB each, and
 # what is below 10 MiB comes out of a block of 20 MiB.
 CUDA_ROUNDING = 24 * 2**20
+# What each GPU takes for exchanging partial answers, where positions are dealt out to several.
+EXCHANGE_BYTES = 32 * 10**6
 
 
 def cache_bytes(num_layers: int, batch_size: int, max_positions: int, num_heads: int, head_dim: int) -> int:

@@ -202,6 +202,12 @@ class Cache {
                         {{"out", to}});
   }
 
+  // int64 [2, B]: the seqlens of a layer, and the oldest positions held that are no sinks. A view.
+  at::Tensor lengths_of_layer(int64_t layer) const {
+    check_layer("merge", layer, cache_.view);
+    return cache_.tensors.state.narrow(0, 0, 2).select(1, layer);
+  }
+
   void merge_exchanged(int64_t layer, const at::Tensor& answers, const at::Tensor& lses, const at::Tensor& out,
                        py::handle lse, py::handle sequences, const ExchangeMemory& memory) {
     kvc::merge_exchanged(cache_, layer, answers, lses,
@@ -316,6 +322,7 @@ PYBIND11_MODULE(_C, m) {
       .def("append_attend", &Cache::append_attend)
       .def("check_in_place", &Cache::check_in_place)
       .def("check_output", &Cache::check_output)
+      .def("lengths_of_layer", &Cache::lengths_of_layer)
       .def("merge_exchanged", &Cache::merge_exchanged)
       .def("merge_gathered", &Cache::merge_gathered)
       .def("shortest", &Cache::shortest)

@@ -27,6 +27,9 @@ class Cache(Protocol):
     device: torch.device
     tensors: CacheTensors
     native: Any
+    ranks: int  # of the group that positions are dealt out to
+    rank: int
+    group: Any
 
     @property
     def max_positions(self) -> int: ...
@@ -34,11 +37,18 @@ class Cache(Protocol):
     @property
     def overflow(self) -> str: ...
 
+    def overflow_counts(self) -> Tensor: ...
 
-def _runs(seen: int, first: int, slots: int, sinks: int) -> Iterator[tuple[int, int]]:
-    """The held positions in order, as runs of slots: the first slot and their number."""
+
+def _runs(seen: int, first: int, lost: int, slots: int, sinks: int) -> Iterator[tuple[int, int]]:
+    """The positions of a file in order, as runs of slots: the first slot and their number.
+
+    `lost`: how many positions behind the sinks the cache has no room for; their slot is NOWHERE.
+    """
     if seen > 0 and sinks > 0:
         yield 0, min(seen, sinks)
+    if lost > 0:
+        yield NOWHERE, lost
     in_ring = max(seen - first, 0)
     start = (first - sinks) % (slots - sinks)
     before_end = min(in_ring, slots - sinks - start)
@@ -46,6 +56,28 @@ def _runs(seen: int, first: int, slots: int, sinks: int) -> Iterator[tuple[int, 
         yield sinks + start, before_end
     if in_ring > before_end:
         yield sinks, in_ring - before_end
+
+
+def _runs_of_share(
+    seen: int, first: int, lost: int, slots: int, sinks: int, ranks: int, rank: int
+) -> Iterator[tuple[int, int]]:
+    """The same where positions are dealt out to ranks: those of the others are NOWHERE, too.
+
+    `slots` and `sinks` are this rank's.
+    """
+    for begin, end in ((0, min(seen, sinks * ranks)), (first, seen)):
+        if begin == first and lost > 0:
+            yield NOWHERE, lost
+        position = begin
+        while position < end:
+            others = min((rank - position) % ranks, end - position)
+            if others > 0:
+                yield NOWHERE, others
+                position += others
+            if position < end:
+                local = position // ranks
+                yield (local if local < sinks else sinks + (local - sinks) % (slots - sinks)), 1
+                position += 1
 
 
 class Selection:
@@ -72,6 +104,11 @@ class Selection:
     @property
     def devices(self) -> list[torch.device]:
         return list(dict.fromkeys(cache.device for cache in self.caches))
+
+    @property
+    def group(self) -> Any:
+        """The group that the positions of the (only) cache are dealt out to; None: they are not."""
+        return self.caches[0].group if self.caches and self.caches[0].ranks > 1 else None
 
     def check_in_place(self, op: str) -> None:
         """RuntimeError where torch has moved a cache's memory."""
@@ -100,6 +137,8 @@ class Selection:
             seen.append([all_seen[layer][b] for b in self.sequences])
             first.append([all_first[layer][b] for b in self.sequences])
             counts.append(of_layers[layer])
+        if self.group is not None:
+            counts = self.caches[0].overflow_counts().tolist()
         return seen, first, counts
 
     def write_state(self, seen: Matrix, first: Matrix) -> None:
@@ -120,7 +159,7 @@ class Selection:
             numbers, layers = self._of(cache)
             chosen = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (layers, [counts[i] for i in numbers])]
             of_layers, values = (t.to(cache.device) for t in chosen)
-            cache.tensors.overflow_counts[of_layers] = values
+            cache.tensors.overflow_counts[of_layers] = values if cache.rank == 0 else torch.zeros_like(values)
 
     def reset(self) -> None:
         """Forgets the sequences, in all layers of the caches."""
@@ -147,17 +186,17 @@ class Selection:
         """
         for i, (cache, layer) in enumerate(self.layers):
             row = cache.num_heads * cache.head_dim * 2
-            slots, sinks = cache.max_positions, cache.sink_positions
+            slots, sinks = cache.max_positions // cache.ranks, cache.sink_positions // cache.ranks
             number = next(n for n, other in enumerate(self.caches) if other is cache)
             for storage in (2 * number, 2 * number + 1):
                 for j, sequence in enumerate(self.sequences):
                     base = (layer * cache.batch_size + sequence) * slots
-                    skipped = 0 if lost is None else lost[i][j]
-                    for slot, count in _runs(seen[i][j], first[i][j], slots, sinks):
-                        if skipped and slot >= sinks:
-                            yield NOWHERE, 0, skipped * row
-                            skipped = 0
-                        yield storage, (base + slot) * row, count * row
+                    state = seen[i][j], first[i][j], 0 if lost is None else lost[i][j], slots, sinks
+                    of_share = cache.ranks > 1
+                    for slot, count in _runs_of_share(*state, cache.ranks, cache.rank) if of_share else _runs(*state):
+                        yield (NOWHERE, 0, count * row) if slot == NOWHERE else (
+                            storage, (base + slot) * row, count * row
+                        )  # fmt: skip
 
 
 def block_size(block: Block) -> int:

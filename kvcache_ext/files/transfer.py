@@ -180,8 +180,50 @@ class Buffers(InPlace):
             event.synchronize()
 
 
-def block_memory(storages: Sequence[Tensor], blocks: int, block_bytes: int) -> InPlace:
-    """The memory through which so many blocks of at most that size go."""
+class Collected(Buffers):
+    """Blocks of a cache whose positions are dealt out to the ranks of a group: rank 0 gets what all ranks have of them.
+
+    Rank 0 announces each block, so that the others know whether there is one more to take part in.
+    """
+
+    def __init__(self, storages: Sequence[Tensor], blocks: int, block_bytes: int, group: Any) -> None:
+        super().__init__(storages, blocks, block_bytes)
+        self.group = group
+        self.part = torch.empty(-(-block_bytes // 4), dtype=torch.int32, device=storages[0].device)
+
+    @staticmethod
+    def announce(more: bool, group: Any, device: torch.device) -> None:
+        word = torch.tensor([int(more)], dtype=torch.int32, device=device)
+        torch.distributed.broadcast(word, group_src=0, group=group)
+
+    @staticmethod
+    def announced(group: Any, device: torch.device) -> bool:
+        word = torch.empty(1, dtype=torch.int32, device=device)
+        torch.distributed.broadcast(word, group_src=0, group=group)
+        return bool(word.item())
+
+    def add_up(self, i: int, block: Block) -> Tensor:
+        """The block's bytes; on rank 0 those of all ranks. (The others' are 0, so words can be added.)"""
+        self.part.zero_()
+        part, at = self.part.view(torch.uint8), 0
+        for storage, start, size in block:
+            if storage != NOWHERE:
+                part[at : at + size].copy_(self.storages[storage][start : start + size], non_blocking=True)
+            at += size
+        torch.distributed.reduce(self.part[: -(-at // 4)], group_dst=0, group=self.group)
+        return part[:at]
+
+    def fetch(self, i: int, block: Block) -> None:
+        self.announce(True, self.group, self.part.device)
+        whole = self.add_up(i, block)
+        self.tensors[i % len(self.tensors)][: whole.numel()].copy_(whole, non_blocking=True)
+        self.events[i % len(self.events)].record()
+
+
+def block_memory(storages: Sequence[Tensor], blocks: int, block_bytes: int, group: Any = None) -> InPlace:
+    """The memory through which so many blocks of at most that size go. `group`: see `Collected`."""
+    if group is not None:
+        return Collected(storages, blocks, block_bytes, group)
     if all(storage.device.type == "cpu" for storage in storages):
         return InPlace(storages)
     return Buffers(storages, blocks, block_bytes)

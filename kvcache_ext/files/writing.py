@@ -21,6 +21,8 @@ from .transfer import reworded_oserror
 
 def write(op: str, target: Path, selection: Selection, layout: Layout, small: bytes, progress: Any) -> None:
     """`layout`: its layers' `rows` are filled in here. `small`: the caller's small tensors, with their padding."""
+    if selection.group is not None:
+        transfer.Collected.announce(True, selection.group, selection.devices[0])
     seen, first, counts = selection.read_state()
     sinks = layout.sink_positions
     lengths = [[held(s, f, sinks) for s, f in zip(*pair, strict=True)] for pair in zip(seen, first, strict=True)]
@@ -44,7 +46,8 @@ def write(op: str, target: Path, selection: Selection, layout: Layout, small: by
             report(0)
             syncing: Future[None] | None = None
             blocks = blocks_of(selection.pieces(seen, first), block_bytes)
-            memory = transfer.block_memory(selection.storages(), layout.blocks, min(block_bytes, data_bytes))
+            size = min(block_bytes, data_bytes)
+            memory = transfer.block_memory(selection.storages(), layout.blocks, size, selection.group)
             for crc in transfer.bounded_map(pool, transfer.writers(op, memory, blocks, fd, len(head), target)):
                 checksums.append(crc)
                 # The disk is to begin now: left to itself, the system lets some gigabytes pile up first.

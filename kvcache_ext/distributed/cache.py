@@ -1,0 +1,372 @@
+"""`ShardedKVCacheFp16`: one cache over the ranks of a process group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import memory
+from ..cache import StreamingKVCacheFp16, _rounds
+from ..errors import checked_device, checked_int, shown
+from . import store
+from .collect import add_up
+from .exchange import WAYS, agree, choose
+
+
+class ShardedKVCacheFp16(StreamingKVCacheFp16):
+    """A `StreamingKVCacheFp16` whose positions are dealt out to the ranks of a process group.
+
+    Position `p` lies on rank `p mod W` of `W`. So each rank has a `W`-th of the memory and reads a `W`-th of the cache
+    for each token. The calls are those of `StreamingKVCacheFp16`, made on every rank with the same arguments: the same
+    tensors, bit for bit, on each rank's own device. Each rank stores its own positions. `attend` and `append_attend`
+    exchange and merge answers once a call; all ranks get the same bits.
+
+    Args:
+        num_layers, max_positions, num_heads, head_dim, batch_size, sink_positions, overflow: as for
+            `StreamingKVCacheFp16`, and of the whole cache. `max_positions` and `sink_positions` are multiples of the
+            number of ranks.
+        device: this rank's.
+        group: a process group of torch.distributed, of which this process is a member; None: the default group. Ranks
+            below are ranks in this group.
+        exchange: how answers are exchanged. "symmetric": GPUs of one host write into each other's memory (torch's
+            symmetric memory; at most 16 ranks). "gather": a collective of the group (NCCL between GPUs, on one host or
+            several; gloo between CPUs). "auto": symmetric where every rank can, else gather; the environment variable
+            KVCACHE_EXT_EXCHANGE overrides "auto". The attribute `exchange` says which it is.
+        timeout: seconds after which a rank that does not answer is given up.
+
+    Raises:
+        MemoryError: the share of some rank does not fit or could not be allocated. It is raised on all ranks.
+        RuntimeError: torch.distributed is not initialised, ranks were given different arguments, or `exchange` is not
+            possible.
+        TypeError, ValueError: an argument is wrong.
+
+    What differs from one cache:
+
+    - `k_cache`, `v_cache`, `memory_bytes` are this rank's share; `len`, `lengths`, `position`, `cache_seqlens`,
+      `device_lengths`, `max_positions` are of the whole cache, and the same on every rank.
+    - Reading rows (`gather`, `get_*`), `overflow_counts`, `save`, `load` are collective calls, as attention is: every
+      rank makes them. With `local=True` `gather` and `get_*` read this rank's rows alone, the others being zeros.
+    - `get_range_raw` copies.
+    - A wrong argument raises on the rank that has it. The others wait for that rank in the next collective call, and
+      raise after `timeout` seconds.
+    - torch.compile is refused; CUDA graphs work. With "gather" the group's NCCL communicator is captured.
+    - It cannot be copied or pickled; `save` and `load` do that.
+
+    Errors between ranks. A rank that has ended or is stuck, holds other lengths or makes another call is found by the
+    next attention call, without any cost there. Its answers are NaN, and the next eager call, `check` or `synchronize`
+    raises RuntimeError. After a graph's replay nothing raises by itself: call `check`, which does not wait, behind
+    whatever waits for the replay. "gather" on GPUs has the watchdog of NCCL for ranks that are missing, which ends the
+    process after the group's own timeout; graphs have none, so wait with `synchronize` there.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        max_positions: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        group: Any = None,
+        batch_size: int = 1,
+        device: torch.device | str | int = "cuda",
+        sink_positions: int = 0,
+        overflow: str = "saturate",
+        exchange: str = "auto",
+        timeout: float = 60.0,
+    ) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("ShardedKVCacheFp16: call torch.distributed.init_process_group first")
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+            raise ValueError(f"ShardedKVCacheFp16: group must be a process group of this process, got {shown(group)}")
+        if not isinstance(exchange, str) or exchange not in WAYS:
+            raise ValueError(f"ShardedKVCacheFp16: exchange must be one of {', '.join(WAYS)}, got {shown(exchange)}")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+            raise ValueError(f"ShardedKVCacheFp16: timeout must be a positive number of seconds, got {shown(timeout)}")
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        for name, number, least in (("max_positions", max_positions, 1), ("sink_positions", sink_positions, 0)):
+            if checked_int(name, number, least) % self.ranks != 0:
+                raise ValueError(
+                    f"ShardedKVCacheFp16: {name} must be a multiple of the {self.ranks} ranks of the group, got {number}"
+                )
+        of_group = checked_device(device)
+        # A rank that cannot go on must not leave the others waiting: all learn of it.
+        failed: Exception | None = None
+        try:
+            super().__init__(
+                num_layers,
+                max_positions,
+                num_heads,
+                head_dim,
+                batch_size=batch_size,
+                device=of_group,
+                sink_positions=sink_positions,
+                overflow=overflow,
+            )
+        except (MemoryError, RuntimeError) as error:
+            failed = error
+        self._check_arguments(of_group)
+        if not agree(group, of_group, failed is None):
+            if failed is not None:
+                raise failed
+            raise MemoryError("ShardedKVCacheFp16: the share of another rank could not be allocated; nothing is kept")
+        self._exchange = choose(exchange, group, of_group, float(timeout))
+
+    def _check_arguments(self, device: torch.device) -> None:
+        numbers = (
+            self.num_layers, self._max_positions, self.num_heads, self.head_dim, self.batch_size, self.sink_positions
+        )  # fmt: skip
+        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+        most = torch.stack([mine, -mine])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        if not torch.equal(most[0], -most[1]):
+            raise RuntimeError(
+                "ShardedKVCacheFp16: all ranks must pass the same num_layers, max_positions, num_heads, head_dim, "
+                f"batch_size and sink_positions, and rank {self.rank} passed {', '.join(map(str, numbers))}"
+            )
+
+    # Errors between ranks
+
+    @property
+    def exchange(self) -> str:
+        """How answers are exchanged: "symmetric" or "gather"."""
+        return self._exchange.name
+
+    def check(self) -> None:
+        """Raises RuntimeError if ranks have fallen apart, as far as is known. Does not wait for the GPU."""
+        self._exchange.check()
+
+    def synchronize(self) -> None:
+        """Waits until the current stream has done its work, at most `timeout` seconds, and checks.
+
+        Raises:
+            RuntimeError: it did not end in time, or a rank is missing or has fallen apart.
+        """
+        self._exchange.synchronize()
+
+    def _calls(self) -> Any:
+        if is_compiling():
+            raise RuntimeError(
+                "ShardedKVCacheFp16: torch.compile cannot trace it; leave its calls out of the compiled code "
+                "(torch.compiler.disable), or capture them into a CUDA graph"
+            )
+        return self.native
+
+    # Attention
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+        precision: str = "fp32",
+        sequences: Sequence[int] | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `StreamingKVCacheFp16.attend`, over the positions of all ranks. A collective call."""
+        native = self._ready("attend", query, out)
+        rounds = _rounds(precision)
+        self._check_flag("attend", return_lse)
+        part = native.attend(layer, query, scale, window, softcap, True, None, rounds, sequences)
+        return self._merged(layer, query, part, return_lse, out, sequences)
+
+    def append_attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        new_lengths: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+        precision: str = "fp32",
+        sequences: Sequence[int] | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `StreamingKVCacheFp16.append_attend`, over the positions of all ranks. A collective call."""
+        native = self._ready("append_attend", query, out, key, value, new_lengths)
+        rounds = _rounds(precision)
+        self._check_flag("append_attend", return_lse)
+        part = native.append_attend(
+            layer, query, key, value, new_lengths, scale, window, softcap, True, None, rounds, sequences
+        )
+        return self._merged(layer, query, part, return_lse, out, sequences)
+
+    def _ready(
+        self,
+        op: str,
+        query: Tensor,
+        out: Tensor | None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        new_lengths: Tensor | None = None,
+    ) -> Any:
+        """What runs the call, once it is known that the answer can be written and that the ranks are there."""
+        native = self._calls()
+        self._exchange.check()
+        if out is not None and self.ranks > 1:
+            native.check_output(op, query, out, key, value, new_lengths)
+        return native
+
+    @staticmethod
+    def _check_flag(op: str, return_lse: bool) -> None:
+        if not isinstance(return_lse, bool):
+            raise TypeError(f"{op}: return_lse must be True or False, got {type(return_lse).__name__}")
+
+    def _merged(
+        self,
+        layer: int,
+        query: Tensor,
+        part: tuple[Tensor, Tensor],
+        return_lse: bool,
+        out: Tensor | None,
+        sequences: Sequence[int] | Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        answers, lses = part
+        if self.ranks == 1:  # a group of one: its share is all
+            merged, lse = answers if out is None else out.copy_(answers), lses
+        else:
+            merged = torch.empty_like(answers, dtype=query.dtype) if out is None else out
+            lse = torch.empty_like(lses) if return_lse else None
+            self._exchange.merge(self.native, layer, answers, lses, merged, lse, sequences)
+        return (merged, lse) if return_lse else merged
+
+    # Reading
+
+    def _collected(self, pair: tuple[Tensor, Tensor], local: bool) -> tuple[Tensor, Tensor]:
+        if not local and self.ranks > 1:
+            add_up(pair, self.group)
+        return pair
+
+    def gather(
+        self,
+        layer: int,
+        indices: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: tuple[Tensor, Tensor] | None = None,
+        sequences: Sequence[int] | Tensor | None = None,
+        local: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As `StreamingKVCacheFp16.gather`. A collective call, unless `local`: then rows of other ranks are zeros."""
+        self._exchange.check()
+        return self._collected(self._calls().gather(layer, indices, dtype, out, sequences), local)
+
+    def get_range_f32(
+        self, layer: int, start: int, end: int, *, out: tuple[Tensor, Tensor] | None = None, local: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As `StreamingKVCacheFp16.get_range_f32`. A collective call, unless `local`."""
+        self._exchange.check()
+        return self._collected(self._calls().get_range_f32(layer, start, end, out), local)
+
+    def get_valid_f32(
+        self, layer: int, *, out: tuple[Tensor, Tensor] | None = None, local: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As `StreamingKVCacheFp16.get_valid_f32`. A collective call, unless `local`."""
+        self._exchange.check()
+        return self._collected(self._calls().get_valid_f32(layer, out), local)
+
+    def get_range_raw(self, layer: int, start: int, end: int, *, local: bool = False) -> tuple[Tensor, Tensor]:
+        """As `StreamingKVCacheFp16.get_range_raw`, always a copy. A collective call, unless `local`."""
+        self._exchange.check()
+        return self._collected(self._calls().get_range_raw(layer, start, end), local)
+
+    def overflow_counts(self) -> Tensor:
+        """As `StreamingKVCacheFp16.overflow_counts`, of all ranks. A collective call."""
+        counts = super().overflow_counts()
+        if self.ranks > 1:
+            dist.all_reduce(counts, group=self.group)
+        return counts
+
+    def memory_bytes(self) -> int:
+        """Bytes of this rank's keys and values."""
+        return memory.cache_bytes(
+            self.num_layers, self.batch_size, self._max_positions // self.ranks, self.num_heads, self.head_dim
+        )
+
+    # Files
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        sequences: Sequence[int] | Tensor | None = None,
+        progress: bool | Callable[[int, int], object] | None = None,
+    ) -> None:
+        """As `StreamingKVCacheFp16.save`. A collective call; rank 0 writes the one file, which is that of a whole cache.
+
+        Any number of ranks can load it, and `StreamingKVCacheFp16.load` too. `path` and `progress` count on rank 0.
+
+        Raises:
+            RuntimeError: rank 0 could not write it (on the other ranks).
+            TypeError, ValueError, IndexError, OSError: as `StreamingKVCacheFp16.save`, on rank 0.
+        """
+        self._exchange.check()
+        store.save(self, path, sequences, progress)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: str | PathLike[str],
+        *,
+        group: Any = None,
+        device: torch.device | str | int = "cuda",
+        max_positions: int | None = None,
+        exchange: str = "auto",
+        timeout: float = 60.0,
+        progress: bool | Callable[[int, int], object] | None = None,
+    ) -> ShardedKVCacheFp16:
+        """As `StreamingKVCacheFp16.load`, of a file of either class. A collective call: every rank reads the file.
+
+        Args:
+            path: the file, which every rank can read.
+            max_positions: None: as many as the saved cache had, rounded up to a multiple of the ranks.
+            group, device, exchange, timeout: as for the constructor.
+
+        Raises:
+            RuntimeError: another rank could not read it.
+            ValueError, MemoryError, TypeError, OSError: as `StreamingKVCacheFp16.load`.
+        """
+        return store.load(cls, path, group, device, max_positions, progress, exchange=exchange, timeout=timeout)
+
+    def load_sequences(
+        self,
+        path: str | PathLike[str],
+        sequences: Sequence[int] | Tensor,
+        *,
+        progress: bool | Callable[[int, int], object] | None = None,
+    ) -> None:
+        """As `StreamingKVCacheFp16.load_sequences`. A collective call: every rank reads the file.
+
+        After an error on some rank the named sequences may be loaded on others: reset them.
+        """
+        self._exchange.check()
+        store.load_sequences(self, path, sequences, progress)
+
+    # Copies would need a process group of their own.
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "ShardedKVCacheFp16: it cannot be copied or pickled, as its process group cannot; save() and load() write "
+            "and read it"
+        )
+
+    def __repr__(self) -> str:
+        plain = super().__repr__().removesuffix(")")
+        return f"{plain}, rank={self.rank} of {self.ranks}, exchange='{self.exchange}')"

@@ -1,0 +1,220 @@
+"""How ranks merge what each of them answers over its share of a text.
+
+Two ways. `SymmetricExchange`: each GPU writes its answers into the memory of the others (torch's symmetric memory), in
+one launch that merges as well; csrc/kernels/merge.cu says how. `GatheringExchange`: an all-gather of torch.distributed
+(NCCL on GPUs, gloo on CPUs), then a merge. Both merge in the order of ranks, so that every rank gets the same bits.
+
+With every call ranks compare their lengths, which costs nothing beside the answers. A rank that is missing, or has other
+lengths or another call, is an error within `timeout` seconds. A GPU finds it while the host is elsewhere: it leaves a
+number in memory of the host, its answers are NaN from then on, and the next call raises. After such an error the caches
+of the ranks no longer agree, and every further call raises.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import memory
+from .._extension import extension
+
+WAYS = ("auto", "symmetric", "gather")
+_TIMED_OUT, _OTHER_LENGTHS = 1, 2  # kMergeTimedOut, kMergeOtherLengths in csrc/kernels/params.h
+
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch has the first
+
+
+def agree(group: Any, device: torch.device, fine: bool) -> bool:
+    """Whether all ranks say that all is fine."""
+    word = torch.tensor([int(fine)], dtype=torch.int32, device=device)
+    dist.all_reduce(word, dist.ReduceOp.MIN, group=group)
+    return bool(word.item())
+
+
+def one_host(group: Any) -> bool:
+    """Whether all ranks run on one machine."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        machine = f"{socket.gethostname()} {uuid.getnode()}"
+    machines: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(machines, machine, group=group)
+    return len(set(machines)) == 1
+
+
+class Exchange:
+    """What both ways have: how a failure is noticed, and what is said of it."""
+
+    name = ""
+
+    def __init__(self, group: Any, device: torch.device, timeout: float) -> None:
+        self.group = group
+        self.device = device
+        self.timeout = timeout
+        self.ranks = dist.get_world_size(group)
+        self.failure = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self._broken = ""
+
+    def merge(
+        self, native: Any, layer: int, answers: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None, sequences: Any
+    ) -> None:
+        """Merges this rank's answers of one call with the others' into `out`, and their LSEs into `lse`."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises RuntimeError if the ranks have fallen apart, as far as the host has been told."""
+        if not self._broken:
+            failure = int(self.failure)
+            if failure == 0:
+                return
+            kind, rank = failure & 0xFF, failure >> 8
+            if kind == _TIMED_OUT:
+                self._broken = (
+                    f"rank {rank} did not answer within {self.timeout:g} s: it has ended, is stuck, or made fewer calls"
+                )
+            else:
+                self._broken = f"rank {rank} holds other lengths, or made another call, than rank {self.rank}"
+        raise RuntimeError(
+            f"ShardedKVCacheFp16: {self._broken}. The answers since then are wrong; make the caches anew on all ranks"
+        )
+
+    def fail(self, words: str) -> None:
+        """From now on `check` raises."""
+        self._broken = words
+        self.check()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    def synchronize(self) -> None:
+        """Waits for the current stream, at most `timeout` seconds, and checks."""
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self.device))
+            began = time.monotonic()
+            while not done.query():
+                self.check()
+                if time.monotonic() - began > self.timeout:
+                    self.fail(f"the GPU of rank {self.rank} did not end its work within {self.timeout:g} s")
+                time.sleep(1e-4)
+        self.check()
+
+
+class SymmetricExchange(Exchange):
+    """Through symmetric memory: GPUs of one host that reach each other's memory."""
+
+    name = "symmetric"
+
+    def __init__(self, group: Any, device: torch.device, timeout: float) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        super().__init__(group, device, timeout)
+        lines = memory.EXCHANGE_BYTES // (2 * self.ranks * 16)
+        with torch.cuda.device(device), torch.inference_mode(False):
+            self.inbox = symmetric.empty(2 * self.ranks * lines * 4, dtype=torch.int32, device=device)
+            self.handle = symmetric.rendezvous(self.inbox, group)
+            self.inbox.zero_()
+            self.control = torch.zeros(3, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)
+        buffers = [
+            self.handle.get_buffer(rank, self.inbox.shape, self.inbox.dtype).data_ptr() for rank in range(self.ranks)
+        ]
+        if buffers[self.rank] != self.inbox.data_ptr():
+            raise RuntimeError("torch's symmetric memory gave another address than that of the memory itself")
+        dist.barrier(group=group)  # nobody sends before all inboxes are empty
+        self.memory = extension.ExchangeMemory(buffers, lines, self.control, self.failure, timeout)
+
+    def merge(
+        self, native: Any, layer: int, answers: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None, sequences: Any
+    ) -> None:
+        native.merge_exchanged(layer, answers, lses, out, lse, sequences, self.memory)
+
+
+class GatheringExchange(Exchange):
+    """Through an all-gather of torch.distributed."""
+
+    name = "gather"
+
+    def merge(
+        self, native: Any, layer: int, answers: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None, sequences: Any
+    ) -> None:
+        state = native.lengths_of_layer(layer)  # int64 [2, B]
+        behind = -(-(answers.numel() + lses.numel()) // 2) * 2
+        part = torch.empty(behind + 2 * state.numel(), dtype=torch.float32, device=self.device)
+        part[: answers.numel()] = answers.view(-1)
+        part[answers.numel() : answers.numel() + lses.numel()] = lses.view(-1)
+        part[behind:].view(torch.int64).view(state.shape).copy_(state)
+        if self.device.type == "cpu":
+            self._compare_calls(layer, out)
+        gathered = torch.empty(self.ranks * part.numel(), dtype=torch.float32, device=self.device)
+        self._run(lambda: _all_gather(gathered, part, group=self.group, async_op=True))
+        native.merge_gathered(layer, gathered.view(self.ranks, -1), out, lse, sequences, self.failure)
+        if self.device.type == "cpu":
+            self.check()
+
+    def _compare_calls(self, layer: int, out: Tensor) -> None:
+        """Collectives of different sizes would read past each other's ends. (NCCL's own watchdog ends such calls.)"""
+        shape = [layer, out.dim(), *out.shape]
+        mine = torch.tensor(shape + [0] * (6 - len(shape)), dtype=torch.int64, device="cpu")
+        calls = torch.empty(self.ranks * 6, dtype=torch.int64, device="cpu")
+        self._run(lambda: _all_gather(calls, mine, group=self.group, async_op=True))
+        for rank, theirs in enumerate(calls.view(self.ranks, 6).tolist()):
+            if theirs != mine.tolist():
+                self.fail(
+                    f"rank {rank} is at layer {theirs[0]} with answers of shape {theirs[2 : 2 + theirs[1]]}, and rank "
+                    f"{self.rank} at layer {layer} with {list(out.shape)}"
+                )
+
+    def _run(self, begin: Callable[[], Any]) -> None:
+        """On a GPU the stream waits, not the host."""
+        try:
+            work = begin()
+            if self.device.type == "cpu":
+                work.wait(timedelta(seconds=self.timeout))
+            else:
+                work.wait()
+        except RuntimeError as error:  # DistBackendError and DistNetworkError among them
+            reason = str(error).strip().partition("\n")[0]
+            self._broken = f"the ranks could not exchange their answers within {self.timeout:g} s ({reason})"
+            try:
+                self.check()
+            except RuntimeError as found:
+                raise found from error
+
+
+def choose(way: str, group: Any, device: torch.device, timeout: float) -> Exchange:
+    """The exchange that is asked for; "auto": through symmetric memory where all ranks can, else by all-gather.
+
+    Every rank of the group calls it, and gets the same.
+    """
+    way = os.environ.get("KVCACHE_EXT_EXCHANGE", way) if way == "auto" else way
+    if way not in WAYS:
+        raise ValueError(f"ShardedKVCacheFp16: KVCACHE_EXT_EXCHANGE must be one of {', '.join(WAYS)}, got {way!r}")
+    ranks = dist.get_world_size(group)
+    most = 16  # Exchange::kMostRanks in csrc/kernels/params.h
+    possible = device.type == "cuda" and ranks <= most and one_host(group)
+    found: Exchange | None = None
+    why = "it needs GPUs of one host" if device.type != "cuda" or ranks <= most else f"it serves {most} ranks at most"
+    if way != "gather" and possible:
+        try:
+            found = SymmetricExchange(group, device, timeout)
+        except Exception as error:  # torch has many kinds where a driver or a topology does not allow it
+            why = str(error).strip().partition("\n")[0]
+    if way != "gather" and agree(group, device, found is not None):
+        assert found is not None
+        return found
+    if way == "symmetric":
+        raise RuntimeError(f"ShardedKVCacheFp16: exchange='symmetric' is not possible on every rank: {why}")
+    return GatheringExchange(group, device, timeout)

@@ -1,0 +1,111 @@
+"""Files of a `ShardedKVCacheFp16`: one file, that of a whole cache, which any number of ranks can load, or one cache.
+
+`save`: rank 0 writes. It announces each block; then all ranks add up what they have of it, and rank 0 gets the sum.
+`load`: every rank reads the file and keeps its own rows. All ranks raise when one of them fails.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import files
+from ..errors import checked_device
+from ..files.layout import CORE
+from ..files.paths import check_progress, checked_path, checked_sequences, refuse_capture
+from ..files.reading import OpenFile
+from ..files.rows import Selection, blocks_of
+from ..files.transfer import BLOCK_BYTES, Collected
+from .exchange import agree
+
+
+def save(cache: Any, path: Any, sequences: Sequence[int] | Tensor | None, progress: Any) -> None:
+    """See `ShardedKVCacheFp16.save`."""
+    op = "save"
+    checked_path(op, path)
+    check_progress(op, progress)
+    refuse_capture(op, [cache.device])
+    chosen = None if sequences is None else checked_sequences(op, sequences, cache.batch_size)
+    if cache.ranks == 1:
+        files.save(cache, path, chosen, progress)
+        return
+    failed: Exception | None = None
+    if cache.rank == 0:
+        try:
+            files.save(cache, path, chosen, progress)
+        except Exception as error:  # the others wait for rank 0, whatever it is
+            failed = error
+        Collected.announce(False, cache.group, cache.device)
+    else:
+        _take_part(cache, chosen)
+    words = [str(failed) if failed is not None else None]
+    dist.broadcast_object_list(words, group_src=0, group=cache.group, device=cache.device)
+    if failed is not None:
+        raise failed
+    if words[0] is not None:
+        raise RuntimeError(f"save: rank 0 could not write the file: {words[0]}")
+
+
+def _take_part(cache: Any, sequences: list[int] | None) -> None:
+    """What the other ranks do while rank 0 writes."""
+    selection = Selection.of_cache(cache, sequences)
+    with torch.inference_mode(False), torch.no_grad():
+        if not Collected.announced(cache.group, cache.device):  # rank 0 failed before it read the state
+            return
+        seen, first, _ = selection.read_state()
+        memory = Collected(selection.storages(), 1, BLOCK_BYTES, cache.group)
+        for i, block in enumerate(blocks_of(selection.pieces(seen, first), BLOCK_BYTES)):
+            if not Collected.announced(cache.group, cache.device):
+                return
+            memory.add_up(i, block)
+        Collected.announced(cache.group, cache.device)
+
+
+def load(
+    cls: Callable[..., Any],
+    path: Any,
+    group: Any,
+    device: Any,
+    max_positions: int | None,
+    progress: Any,
+    **options: Any,
+) -> Any:
+    """See `ShardedKVCacheFp16.load`."""
+    group = dist.group.WORLD if group is None else group
+    of_group = checked_device(device)
+    failed: Exception | None = None
+    slots = max_positions
+    try:
+        with OpenFile("load", checked_path("load", path), CORE) as file:
+            if slots is None:
+                ranks = dist.get_world_size(group)
+                slots = -(-file.found.layout.layers[0].max_positions // ranks) * ranks
+    except (OSError, ValueError, TypeError) as error:
+        failed = error
+    _raise_together("load", group, of_group, failed)
+    try:
+        cache = files.load(functools.partial(cls, group=group, **options), path, of_group, slots, progress)
+    except (OSError, ValueError) as error:
+        failed = error
+    _raise_together("load", group, of_group, failed)
+    return cache
+
+
+def load_sequences(cache: Any, path: Any, sequences: Sequence[int] | Tensor, progress: Any) -> None:
+    """See `ShardedKVCacheFp16.load_sequences`."""
+    failed: Exception | None = None
+    try:
+        files.load_sequences(cache, path, sequences, progress)
+    except Exception as error:  # the others wait for this rank, whatever it is
+        failed = error
+    _raise_together("load_sequences", cache.group, cache.device, failed)
+
+
+def _raise_together(op: str, group: Any, device: torch.device, failed: Exception | None) -> None:
+    if not agree(group, device, failed is None):
+        raise failed if failed is not None else RuntimeError(f"{op}: another rank could not read the file")
