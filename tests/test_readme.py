@@ -17,7 +17,7 @@ import torch
 from conftest import HAS_GPU, ROOT
 
 README = ROOT / "README.md"
-PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))  # written by hand; docs/results/ is drawn by `make report`
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md")))
 ALL_PAGES = (*PAGES, *sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
 MOST_README_WORDS = 1200  # beside code and tables
 MOST_LINES = 300
