@@ -193,8 +193,8 @@ def _generate_groups(**sizes: tuple[int, ...]) -> dict[str, dict[str, str]]:
 
 
 RATIOS: Panels = {
-    "attention of one token, a layer": _attention_groups("", (1_024, 4_096, 16_384, 65_536)),
-    "of a prompt, a layer": {
+    "attention of one token": _attention_groups("", (1_024, 4_096, 16_384, 65_536)),
+    "attention of a prompt": {
         words: {_short(tokens): f"prompt/mha32/{tokens}x{tokens}/{kind}" for tokens in (2_048, 4_096, 16_384)}
         for words, kind in (("FP32", "fp32"), ("BF16", "bf16"))
     },
@@ -212,13 +212,22 @@ ATTENTION_RATIOS: Panels = {
 }
 
 
+LESS_IS_BETTER = ("us", "ms", "s", "GB", "relative")
+
+
+def best_peer(entry: dict[str, Any]) -> str:
+    """The name of the best of the others."""
+    peers: dict[str, float] = entry["peers"]
+    return (min if entry["unit"] in LESS_IS_BETTER else max)(peers, key=lambda peer: peers[peer])
+
+
 def times_better(entry: dict[str, Any]) -> float | None:
     """How many times better than the best of the others; 1 is level. The median over rounds, where that was kept."""
     peers: dict[str, float] = entry["peers"]
     if not peers:
         return None
-    less = entry["unit"] in ("us", "ms", "s", "GB")
-    best = (min if less else max)(peers, key=lambda peer: peers[peer])
+    less = entry["unit"] in LESS_IS_BETTER
+    best = best_peer(entry)
     ratio = peers[best] / entry["value"] if less else entry["value"] / peers[best]
     return float(entry.get("speedups", {}).get(best, ratio))
 
@@ -256,7 +265,7 @@ def _found_ratios(entries: dict[str, dict[str, Any]], panels: Panels) -> dict[st
     return found
 
 
-def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, words: str, *, below: bool) -> Path | None:
+def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, *, below: bool) -> Path | None:
     """How many times as fast as the best other: a panel for each of `panels`, beside or `below` each other."""
     device, entries = load(results)
     found = _found_ratios(entries, panels)
@@ -266,6 +275,10 @@ def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, words: 
     if figure is None:
         return None
     figure.clear()
+    shown = (
+        entries[m] for groups in panels.values() for bars in groups.values() for m in bars.values() if m in entries
+    )
+    others = {best_peer(entry) for entry in shown if entry["peers"]}
     ratios = [ratio for panel in found.values() for bars in panel.values() for ratio in bars.values()]
     most, least = max(*ratios, 1.1), min(*ratios, 0.95)
     if below:
@@ -282,7 +295,7 @@ def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, words: 
         axes.minorticks_off()
         axes.set_title(title, loc="left", fontsize=9)
     title = (
-        f"Speed beside the fastest alternative ({words}), {device}.\n"
+        f"Speed beside the fastest alternative ({', '.join(sorted(others))}), {device}.\n"
         "1x: level. Blue: this cache is faster. Orange: it is slower. "
         "Below: positions (1k is 1,024); query heads on KV heads."
     )
@@ -292,14 +305,12 @@ def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, words: 
 
 def draw_ratios(results: Path, folder: Path = IMAGES) -> Path | None:
     """Attention, prompts and whole models beside the best others: the README's chart."""
-    words = "torch's attention by cuDNN, Flash or memory-efficient; transformers' StaticCache, compiled"
-    return _draw_ratios(results, folder, "ratios", RATIOS, words, below=False)
+    return _draw_ratios(results, folder, "ratios", RATIOS, below=False)
 
 
 def draw_attention(results: Path, folder: Path = IMAGES) -> Path | None:
     """Attention of one token beside the best others, by shape, positions and sequences."""
-    words = "torch's attention of one token, of FP16 queries on the same data"
-    return _draw_ratios(results, folder, "attention", ATTENTION_RATIOS, words, below=True)
+    return _draw_ratios(results, folder, "attention", ATTENTION_RATIOS, below=True)
 
 
 RATES = {
@@ -377,7 +388,7 @@ def draw_memory(results: Path, folder: Path = IMAGES) -> Path | None:
             if "StaticCache, compiled" in entry["peers"]:
                 bars["StaticCache, compiled"] = (entry["peers"]["StaticCache, compiled"], TORCH)
             models[f"{words}\n{_short(size)}"] = bars
-    if not held:
+    if len(held) < 2:  # nothing to see in a single pair of bars
         return None
     columns = 2 if models else 1
     figure = _figure(11.5 if models else 5.5, 3.8, columns=columns)
@@ -397,7 +408,7 @@ def draw_memory(results: Path, folder: Path = IMAGES) -> Path | None:
         _draw_memory_bars(figure.axes[1], models)
         figure.axes[1].set_title("a whole 7B model decoding: peak memory, weights included", loc="left", fontsize=9)
         figure.axes[1].set_xlabel("weights, and positions held (1k is 1,024)")
-    figure.suptitle(f"GPU memory, {device}" if models else f"Memory, {device}", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"Memory, {device}", x=0.01, ha="left", fontsize=10)
     return _save(figure, folder / f"memory-{results.stem}.svg")
 
 

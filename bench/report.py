@@ -41,7 +41,6 @@ HEADLINES = {
     "storage/save": "save a cache to a file, synced to the disk",
 }
 README_ROWS = tuple(HEADLINES)[:5]
-LESS_IS_BETTER = ("us", "ms", "s", "GB", "relative")
 
 
 def best_peer(entry: dict[str, Any]) -> str:
@@ -49,11 +48,8 @@ def best_peer(entry: dict[str, Any]) -> str:
     peers: dict[str, float] = entry["peers"]
     if not peers:
         return ""
-    less = entry["unit"] in LESS_IS_BETTER
-    name = (min if less else max)(peers, key=lambda peer: peers[peer])
-    ratio = peers[name] / entry["value"] if less else entry["value"] / peers[name]
-    ratio = entry.get("speedups", {}).get(name, ratio)
-    return f"{quantity(peers[name], entry['unit'])} ({name}); {ratio:.2f}x"
+    name = charts.best_peer(entry)
+    return f"{quantity(peers[name], entry['unit'])} ({name}); {charts.times_better(entry):.2f}x"
 
 
 def of_ceiling(entry: dict[str, Any]) -> str:
@@ -62,7 +58,7 @@ def of_ceiling(entry: dict[str, Any]) -> str:
         entry = {**entry, "ceiling": entry["config"]["bytes"] / 1e9}
     if not entry["ceiling"]:
         return ""
-    less = entry["unit"] in LESS_IS_BETTER
+    less = entry["unit"] in charts.LESS_IS_BETTER
     share = entry["ceiling"] / entry["value"] if less else entry["value"] / entry["ceiling"]
     return f"{quantity(entry['ceiling'], entry['unit'])} ({100 * share:.0f}%)"
 
