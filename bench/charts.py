@@ -275,10 +275,8 @@ def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, *, belo
     if figure is None:
         return None
     figure.clear()
-    shown = (
-        entries[m] for groups in panels.values() for bars in groups.values() for m in bars.values() if m in entries
-    )
-    others = {best_peer(entry) for entry in shown if entry["peers"]}
+    names = [name for groups in panels.values() for bars in groups.values() for name in bars.values()]
+    others = {best_peer(entries[name]) for name in names if name in entries and entries[name]["peers"]}
     ratios = [ratio for panel in found.values() for bars in panel.values() for ratio in bars.values()]
     most, least = max(*ratios, 1.1), min(*ratios, 0.95)
     if below:
@@ -295,7 +293,7 @@ def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, *, belo
         axes.minorticks_off()
         axes.set_title(title, loc="left", fontsize=9)
     title = (
-        f"Speed beside the fastest alternative ({', '.join(sorted(others))}), {device}.\n"
+        f"{device}: speed beside the fastest alternative ({'; '.join(sorted(others))}; SDPA is torch's attention).\n"
         "1x: level. Blue: this cache is faster. Orange: it is slower. "
         "Below: positions (1k is 1,024); query heads on KV heads."
     )
