@@ -19,7 +19,7 @@ from . import memory
 from .config_names import Shape, read_config
 
 GB = memory.GB
-USUAL_GPUS = (16, 24, 48, 80, 141)  # GB
+USUAL_GPUS = (16, 24, 40, 48, 80, 141)  # GB
 
 
 def _positive(text: str) -> int:
