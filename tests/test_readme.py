@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, and its commands print what it says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HAS_GPU, ROOT
+
+from kvcache_ext.__main__ import main
 
 
 def readme_blocks() -> list[str]:
@@ -37,3 +39,15 @@ def test_readme_code_for_transformers_runs() -> None:
     names: dict[str, object] = {"torch": torch}
     exec(compile(block, "README.md", "exec"), names)
     assert names["tokens"].shape == (1, 48)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_what_commands_print(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their first lines: a page may leave out the last."""
+    blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    commands = [block for block in blocks if block.startswith("$ python -m kvcache_ext plan")]
+    assert commands
+    for block in commands:
+        command, _, shown = block.partition("\n")
+        assert main(command.split()[4:]) == 0
+        assert capsys.readouterr().out.startswith(shown)
