@@ -41,7 +41,7 @@ def test_readme_code_for_transformers_runs() -> None:
     assert names["tokens"].shape == (1, 48)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/multi-gpu.md"])
 def test_what_commands_print(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Their first lines: a page may leave out the last."""
     blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
@@ -51,3 +51,13 @@ def test_what_commands_print(page: str, capsys: pytest.CaptureFixture[str]) -> N
         command, _, shown = block.partition("\n")
         assert main(command.split()[4:]) == 0
         assert capsys.readouterr().out.startswith(shown)
+
+
+def test_plan_gpus_in_the_docs() -> None:
+    page = (ROOT / "docs/multi-gpu.md").read_text()
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "plan_gpus(" in b)
+    names: dict[str, object] = {}
+    *code, last = block.splitlines()
+    exec(compile("\n".join(code), "docs/multi-gpu.md", "exec"), names)
+    expression, _, answer = last.partition("  # ")
+    assert repr(eval(expression, names)) == answer
