@@ -1,4 +1,4 @@
-"""README and docs: their Python runs as it stands, their links lead somewhere, and they stay short.
+"""README and docs: their Python runs, commands print what they show, links lead somewhere, and pages stay short.
 
 The blocks of a page run one after the other in one namespace. A block that does not run here has a comment with the
 reason on the line before it: `<!-- not run: reason -->`.
@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import HAS_GPU, ROOT
 
+from kvcache_ext.__main__ import main
+
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md")))
 ALL_PAGES = (*PAGES, *sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
 MOST_README_WORDS = 1200  # beside code and tables
 MOST_LINES = 300
-PENDING = ("docs/multi-gpu.md",)  # linked before it is there
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -106,6 +107,28 @@ def test_comments_of_the_guide() -> None:
         assert figure in text.partition(line)[2].partition("\n")[0]
 
 
+@pytest.mark.parametrize("page", ["docs/guide.md", "docs/multi-gpu.md"])
+def test_what_commands_print(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their first lines: a page may leave out the last."""
+    blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    commands = [block for block in blocks if block.startswith("$ python -m kvcache_ext plan")]
+    assert commands
+    for block in commands:
+        command, _, shown = block.partition("\n")
+        assert main(command.split()[4:]) == 0
+        assert capsys.readouterr().out.startswith(shown)
+
+
+def test_plan_gpus_in_the_docs() -> None:
+    page = (ROOT / "docs/multi-gpu.md").read_text()
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "plan_gpus(" in b)
+    names: dict[str, Any] = {}
+    *code, last = block.splitlines()
+    exec(compile("\n".join(code), "docs/multi-gpu.md", "exec"), names)
+    expression, _, answer = last.partition("  # ")
+    assert repr(eval(expression, names)) == answer
+
+
 def prose_of(text: str) -> str:
     """Without code, tables and comments."""
     for what in (r"^```.*?^```", r"^\|.*$", r"<!--.*?-->"):
@@ -140,7 +163,7 @@ def anchors_of(page: Path) -> set[str]:
 def test_links_lead_somewhere(page: Path) -> None:
     wrong = []
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
-        if re.match(r"https?:", link) or link in PENDING:
+        if re.match(r"https?:", link):
             continue
         where, _, anchor = link.partition("#")
         target = (page.parent / where).resolve() if where else page
