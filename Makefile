@@ -3,6 +3,7 @@
 ## make bench            build, then GPU-015: fill the cache of a 7B model, read it back, decode with it (a rehearsal without a GPU)
 ## make bench-all        every benchmark, then the report drawn from their results
 ## make report           draw the tables and charts from bench/results
+## make docs             build/docs/index.html: README, docs/ and API pages of the docstrings; a warning is an error
 ## make build            build the extension in place
 ##
 ## make check-kernels    every kernel by plain nvcc for every architecture: warnings, spills, registers, wide loads
@@ -29,12 +30,12 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help build test test-all bench bench-all report check-kernels check-cuda-build coverage soak sanitize check-barriers lint format typecheck install-hooks clean
+.PHONY: help build test test-all bench bench-all report docs check-kernels check-cuda-build coverage soak sanitize check-barriers lint format typecheck install-hooks clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
-build test test-all bench bench-all report check-kernels check-cuda-build coverage soak sanitize check-barriers lint format typecheck install-hooks:
+build test test-all bench bench-all report docs check-kernels check-cuda-build coverage soak sanitize check-barriers lint format typecheck install-hooks:
 	@$(PYTHON) tools/bootstrap.py --torch="$(TORCH)" $@ -- $(ARGS)
 
 clean:

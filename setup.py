@@ -8,6 +8,7 @@ means 9.0a.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;11.0;12.0+PTX"
+OLDEST_TORCH = (2, 11)  # that the package has been tested with
 
 
 def find_toolkit() -> Path | None:
@@ -97,6 +99,20 @@ def cxx_compiler() -> str:
     return next(iter(listing.stdout.splitlines()), command[0])
 
 
+def check_torch(version: str) -> None:
+    """Refuses a torch that is older than any this has been tested with. (What is no release, such as 2.14.0a0, passes.)
+
+    At import kvcache_ext/_extension.py refuses every torch but the one that this was built against.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(
+            f"kvcache_ext needs torch {oldest} or newer, and {sys.executable} has torch {version}: "
+            f"pip install 'torch>={oldest}', then install kvcache_ext again"
+        )
+
+
 def choose_build() -> tuple[Path | None, str]:
     """The toolkit for a CUDA build or None for a CPU build, and the reason in words."""
     import torch
@@ -161,6 +177,7 @@ def extension_and_commands() -> dict[str, object]:
         if error.name != "torch":
             raise
         raise SystemExit(f"kvcache_ext is built against an installed torch, and {sys.executable} has none") from None
+    check_torch(str(torch.__version__))
     toolkit, reason = choose_build()
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # before torch looks for it itself

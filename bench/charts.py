@@ -116,45 +116,6 @@ def draw_gather(results: Path, folder: Path = IMAGES) -> Path | None:
     )
 
 
-def draw_attention(results: Path, folder: Path = IMAGES) -> Path | None:
-    """Time of a layer against the positions held, for each of the shapes: ours, the best other, the ceiling."""
-    device, entries = load(results)
-    shapes = {
-        "attention/mha32": ("32 heads", OURS),
-        "attention/gqa32x8": ("32 query heads on 8", ALSO_OURS),
-    }
-    found = {prefix: _by_size(entries, prefix) for prefix in shapes}
-    if not any(found.values()):
-        return None
-    figure = _figure(6.6, 4.2)
-    if figure is None:
-        return None
-    axes = figure.axes[0]
-    for prefix, (label, colour) in shapes.items():
-        by_size = found[prefix]
-        if not by_size:
-            continue
-        ours = [entry["value"] for entry in by_size.values()]
-        axes.plot(list(by_size), ours, color=colour, marker="o", ms=4, linewidth=2.0, label=f"append_attend, {label}")
-        others = {size: min(entry["peers"].values()) for size, entry in by_size.items() if entry["peers"]}
-        torch_colour = TORCH if colour == OURS else ALSO_TORCH
-        axes.plot(
-            list(others), list(others.values()), color=torch_colour, marker="s", ms=4, label=f"best other, {label}"
-        )
-        limits = {size: entry["ceiling"] for size, entry in by_size.items() if entry["ceiling"]}
-        axes.plot(list(limits), list(limits.values()), color=LIMIT, linestyle="--", label=f"reading alone, {label}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = sorted({size for by_size in found.values() for size in by_size})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("positions held")
-    axes.set_ylabel("microseconds a layer")
-    axes.set_title(f"decode attention, FP32 queries on the FP16 cache, head_dim 128\n{device}", loc="left")
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-    return _save(figure, folder / f"attention-{results.stem}.svg")
-
-
 GENERATE = {"fp16": "FP16 weights", "fp32": "FP32 model", "w4": "4-bit weights", "w8": "8-bit weights"}
 OTHERS = {
     "StaticCache, compiled": TORCH,
@@ -199,40 +160,76 @@ def draw_generate(results: Path, folder: Path = IMAGES) -> Path | None:
     return _save(figure, folder / f"generate-{results.stem}.svg")
 
 
-# What is held against the best other in draw_ratios: groups of bars, and the measurements of each by what stands below.
-RATIOS = {
-    "decode attention, a layer": {
-        shape: {
-            f"{positions // 1024}k": f"attention/{name}/{positions}" for positions in (1_024, 4_096, 16_384, 65_536)
+SHAPES = {
+    "32 heads": "mha32",
+    "32 on 8": "gqa32x8",
+    "64 on 8": "gqa64x8",
+    "28 on 4": "gqa28x4",
+    "64 on 4": "gqa64x4",
+}
+Panels = dict[str, dict[str, dict[str, str]]]  # title, group of bars, what stands below a bar: a measurement's name
+
+
+def _attention_groups(middle: str, sizes: tuple[int, ...]) -> dict[str, dict[str, str]]:
+    return {
+        shape: {_short(positions): f"attention/{name}/{middle}{positions}" for positions in sizes}
+        for shape, name in SHAPES.items()
+    }
+
+
+def _short(positions: int) -> str:
+    return f"{positions // 1024}k" if positions >= 1024 else str(positions)
+
+
+def _generate_groups(**sizes: tuple[int, ...]) -> dict[str, dict[str, str]]:
+    """By model and weights, such as `_7b_fp16`."""
+    found = {}
+    for name, its_sizes in sizes.items():
+        model, weights = name.strip("_").split("_")
+        found[f"{model.upper()} {weights.upper()}"] = {
+            _short(positions): f"generate/{model}/{weights}/{positions}" for positions in its_sizes
         }
-        for shape, name in (
-            ("32 heads", "mha32"),
-            ("32 on 8", "gqa32x8"),
-            ("64 on 8", "gqa64x8"),
-            ("28 on 4", "gqa28x4"),
-            ("64 on 4", "gqa64x4"),
-        )
-    },
-    "prompts, a layer": {
-        words: {f"{tokens // 1024}k": f"prompt/mha32/{tokens}x{tokens}/{kind}" for tokens in (2_048, 4_096, 16_384)}
+    return found
+
+
+RATIOS: Panels = {
+    "attention of one token": _attention_groups("", (1_024, 4_096, 16_384, 65_536)),
+    "attention of a prompt": {
+        words: {_short(tokens): f"prompt/mha32/{tokens}x{tokens}/{kind}" for tokens in (2_048, 4_096, 16_384)}
         for words, kind in (("FP32", "fp32"), ("BF16", "bf16"))
     },
-    "decoding, a whole model": {
-        "7B FP16": {"1k": "generate/7b/fp16/1024", "16k": "generate/7b/fp16/16384", "64k": "generate/7b/fp16/65536"},
-        "7B FP32": {"4k": "generate/7b/fp32/4096", "64k": "generate/7b/fp32/65536"},
-        "8B FP16": {"8k": "generate/8b/fp16/8192", "32k": "generate/8b/fp16/32768", "128k": "generate/8b/fp16/131072"},
-        "8B BF16": {"8k": "generate/8b/bf16/8192", "32k": "generate/8b/bf16/32768", "128k": "generate/8b/bf16/131072"},
-    },
+    "a whole model decoding": _generate_groups(
+        _7b_fp16=(1_024, 16_384, 65_536),
+        _7b_fp32=(4_096, 65_536),
+        _8b_fp16=(8_192, 32_768, 131_072),
+        _8b_bf16=(8_192, 32_768, 131_072),
+    ),
+}
+ATTENTION_RATIOS: Panels = {
+    "1 sequence": _attention_groups("", (256, 1_024, 4_096, 16_384, 65_536, 262_144)),
+    "8 sequences": _attention_groups("b8/", (256, 1_024, 4_096, 16_384, 65_536, 262_144)),
+    "64 sequences": _attention_groups("b64/", (256, 1_024, 4_096, 16_384, 65_536, 262_144)),
 }
 
 
+LESS_IS_BETTER = ("us", "ms", "s", "GB", "relative")
+
+
+def best_peer(entry: dict[str, Any]) -> str:
+    """The name of the best of the others."""
+    peers: dict[str, float] = entry["peers"]
+    return (min if entry["unit"] in LESS_IS_BETTER else max)(peers, key=lambda peer: peers[peer])
+
+
 def times_better(entry: dict[str, Any]) -> float | None:
-    """How many times better than the best of the others; 1 is level."""
-    if not entry["peers"]:
+    """How many times better than the best of the others; 1 is level. The median over rounds, where that was kept."""
+    peers: dict[str, float] = entry["peers"]
+    if not peers:
         return None
-    if entry["unit"] in ("us", "ms", "s", "GB"):
-        return float(min(entry["peers"].values()) / entry["value"])
-    return float(entry["value"] / max(entry["peers"].values()))
+    less = entry["unit"] in LESS_IS_BETTER
+    best = best_peer(entry)
+    ratio = peers[best] / entry["value"] if less else entry["value"] / peers[best]
+    return float(entry.get("speedups", {}).get(best, ratio))
 
 
 def _draw_ratio_bars(axes: Any, groups: dict[str, dict[str, float]]) -> None:
@@ -253,38 +250,65 @@ def _draw_ratio_bars(axes: Any, groups: dict[str, dict[str, float]]) -> None:
     axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
     axes.grid(False, axis="x")
     axes.set_axisbelow(True)
+    axes.set_xlim(-0.9, at - 1.1)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def draw_ratios(results: Path, folder: Path = IMAGES) -> Path | None:
-    """How many times as fast as the best other, by shape and length: a panel for each of RATIOS."""
-    device, entries = load(results)
+def _found_ratios(entries: dict[str, dict[str, Any]], panels: Panels) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for title, groups in RATIOS.items():
+    for title, groups in panels.items():
         for group, names in groups.items():
             bars = {label: times_better(entries[name]) for label, name in names.items() if name in entries}
             known = {label: ratio for label, ratio in bars.items() if ratio is not None}
             if known:
                 found.setdefault(title, {})[group] = known
+    return found
+
+
+def _draw_ratios(results: Path, folder: Path, name: str, panels: Panels, *, below: bool) -> Path | None:
+    """How many times as fast as the best other: a panel for each of `panels`, beside or `below` each other."""
+    device, entries = load(results)
+    found = _found_ratios(entries, panels)
     if not found:
         return None
-    figure = _figure(10.5, 3.6)
+    figure = _figure(11.5, 2.3 * len(found) + 0.9 if below else 3.9)
     if figure is None:
         return None
     figure.clear()
-    widths = [sum(len(bars) + 1 for bars in panel.values()) for panel in found.values()]
-    most = max(ratio for panel in found.values() for bars in panel.values() for ratio in bars.values())
-    all_axes = figure.subplots(1, len(found), squeeze=False, width_ratios=widths, sharey=True)[0]
+    names = [name for groups in panels.values() for bars in groups.values() for name in bars.values()]
+    others = {best_peer(entries[name]) for name in names if name in entries and entries[name]["peers"]}
+    ratios = [ratio for panel in found.values() for bars in panel.values() for ratio in bars.values()]
+    most, least = max(*ratios, 1.1), min(*ratios, 0.95)
+    if below:
+        all_axes = figure.subplots(len(found), 1, squeeze=False, sharey=True)[:, 0]
+    else:
+        widths = [sum(len(bars) + 1 for bars in panel.values()) + 0.6 for panel in found.values()]
+        all_axes = figure.subplots(1, len(found), squeeze=False, width_ratios=widths, sharey=True)[0]
     for axes, (title, panel) in zip(all_axes, found.items(), strict=True):
         _draw_ratio_bars(axes, panel)
         axes.set_yscale("log", base=2)
-        axes.set_ylim(0.5, 2 * most)
-        levels = [level for level in (0.5, 1, 2, 4, 8, 16, 32) if level <= 2 * most]
+        axes.set_ylim(0.85 * least, 1.2 * most if most < 2 else 1.6 * most)
+        levels = [level for level in (0.5, 1, 2, 4, 8, 16, 32) if 0.85 * least <= level <= 1.6 * most]
         axes.set_yticks(levels, [f"{level:g}x" for level in levels])
+        axes.minorticks_off()
         axes.set_title(title, loc="left", fontsize=9)
-    title = f"how many times as fast as the best other, by shape and positions; 1x is level; {device}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return _save(figure, folder / f"ratios-{results.stem}.svg")
+    title = (
+        f"{device}: speed beside the fastest alternative ({'; '.join(sorted(others))}; SDPA is torch's attention).\n"
+        "1x: level. Blue: this cache is faster. Orange: it is slower. "
+        "Below: positions (1k is 1,024); query heads on KV heads."
+    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)
+    return _save(figure, folder / f"{name}-{results.stem}.svg")
+
+
+def draw_ratios(results: Path, folder: Path = IMAGES) -> Path | None:
+    """Attention, prompts and whole models beside the best others: the README's chart."""
+    return _draw_ratios(results, folder, "ratios", RATIOS, below=False)
+
+
+def draw_attention(results: Path, folder: Path = IMAGES) -> Path | None:
+    """Attention of one token beside the best others, by shape, positions and sequences."""
+    return _draw_ratios(results, folder, "attention", ATTENTION_RATIOS, below=True)
 
 
 RATES = {
@@ -298,35 +322,15 @@ RATES = {
 
 
 def draw_gpu015(results: Path, folder: Path = IMAGES) -> Path | None:
-    """Memory at each number of positions, and rates beside plain torch's and the ceiling."""
+    """Rates of filling and reading back, beside plain torch's and the ceiling."""
     device, entries = load(results)
-    memory = {int(e["config"]["positions"]): e for name, e in entries.items() if name.endswith("/memory_gb")}
     rates = [(label, entries[name]) for name, label in RATES.items() if name in entries]
-    if not memory or not rates:
+    if not rates:
         return None
-    figure = _figure(10.5, 3.8, columns=2)
+    figure = _figure(8.5, 3.8)
     if figure is None:
         return None
-    left, right = figure.axes
-
-    for i, (_, entry) in enumerate(sorted(memory.items())):
-        for x, held, colour, label in (
-            (i - 0.2, entry["value"], OURS, "FP16, this cache"),
-            (i + 0.2, 2 * entry["value"], "#c9c9c9", "FP32"),
-        ):
-            left.bar(x, held, 0.38, color=colour, label=label if i == 0 else None)
-            left.text(x, held, f"{held:.4g}", ha="center", va="bottom", fontsize=8)
-    left.set_xticks(range(len(memory)), [f"{size:,}" for size in sorted(memory)])
-    left.set_xlim(-0.7, max(len(memory), 2) - 0.3)
-    left.margins(y=0.25)
-    left.set_xlabel("positions held")
-    left.set_ylabel("GB of keys and values")
-    left.grid(False, axis="x")
-    left.legend(frameon=False, loc="upper left", fontsize=8)
-    config = memory[min(memory)]["config"]
-    shape = f"{config['layers']} layers, {config['kv_heads']} heads, head_dim {config['head_dim']}"
-    left.set_title(f"GPU-015: memory, {shape}", loc="left")
-
+    axes = figure.axes[0]
     for y, (_, entry) in enumerate(rates):
         peers = list(entry["peers"].values())
         marks = [(entry["value"], "o", OURS, "this cache")]
@@ -334,18 +338,76 @@ def draw_gpu015(results: Path, folder: Path = IMAGES) -> Path | None:
         marks += [(entry["ceiling"], "|", LIMIT, "ceiling of this run")] if entry["ceiling"] else []
         for value, marker, colour, label in marks:
             size = 14 if marker == "|" else 7
-            right.plot(value, y, marker, color=colour, ms=size, mew=1.5, label=label if y == 0 else None)
-        right.annotate(
+            axes.plot(value, y, marker, color=colour, ms=size, mew=1.5, label=label if y == 0 else None)
+        axes.annotate(
             f"{entry['value']:,.0f}", (entry["value"], y), (0, 7), textcoords="offset points", ha="center", fontsize=7.5
         )
-    right.set_xscale("log")
-    right.margins(x=0.12)
-    right.set_ylim(len(rates) - 0.5, -0.8)
-    right.set_yticks(range(len(rates)), [label for label, _ in rates])
-    right.set_xlabel("positions/s through all layers")
-    right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3)
-    right.set_title(device, loc="left")
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_ylim(len(rates) - 0.5, -0.8)
+    axes.set_yticks(range(len(rates)), [label for label, _ in rates])
+    axes.set_xlabel("positions/s through all layers")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3)
+    axes.set_title(f"GPU-015: filling the cache of a 7B model and reading it back, {device}", loc="left")
     return _save(figure, folder / f"gpu015-{results.stem}.svg")
 
 
-ALL = (draw_append, draw_gather, draw_attention, draw_generate, draw_gpu015, draw_ratios)
+FP32_COLOUR = "#c9c9c9"
+
+
+def _draw_memory_bars(axes: Any, groups: dict[str, dict[str, tuple[float, str]]]) -> None:
+    """Groups of bars, each a size and a colour."""
+    at = 0.0
+    ticks: dict[float, str] = {}
+    shown: set[str] = set()
+    for group, bars in groups.items():
+        for i, (label, (gigabytes, colour)) in enumerate(bars.items()):
+            x = at + 0.8 * i
+            axes.bar(x, gigabytes, 0.74, color=colour, label=None if label in shown else label)
+            axes.text(x, gigabytes, f"{gigabytes:.3g}", ha="center", va="bottom", fontsize=7)
+            shown.add(label)
+        ticks[at + 0.4 * (len(bars) - 1)] = group
+        at += 0.8 * len(bars) + 0.5
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(False, axis="x")
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.2, 1.0), fontsize=8)
+
+
+def draw_memory(results: Path, folder: Path = IMAGES) -> Path | None:
+    """Keys and values beside FP32, and a whole model's peak beside StaticCache, by the number of positions."""
+    device, entries = load(results)
+    held = {int(e["config"]["positions"]): e for name, e in entries.items() if name.endswith("/memory_gb")}
+    models: dict[str, dict[str, tuple[float, str]]] = {}
+    for kind, words in (("fp32", "FP32"), ("fp16", "FP16"), ("w4", "4-bit")):
+        for size, entry in _by_size(entries, f"generate/peak_gb/7b/{kind}").items():
+            bars = {"this cache": (entry["value"], OURS)}
+            if "StaticCache, compiled" in entry["peers"]:
+                bars["StaticCache, compiled"] = (entry["peers"]["StaticCache, compiled"], TORCH)
+            models[f"{words}\n{_short(size)}"] = bars
+    if len(held) < 2:  # nothing to see in a single pair of bars
+        return None
+    columns = 2 if models else 1
+    figure = _figure(11.5 if models else 5.5, 3.8, columns=columns)
+    if figure is None:
+        return None
+    caches = {
+        f"{size:,}": {"this cache, FP16": (e["value"], OURS), "FP32": (2 * e["value"], FP32_COLOUR)}
+        for size, e in sorted(held.items())
+    }
+    config = held[min(held)]["config"]
+    shape = f"{config['layers']} layers, {config['kv_heads']} heads, head_dim {config['head_dim']}"
+    _draw_memory_bars(figure.axes[0], caches)
+    figure.axes[0].set_title(f"keys and values ({shape})", loc="left", fontsize=9)
+    figure.axes[0].set_ylabel("GB")
+    figure.axes[0].set_xlabel("positions")
+    if models:
+        _draw_memory_bars(figure.axes[1], models)
+        figure.axes[1].set_title("a whole 7B model decoding: peak memory, weights included", loc="left", fontsize=9)
+        figure.axes[1].set_xlabel("weights, and positions held (1k is 1,024)")
+    figure.suptitle(f"Memory, {device}", x=0.01, ha="left", fontsize=10)
+    return _save(figure, folder / f"memory-{results.stem}.svg")
+
+
+ALL = (draw_append, draw_gather, draw_attention, draw_generate, draw_gpu015, draw_memory, draw_ratios)

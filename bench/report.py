@@ -1,14 +1,18 @@
-"""Draws the tables of the README, docs/performance.md and docs/accuracy.md and the charts, from bench/results/*.json.
+"""Draws tables and charts from bench/results/*.json.
 
-What lies between the markers `<!-- results:begin -->` and `<!-- results:end -->` of those files is replaced;
-docs/accuracy.md has a pair for each of its tables, `<!-- results:begin storage -->` and so on. With --check nothing is
-written, and the exit status is 1 when a file is not what it would be.
+- README.md, docs/performance.md and docs/accuracy.md: what lies between the markers `<!-- results:begin -->` and
+  `<!-- results:end -->` is replaced. docs/accuracy.md has a pair for each of its tables, such as
+  `<!-- results:begin storage -->`.
+- docs/results/<device>.md: the whole page is written, one for each results file. Pages of other devices are removed.
+
+With --check nothing is written, and the exit status is 1 when a file is not what it would be.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,48 +24,28 @@ from common import RESULTS, ROOT, natural_order, quantity, shown_path
 
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+PAGES = ROOT / "docs" / "results"
 ACCURACY = ROOT / "docs" / "accuracy.md"
 
-# The README's rows: measurements by name, where a device has them.
-README_ROWS = {
-    "gpu015/memory_gb": "65,536 positions: keys and values in memory (FP32: twice that)",
-    "gpu015/fill_rate/decode": "fill position by position, `append` layer by layer",
-    "gpu015/fill_rate/decode_append_all_graph": "the same, `append_all` in a CUDA graph",
-    "gpu015/fill_rate/prefill": "fill in chunks of 2,048",
-    "gpu015/retrieve_rate": "read back to FP32",
-    "append/prefill/contiguous/4096": "append 4,096 positions of a layer",
-    "append/prefill/htd/4096": "the same from `[H, T, D]`",
-    "gather/contiguous/65536": "gather a layer, 65,536 positions",
-    "gather/indices/65536": "gather 65,536 random positions",
-    "lengths/reorder/rotate/8/4096": "`reorder`: 8 sequences of 4,096 positions",
-    "append/decode/append_all/graph": "one position, 32 layers, `append_all`, GPU time",
-    "append/one_position/host": "one position of one layer, host time",
-    "attention/mha32/65536": "attend to 65,536 positions, 32 heads, append included",
-    "attention/mha32/4096": "the same, 4,096 positions",
-    "attention/gqa32x8/65536": "65,536 positions, 32 query heads on 8",
-    "prompt/mha32/4096x4096/fp32": "a prompt of 4,096 tokens, 32 heads: attention, FP32",
-    "prompt/mha32/2048x65536/fp32": "2,048 tokens behind 63,488",
-    "prompt/mha32/4096x4096/bf16": "a prompt of 4,096 tokens, BF16",
-    "attention/error/fp32": "largest error of attention against FP64, FP32 query",
-    "storage/save": "`save` a cache to a file, synced to the disk",
-    "storage/load": "`load` it from the disk",
-    "first_token/7b/fp32/16384": "a 7B FP32 model reads a prompt of 16,384 tokens",
-    "first_token/7b/bf16/16384": "the same, BF16 weights",
+# Rows by the names of measurements, where a device has them. The README has those of `README_ROWS`.
+HEADLINES = {
     "generate/7b/fp32/65536": "a 7B FP32 model decoding at 65,536 positions",
-    "generate/7b/fp32/65536/tuned": "the same, its products tuned by Inductor",
-    "generate/peak_gb/7b/fp32/65536": "the same: peak memory",
-    "generate/7b/fp16/65536": "FP16 weights",
-    "generate/7b/fp16/65536/tuned": "the same, tuned",
-    "generate/peak_gb/7b/fp16/65536": "the same: peak memory",
-    "generate/7b/w4/65536": "4-bit weights",
-    "generate/peak_gb/7b/w4/65536": "the same: peak memory",
-    "generate/8b/fp16/8192": "an 8B model (Llama 3's shape, FP16 weights) at 8,192 positions",
-    "generate/8b/fp16/8192/tuned": "the same, tuned",
-    "generate/8b/fp16/131072": "at 131,072 positions",
-    "generate/8b/fp16/131072/tuned": "the same, tuned",
+    "generate/peak_gb/7b/fp32/65536": "the same: peak memory (ceiling: weights, keys and values alone)",
+    "prompt/mha32/4096x4096/fp32": "attention of a prompt of 4,096 tokens, 32 heads, FP32",
+    "generate/8b/fp16/8192": "an 8B model (Llama 3's shape, FP16 weights) decoding at 8,192 positions",
+    "generate/8b/fp16/131072": "the same at 131,072 positions",
+    "attention/gqa32x8/65536": "attention of one token, 65,536 positions, 32 query heads on 8, a layer",
+    "generate/8b/fp16/131072/tuned": "the 8B model at 131,072 positions, its products tuned by Inductor",
+    "generate/8b/fp16/32768": "the 8B model at 32,768 positions",
+    "generate/8b/fp16/b16/8192": "the 8B model, 16 sequences of 8,192 positions",
+    "generate/8h/fp16/32768": "a hybrid of that size (one layer in four with attention) decoding at 32,768 positions",
+    "generate/7b/fp16/65536": "a 7B model with FP16 weights decoding at 65,536 positions",
+    "prompt/mha32/4096x4096/bf16": "attention of a prompt of 4,096 tokens, 32 heads, BF16",
+    "append/prefill/contiguous/4096": "append 4,096 positions of a layer, from FP32",
+    "gather/indices/65536": "gather 65,536 random positions of a layer, to FP32",
+    "storage/save": "save a cache to a file, synced to the disk",
 }
-CPU_HAS_NO_GRAPHS = ", GPU time", " in a graph"
-LESS_IS_BETTER = ("us", "ms", "s", "GB", "relative")
+README_ROWS = tuple(HEADLINES)[:6]
 
 
 def best_peer(entry: dict[str, Any]) -> str:
@@ -69,17 +53,17 @@ def best_peer(entry: dict[str, Any]) -> str:
     peers: dict[str, float] = entry["peers"]
     if not peers:
         return ""
-    less = entry["unit"] in LESS_IS_BETTER
-    name = (min if less else max)(peers, key=lambda peer: peers[peer])
-    ratio = peers[name] / entry["value"] if less else entry["value"] / peers[name]
-    ratio = entry.get("speedups", {}).get(name, ratio)
-    return f"{quantity(peers[name], entry['unit'])} ({name}); {ratio:.2f}x"
+    name = charts.best_peer(entry)
+    return f"{quantity(peers[name], entry['unit'])} ({name}); {charts.times_better(entry):.2f}x"
 
 
 def of_ceiling(entry: dict[str, Any]) -> str:
+    if not entry["ceiling"] and entry["name"].startswith("generate/peak_gb/"):
+        # No memory is less than what a step reads: weights, keys and values.
+        entry = {**entry, "ceiling": entry["config"]["bytes"] / 1e9}
     if not entry["ceiling"]:
         return ""
-    less = entry["unit"] in LESS_IS_BETTER
+    less = entry["unit"] in charts.LESS_IS_BETTER
     share = entry["ceiling"] / entry["value"] if less else entry["value"] / entry["ceiling"]
     return f"{quantity(entry['ceiling'], entry['unit'])} ({100 * share:.0f}%)"
 
@@ -102,30 +86,49 @@ def origin(data: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     return f"torch {data['torch']}{cuda}, commit {commits}, {max(entry['date'] for entry in entries)}"
 
 
-def readme_label(label: str, entry: dict[str, Any], gpu: bool) -> str:
-    if not gpu:
-        for words in CPU_HAS_NO_GRAPHS:
-            label = label.replace(words, "")
-        if entry["name"].startswith("gpu015/"):
-            label += f" ({entry['config']['layers']} layers)"
-    return label
+def headline_block(path: Path, names: tuple[str, ...]) -> list[str]:
+    """The rows of HEADLINES of one device; nothing where it has none of them."""
+    data = json.loads(path.read_text())
+    entries = {entry["name"]: entry for entry in data["measurements"]}
+    there = [name for name in names if name in entries]
+    if not there:
+        return []
+    rows = [row(HEADLINES[name], entries[name]) for name in there]
+    title = f"**{data['device']}** ({origin(data, [entries[name] for name in there])})"
+    return [title, "", *markdown_table(["", *HEAD], rows), ""]
+
+
+def image_lines(words: str, name: str, page: Path) -> list[str]:
+    """A chart on a page, where it has been drawn."""
+    image = charts.IMAGES / name
+    if not image.is_file():
+        return []
+    return [f"![{words}]({Path(os.path.relpath(image, page.parent)).as_posix()})", ""]
+
+
+RATIOS_WORDS = "How many times as fast as the fastest alternative: bars by shape and number of positions"
+MEMORY_WORDS = "Memory of keys and values beside FP32, and of a whole model beside StaticCache, by number of positions"
 
 
 def readme_block(files: list[Path]) -> str:
-    """Of the first device, a GPU if there is one; all of them are in docs/performance.md."""
+    """Of the first device, a GPU if there is one."""
+    lines = headline_block(files[0], README_ROWS) if files else []
+    if files:
+        lines += image_lines(RATIOS_WORDS, f"ratios-{files[0].stem}.svg", README)
+    return "\n".join(lines).strip()
+
+
+def performance_block(files: list[Path]) -> str:
+    """The headlines and charts of the first device, and where the tables of all devices are."""
     lines: list[str] = []
     for path in files[:1]:
-        data = json.loads(path.read_text())
-        entries = {entry["name"]: entry for entry in data["measurements"]}
-        chosen = [(label, entries[name]) for name, label in README_ROWS.items() if name in entries]
-        if not chosen:
-            continue
-        rows = [row(readme_label(label, entry, bool(data["cuda"])), entry) for label, entry in chosen]
-        lines += [f"**{data['device']}** ({origin(data, [entry for _, entry in chosen])})", ""]
-        lines += [*markdown_table(["", *HEAD], rows), ""]
-    image = charts.IMAGES / f"ratios-{files[0].stem}.svg" if files else None
-    if image is not None and image.is_file():
-        lines.append(f"![how many times as fast as the best other]({image.relative_to(ROOT)})")
+        lines += headline_block(path, tuple(HEADLINES))
+        lines += image_lines(RATIOS_WORDS, f"ratios-{path.stem}.svg", PERFORMANCE)
+        lines += image_lines(MEMORY_WORDS, f"memory-{path.stem}.svg", PERFORMANCE)
+    if files:
+        lines += ["Every measurement, by device:", ""]
+    for path in files:
+        lines.append(f"- [{json.loads(path.read_text())['device']}](results/{path.stem}.md)")
     return "\n".join(lines).strip()
 
 
@@ -149,24 +152,24 @@ def few_table(entries: list[dict[str, Any]]) -> list[str]:
     return [*markdown_table([f"{FEW}: positions", *columns], rows), ""] if rows else []
 
 
-def performance_block(files: list[Path]) -> str:
-    lines: list[str] = []
-    for path in files:
-        data = json.loads(path.read_text())
-        timed = [entry for entry in data["measurements"] if not entry["name"].startswith("accuracy/")]
-        entries = sorted(timed, key=lambda entry: natural_order(entry["name"]))
-        if not entries:
-            continue
-        lines += [f"## {data['device']}", "", f"`{shown_path(path)}`: {origin(data, entries)}.", ""]
-        for kind in dict.fromkeys(entry["name"].split("/")[0] for entry in entries):
-            image = charts.IMAGES / f"{kind}-{path.stem}.svg"
-            if image.is_file():
-                lines += [f"![{kind}](images/{image.name})", ""]
-            of_kind = [entry for entry in entries if entry["name"].split("/")[0] == kind]
-            rows = [row(f"`{e['name']}`", e) for e in of_kind if not e["name"].startswith(FEW)]
-            lines += [*markdown_table([kind, *HEAD], rows), ""]
-            lines += few_table([entry for entry in of_kind if entry["name"].startswith(FEW)])
-    return "\n".join(lines).strip()
+def device_page(path: Path) -> str:
+    """Every measurement of a device but those of docs/accuracy.md, with the charts."""
+    data = json.loads(path.read_text())
+    timed = [entry for entry in data["measurements"] if not entry["name"].startswith("accuracy/")]
+    entries = sorted(timed, key=lambda entry: natural_order(entry["name"]))
+    page = PAGES / f"{path.stem}.md"
+    lines = [f"# {data['device']}", "", f"Drawn by `make report` from `{shown_path(path)}`; not edited by hand.", ""]
+    if entries:
+        lines += [f"{origin(data, entries)}. How it is measured: [performance.md](../performance.md).", ""]
+    lines += image_lines(RATIOS_WORDS, f"ratios-{path.stem}.svg", page)
+    lines += image_lines(MEMORY_WORDS, f"memory-{path.stem}.svg", page)
+    for kind in dict.fromkeys(entry["name"].split("/")[0] for entry in entries):
+        lines += [f"## {kind}", "", *image_lines(kind, f"{kind}-{path.stem}.svg", page)]
+        of_kind = [entry for entry in entries if entry["name"].split("/")[0] == kind]
+        rows = [row(f"`{e['name']}`", e) for e in of_kind if not e["name"].startswith(FEW)]
+        lines += [*markdown_table([kind, *HEAD], rows), ""] if rows else []
+        lines += few_table([entry for entry in of_kind if entry["name"].startswith(FEW)])
+    return "\n".join(lines).strip() + "\n"
 
 
 def accuracy_block(files: list[Path], part: str) -> str:
@@ -212,20 +215,28 @@ def main() -> int:
         PERFORMANCE: {"": performance_block(files)},
         ACCURACY: {part: accuracy_block(files, part) for part in accuracy_tables.PARTS},
     }
-    stale = []
+    wanted: dict[Path, str | None] = dict.fromkeys(PAGES.glob("*.md"))  # None: to be removed
+    wanted |= {PAGES / f"{path.stem}.md": device_page(path) for path in files}
     for path, its_blocks in blocks.items():
         if not path.is_file():
             print(f"{shown_path(path)}: there is no such file")
             continue
         text = path.read_text()
-        wanted = text
         for name, block in its_blocks.items():
-            wanted = with_block(wanted, path, block, name)
-        if wanted == text:
+            text = with_block(text, path, block, name)
+        wanted[path] = text
+    stale = []
+    for path, new in wanted.items():
+        if new == (path.read_text() if path.is_file() else None):
             continue
         stale.append(shown_path(path))
-        if not args.check:
-            path.write_text(wanted)
+        if args.check:
+            continue
+        if new is None:
+            path.unlink()
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(new)
     if not stale:
         print("up to date")
     elif args.check:

@@ -478,8 +478,8 @@ class StreamingKVCacheFp16:
         Raises:
             TypeError, ValueError, IndexError: an argument is wrong.
 
-        Which kernels: up to 16 queries that share a KV head (`T * Hq / H`) take those that read each key once for 16
-        of them (8 above head_dim 128, 4 above 256). More of them, if `T` > 1, take those for prompts: on tensor cores
+        Which kernels: up to 16 queries that share a KV head (`T * Hq / H`) take those that read each key once for up
+        to 16 of them (4 above head_dim 256). More of them, if `T` > 1, take those for prompts: on tensor cores
         on a GPU, and on a CPU from 10 queries on. On a GPU the only memory beside the answer is the cache's workspace
         (see `plan`), whatever `T` is. Lengths are read on the device: a call never waits, and a graph can capture it.
         """
@@ -702,9 +702,9 @@ class StreamingKVCacheFp16:
             TypeError, ValueError, IndexError, OSError, RuntimeError: an argument is wrong, the file cannot be read, the
                 current stream is being captured into a graph, or the cache's memory has been moved.
 
-            The cache is unchanged after an error, with one exception: where the second pass fails (the disk fails, the
-            file changes after the first pass, `progress` raises), the named sequences are empty, as after `reset`. The
-            ValueError or OSError then says so.
+        The cache is unchanged after an error, with one exception: where the second pass fails (the disk fails, the
+        file changes after the first pass, `progress` raises), the named sequences are empty, as after `reset`. The
+        ValueError or OSError then says so.
         """
         files.load_sequences(self, path, sequences, progress)
 

@@ -25,18 +25,18 @@ def shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def checked_int(name: str, value: Any, least: int) -> int:
-    """An argument of StreamingKVCacheFp16 as an int of at most 64 bits."""
+def checked_int(name: str, value: Any, least: int, *, of: str = "StreamingKVCacheFp16") -> int:
+    """An argument of a class or function, `of`, as an int of at most 64 bits."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"StreamingKVCacheFp16: {name} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{of}: {name} must be an int, got {type(value).__name__}")
     try:
         number = operator.index(value)
     except Exception as error:  # a tensor of floats has the method, too
-        raise TypeError(f"StreamingKVCacheFp16: {name} must be an int, got a {type(value).__name__}") from error
+        raise TypeError(f"{of}: {name} must be an int, got a {type(value).__name__}") from error
     if number.bit_length() > 63:
-        raise ValueError(f"StreamingKVCacheFp16: {name} must fit in 64 bits, got an int of {number.bit_length()} bits")
+        raise ValueError(f"{of}: {name} must fit in 64 bits, got an int of {number.bit_length()} bits")
     if number < least:
-        raise ValueError(f"StreamingKVCacheFp16: {name} must be at least {least}, got {number}")
+        raise ValueError(f"{of}: {name} must be at least {least}, got {number}")
     return number
 
 

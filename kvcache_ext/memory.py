@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,6 +217,49 @@ def plan(
         device=None if device is None else str(device),
         free_bytes=free,
     )
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Keys and values of one layer: `[batch_size, slots, heads, head_dim]` each. `window`: None: full attention."""
+
+    slots: int
+    heads: int
+    head_dim: int
+    window: int | None = None
+
+
+def plans_of_layers(
+    layers: Iterable[LayerShape | None], batch_size: int, *, device: torch.device | None = None
+) -> list[Plan]:
+    """The plans of the caches that hold these layers, one cache for all layers of one shape. None: no keys and values.
+
+    Nothing is said of free memory.
+    """
+    alike = Counter(layer for layer in layers if layer is not None)
+    return [
+        plan(count, shape.slots, shape.heads, shape.head_dim, batch_size, device=device, free=0)
+        for shape, count in alike.items()
+    ]
+
+
+def largest_that_fits(bytes_of: Callable[[int], int], room: int) -> int | None:
+    """The largest number that takes `room` bytes at most. 0: not even 1 does. None: any number does.
+
+    `bytes_of(number)` never falls as the number grows.
+    """
+    low, high = 0, 1 << 62
+    if bytes_of(high) <= room:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bytes_of(middle) <= room else (low, middle)
+    return low
+
+
+def shown_gb(size: int) -> str:
+    """Bytes in words: GB of 10^9 bytes, and MB where it is less than 10 MB."""
+    return f"{size / GB:,.2f} GB" if size == 0 or size >= GB // 100 else f"{size / 1e6:,.2f} MB"
 
 
 def check_fits(planned: Plan) -> None:

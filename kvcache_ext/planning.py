@@ -11,15 +11,18 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from . import memory
+from . import memory, planning_gpus
 from .config_names import Shape, read_config
+from .memory import LayerShape, shown_gb
+from .multi_gpu import MOST_LAYERS, LayersOf, layers_alike
 
 GB = memory.GB
-USUAL_GPUS = (16, 24, 48, 80, 141)  # GB
+USUAL_GPUS = (16, 24, 40, 48, 80, 141)  # GB
 
 
 def _positive(text: str) -> int:
@@ -55,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     into = parser.add_mutually_exclusive_group()
     into.add_argument("--free-gb", type=_gigabytes, metavar="GB", help="memory to fit into, 10^9 bytes")
     into.add_argument("--device", help="the device whose free memory to fit into (default: a GPU, else the CPU)")
+    parser.add_argument("--gpus", type=_positive, metavar="N", help="several GPUs: what each takes, in three ways")
+    parser.add_argument(
+        "--gpu-gb",
+        type=_gigabytes,
+        metavar="GB",
+        help="memory of each of them, 10^9 bytes (default: what they have free)",
+    )
 
 
 def _shape(chosen: argparse.Namespace) -> Shape:
@@ -73,26 +83,29 @@ def _shape(chosen: argparse.Namespace) -> Shape:
 
 
 @dataclass(frozen=True)
-class LayersAlike:
-    """Layers that one `StreamingKVCacheFp16` of an `Fp16Cache` holds."""
+class Model:
+    """What is planned for: the layers of a model.
 
-    layers: int
+    `words` names them, behind a number of positions. `remarks` say what the plan leaves out or counts too much.
+    `why_not_by_heads`: as `plan_model_on_gpus` takes it.
+    """
+
+    layers: LayersOf
     positions: int
-    heads: int
-    head_dim: int
-    window: int | None
+    words: str
+    remarks: list[str]
+    why_not_by_heads: str | None = None
 
-    @property
-    def words(self) -> str:
-        window = "" if self.window is None else f" with a window of {self.window:,}"
-        return f"{self.layers} of {self.heads} key/value heads of {self.head_dim}{window}"
+    def held(self) -> list[LayerShape]:
+        """The layers that have keys and values."""
+        return [layer for layer in self.layers(self.positions) if layer is not None]
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """`memory.Plan` for the `Fp16Cache` of a model, whose layers may differ."""
+    """`memory.Plan` for the cache of a model, whose layers may differ."""
 
-    alike: Callable[[int], list[LayersAlike]]  # for so many positions
+    layers: LayersOf
     max_positions: int
     batch_size: int
     device: torch.device | None
@@ -100,10 +113,7 @@ class ModelPlan:
     weights_bytes: int
 
     def _plans(self, positions: int, batch: int) -> list[memory.Plan]:
-        return [
-            memory.plan(a.layers, a.positions, a.heads, a.head_dim, batch, device=self.device, free=0)
-            for a in self.alike(positions)
-        ]
+        return memory.plans_of_layers(self.layers(positions), batch, device=self.device)
 
     @property
     def cache_bytes(self) -> int:
@@ -126,17 +136,10 @@ class ModelPlan:
         return None if self.free_bytes is None else self.total_bytes + self.weights_bytes <= self.free_bytes
 
     def _largest(self, total_bytes: Callable[[int], int]) -> int | None:
-        """The largest number with so many bytes at most; None: any number."""
+        """The largest number that fits; None: any does, or free memory is not known."""
         if self.free_bytes is None:
             return None
-        room = self.free_bytes - self.weights_bytes
-        low, high = 0, 1 << 40
-        if total_bytes(high) <= room:
-            return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if total_bytes(middle) <= room else (low, middle)
-        return low
+        return memory.largest_that_fits(total_bytes, self.free_bytes - self.weights_bytes)
 
     @property
     def largest_max_positions(self) -> int | None:
@@ -151,54 +154,78 @@ class ModelPlan:
 class ReadModel:
     """A config.json as transformers reads it."""
 
-    alike: Callable[[int], list[LayersAlike]]
+    layers: LayersOf
     positions: int | None
     remarks: list[str]
+    why_not_by_heads: str | None
 
 
 def _read_by_transformers(path: Path) -> ReadModel | str | None:
     """None: it cannot. Text: it can, but an `Fp16Cache` cannot hold the model."""
     try:
-        from .integrations.transformers.planned import layers_of_config
+        from .integrations.transformers.planned import model_of_config
 
-        layers, positions = layers_of_config(path if path.is_file() else path / "config.json")
+        found = model_of_config(path if path.is_file() else path / "config.json")
     except NotImplementedError as error:
         return f"{error} (the figures are of a StreamingKVCacheFp16)"
     except Exception:  # no transformers, or whatever it raises where it does not know the model
         return None
 
-    def alike(positions: int) -> list[LayersAlike]:
-        groups = Counter(plan.group for plan in layers(positions) if plan.attends)
+    @cache
+    def shapes(positions: int) -> list[LayerShape | None]:
         return [
-            LayersAlike(count, ring, heads, head_dim, window)
-            for (_, ring, heads, head_dim, window), count in groups.items()
+            LayerShape(plan.max_positions, plan.heads, plan.head_dim, plan.window) if plan.attends else None
+            for plan in found.layers(positions)
         ]
 
-    states = sum(plan.states > 0 for plan in layers(1))
+    states = sum(plan.states > 0 for plan in found.layers(1))
     remark = f"{states} layers keep recurrent or convolutional states, which are not counted"
-    return ReadModel(alike, positions, [remark] if states else [])
+    return ReadModel(shapes, found.positions, [remark] if states else [], found.why_not_by_heads)
 
 
-def _budget(planned: memory.Plan | ModelPlan, where: str, weights_given: bool) -> list[tuple[str, str, str]]:
+def _model(chosen: argparse.Namespace) -> Model:
+    """Of the config or the numbers; numbers go before what the config says."""
+    by_numbers = chosen.config is None or chosen.layers or chosen.heads or chosen.head_dim
+    read = None if by_numbers else _read_by_transformers(chosen.config)
+    if isinstance(read, ReadModel):
+        positions = chosen.positions or read.positions
+        if positions is None:
+            raise ValueError("plan: --positions is missing")
+        alike = Counter(layer for layer in read.layers(positions) if layer is not None)
+        groups = [
+            f"{count} of {shape.heads} key/value heads of {shape.head_dim}"
+            + ("" if shape.window is None else f" with a window of {shape.window:,}")
+            for shape, count in alike.items()
+        ]
+        return Model(read.layers, positions, f": {', '.join(groups)}", read.remarks, read.why_not_by_heads)
+    shape = _shape(chosen)
+    if shape.layers > MOST_LAYERS:
+        raise ValueError(f"plan: --layers must be at most {MOST_LAYERS:,}, got {shape.layers:,}")
+    return Model(
+        layers_alike(shape.layers, shape.heads, shape.head_dim),
+        shape.positions or 1,
+        f", {shape.heads} key/value heads of {shape.head_dim}",
+        [*([read] if isinstance(read, str) else []), *shape.remarks],
+    )
+
+
+def _budget(planned: ModelPlan, where: str, weights_given: bool) -> list[tuple[str, str, str]]:
     """Rows of the table: what, GB, a remark."""
-
-    def gb(size: int) -> str:
-        return f"{size / GB:,.2f} GB" if size == 0 or size >= GB // 100 else f"{size / 1e6:,.2f} MB"
 
     def most(number: int | None) -> str:
         return "any" if number is None else f"{number:,}"
 
     both = planned.weights_bytes + planned.total_bytes
     rows = [
-        ("weights", gb(planned.weights_bytes), "" if weights_given else "not given: --weights-gb"),
-        ("cache, keys and values (FP16)", gb(planned.cache_bytes), f"in FP32: {gb(planned.fp32_bytes)}"),
-        ("beside it: state, workspace", gb(planned.beside_bytes), ""),
-        ("total", gb(both), f"with a cache in FP32: {gb(both + planned.cache_bytes)}"),
+        ("weights", shown_gb(planned.weights_bytes), "" if weights_given else "not given: --weights-gb"),
+        ("cache, keys and values (FP16)", shown_gb(planned.cache_bytes), f"in FP32: {shown_gb(planned.fp32_bytes)}"),
+        ("beside it: state, workspace", shown_gb(planned.beside_bytes), ""),
+        ("total", shown_gb(both), f"with a cache in FP32: {shown_gb(both + planned.cache_bytes)}"),
     ]
     if planned.free_bytes is not None:
-        verdict = "fits" if planned.fits else f"does not fit: {gb(both - planned.free_bytes)} too much"
+        verdict = "fits" if planned.fits else f"does not fit: {shown_gb(both - planned.free_bytes)} too much"
         rows += [
-            ("free" + where, gb(planned.free_bytes), verdict),
+            ("free" + where, shown_gb(planned.free_bytes), verdict),
             ("most positions that fit", most(planned.largest_max_positions), f"for a batch of {planned.batch_size:,}"),
             ("largest batch that fits", most(planned.largest_batch_size), f"of {planned.max_positions:,} positions"),
         ]
@@ -219,59 +246,42 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _budget_of_one(chosen: argparse.Namespace, model: Model) -> list[str]:
+    """The table for one GPU, or for the CPU."""
+    device, where, free = None, "", chosen.free_gb
+    if free is None:
+        device = _device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where, free = f" on {device}", memory.free_bytes(device)
+    planned = ModelPlan(model.layers, model.positions, chosen.batch, device, free, chosen.weights_gb or 0)
+    rows = _budget(planned, where, chosen.weights_gb is not None)
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"  {name:<{widths[0]}}  {figure:>{widths[1]}}  {remark}".rstrip() for name, figure, remark in rows]
+    total = planned.weights_bytes + planned.total_bytes
+    sizes = ", ".join(f"{size} GB {'yes' if total <= size * GB else 'no'}" for size in USUAL_GPUS)
+    return [*lines, f"  fits on an empty GPU of: {sizes}"]
+
+
 def print_plan(chosen: argparse.Namespace) -> None:
-    """Prints the budget table.
+    """Prints the budget table; with `--gpus`, that of several GPUs.
 
     Raises:
         ValueError: an option or the config is wrong.
     """
-    by_numbers = chosen.config is None or chosen.layers or chosen.heads or chosen.head_dim
-    read = None if by_numbers else _read_by_transformers(chosen.config)
-    shape = None if isinstance(read, ReadModel) else _shape(chosen)
-    device, where = None, ""
-    if chosen.free_gb is None:
-        device = _device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        where = f" on {device}"
+    planning_gpus.check_options(chosen)
+    model = _model(chosen)
+    held = model.held()
     batch = "" if chosen.batch == 1 else f"{chosen.batch:,} sequences of "
-    planned: memory.Plan | ModelPlan
-    if shape is None:
-        assert isinstance(read, ReadModel)
-        positions = chosen.positions or read.positions
-        if positions is None:
-            raise ValueError("plan: --positions is missing")
-        free = memory.free_bytes(device) if device is not None else chosen.free_gb
-        planned = ModelPlan(read.alike, positions, chosen.batch, device, free, chosen.weights_gb or 0)
-        groups = read.alike(positions)
-        words = ", ".join(group.words for group in groups)
-        print(f"{sum(group.layers for group in groups)} layers, {batch}{positions:,} positions: {words}")
-        head_dims, remarks = {group.head_dim for group in groups}, read.remarks
+    headline = f"{len(held)} layers, {batch}{model.positions:,} positions{model.words}"
+    if chosen.gpus is None:
+        lines = [headline, *_budget_of_one(chosen, model)]
     else:
-        planned = memory.plan(
-            shape.layers,
-            shape.positions or 1,
-            shape.heads,
-            shape.head_dim,
-            chosen.batch,
-            device=device,
-            free=chosen.free_gb,
-            weights_bytes=chosen.weights_gb or 0,
-        )
-        print(
-            f"{planned.num_layers} layers, {batch}{planned.max_positions:,} positions, "
-            f"{planned.num_heads} key/value heads of {planned.head_dim}"
-        )
-        head_dims = {planned.head_dim}
-        remarks = [*([read] if isinstance(read, str) else []), *shape.remarks]
-    rows = _budget(planned, where, chosen.weights_gb is not None)
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for name, figure, remark in rows:
-        print(f"  {name:<{widths[0]}}  {figure:>{widths[1]}}  {remark}".rstrip())
-    total = planned.weights_bytes + planned.total_bytes
-    sizes = ", ".join(f"{size} GB {'yes' if total <= size * GB else 'no'}" for size in USUAL_GPUS)
-    print(f"  fits on an empty GPU of: {sizes}")
+        planned = planning_gpus.plan(chosen, model.layers, model.positions, model.why_not_by_heads)
+        lines = [headline, *planning_gpus.lines(planned, chosen.weights_gb is not None)]
+    print("\n".join(lines))
     print("  note: activations, other tensors and the CUDA context need room of their own")
+    head_dims = {layer.head_dim for layer in held}
     for head_dim in sorted(head_dims):
         if not memory.attention_serves(head_dim):
             print(f"  note: attend needs a head_dim of a multiple of 8, at most 512; {head_dim} can only be read")
-    for remark in remarks:
+    for remark in model.remarks:
         print(f"  note: {remark}")

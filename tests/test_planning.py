@@ -65,7 +65,7 @@ def test_the_budget_of_the_7b_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["free"] == "48.00 GB fits"
     assert rows["most positions that fit"] == "83,850 for a batch of 1"
     assert rows["largest batch that fits"] == "1 of 65,536 positions"
-    assert rows["fits on an empty GPU of"] == "16 GB no, 24 GB no, 48 GB yes, 80 GB yes, 141 GB yes"
+    assert rows["fits on an empty GPU of"] == "16 GB no, 24 GB no, 40 GB yes, 48 GB yes, 80 GB yes, 141 GB yes"
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

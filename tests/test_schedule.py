@@ -182,7 +182,7 @@ def chosen_for(program: Path, calls: list[Call]) -> list[Chosen]:
 
 
 # What is chosen: configuration, splits, blocks, threads. A change of the policy changes these on purpose, with a
-# measurement in docs/performance.md.
+# measurement in docs/performance-log-attention.md.
 PINNED = {
     Call(H200, 1, 1, 4096): ("EightWarps", 33, 264, 256),
     Call(H200, 8, 1, 1024): ("EightWarps", 4, 256, 256),

@@ -86,6 +86,8 @@ TARGETS = {
         build=True,
         optional=("transformers",),
     ),
+    # The docstrings are read, not imported: neither torch nor a build is needed.
+    "docs": Target(("docs",), (("mkdocs", "build", "--strict", "{args}"),), torch=False),
     "report": Target(("bench",), ((*REPORT, "{args}"),), build=True),
     "check-kernels": Target(("sass",), (("python", "tools/check_kernels.py", "{args}"),), torch=False),
     "check-cuda-build": Target((), (("python", "tools/check_cuda_build.py"),)),

@@ -167,13 +167,14 @@ class Fp16Cache(Cache):
             NotImplementedError, MemoryError, TypeError: as `for_model`.
             OSError: the file cannot be read.
 
-            After an error the model's attention is as it was.
+        After an error the model's attention is as it was.
         """
         options = {"attention": attention, "overflow": overflow, "precision": precision, "compileable": compileable}
         return files.load(cls.for_model, path, model, max_positions, batch_size, progress, options)
 
     @property
     def batch_size(self) -> int:
+        """The most sequences at a time."""
         return self.shared.batch_size
 
     def memory_bytes(self) -> int:
@@ -236,6 +237,7 @@ class Fp16Cache(Cache):
         return sizes
 
     def refuse_no_tokens(self) -> NoReturn:
+        """Raises ValueError: a forward pass needs at least one new token."""
         raise ValueError(
             f"Fp16Cache: a forward pass over no tokens: it holds {self.get_seq_length()}, the whole text or more; "
             "reset() it to begin anew"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,31 @@ import torch
 from ...config_names import POSITIONS
 from .layer_plan import LayerPlan, check_takes_a_cache, plan_layers
 
+# What makes keys of hidden states, alone or with queries and values, as tensor-parallel plans name it.
+KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "kv_b_proj")
 
-def layers_of_config(path: Path) -> tuple[Callable[[int], list[LayerPlan]], int | None]:
-    """The layers, for each `max_positions`, that `Fp16Cache.for_model` makes for a model with this config.json, and how
-    many positions the model is made for.
 
-    The model is built without memory, on torch's meta device. Raises NotImplementedError where `for_model` would, and
-    whatever transformers raises where it does not know the model.
+@dataclass(frozen=True)
+class ModelOfConfig:
+    """What a config.json says of a cache.
+
+    Attributes:
+        layers: for each `max_positions`, the layers that `Fp16Cache.for_model` makes.
+        positions: how many positions the model is made for; None: it does not say.
+        why_not_by_heads: why tensor parallelism does not deal its key/value heads out to several GPUs, in words; None:
+            it does.
+    """
+
+    layers: Callable[[int], list[LayerPlan]]
+    positions: int | None
+    why_not_by_heads: str | None
+
+
+def model_of_config(path: Path) -> ModelOfConfig:
+    """The model with this config.json, which is built without memory, on torch's meta device.
+
+    Raises NotImplementedError where `for_model` would, and whatever transformers raises where it does not know the
+    model.
     """
     model = _without_weights(path)
 
@@ -28,7 +47,19 @@ def layers_of_config(path: Path) -> tuple[Callable[[int], list[LayerPlan]], int 
     layers(1)
     text = model.config.get_text_config(decoder=True)
     made_for = [getattr(text, name, None) for name in POSITIONS]
-    return layers, next((number for number in made_for if isinstance(number, int) and number > 0), None)
+    positions = next((number for number in made_for if isinstance(number, int) and number > 0), None)
+    return ModelOfConfig(layers, positions, _why_not_by_heads(text))
+
+
+def _why_not_by_heads(text: Any) -> str | None:
+    parallel = getattr(text, "base_model_tp_plan", None) or {}
+    if not parallel:
+        return f"transformers has no tensor-parallel plan for {text.model_type}"
+    styles = {style for name, style in parallel.items() if name.rpartition(".")[2] in KEY_PROJECTIONS}
+    # Gathered: each GPU computes its own heads, and then gets those of the others (before 5.19 "colwise_rep").
+    if any("colwise" in style and not style.endswith(("gather_output", "rep")) for style in styles):
+        return None
+    return f"transformers' tensor-parallel plan for {text.model_type} leaves every GPU all key/value heads"
 
 
 def _without_weights(path: Path) -> Any:
