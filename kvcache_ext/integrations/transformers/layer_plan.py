@@ -31,7 +31,7 @@ class LayerPlan:
     attended_again: bool = False  # by layers after it, which share its keys and values
     indexed: bool = False  # has an index of its keys
     chunked: bool = False  # attention begins anew at each multiple of the window
-    part: tuple[int, int] = WHOLE  # of the model's heads: the rank that these are of, and the number of ranks
+    shard: tuple[int, int] = WHOLE  # which heads of the model: those of this rank, of so many ranks
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -100,7 +100,7 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
             plans.append(LayerPlan(at, 0, 0, 0, 0, None, here, attends=False, states=states))
             continue
         heads, key_dim, value_dim = _shape(name, layer_configs[i], modules.get(i))
-        part = tensor_parallel.part(name, i, modules.get(i), heads)
+        shard = tensor_parallel.shard(name, i, modules.get(i), heads)
         window = None
         ring = max_positions
         if WITH_KEYS[layer_type]:
@@ -109,7 +109,7 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
                 raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has a sliding window of no size")
             # What other layers attend to again has to hold the windows of all new tokens, once these are stored.
             ring = max_positions + window if again[i] else min(max_positions, window + CROP_MARGIN)
-        shape = heads // part[1], key_dim, value_dim, window, here
+        shape = heads // shard[1], key_dim, value_dim, window, here
         plans.append(
             LayerPlan(
                 at,
@@ -119,7 +119,7 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
                 attended_again=again[i],
                 indexed=layer_type == "indexed_attention",
                 chunked=layer_type == "chunked_attention",
-                part=part,
+                shard=shard,
             )
         )
     plans += [plans[i] for i in _repeated_layers(name, text)]
