@@ -215,7 +215,8 @@ def run(rank: int, backend: str, folder: Path, graphs: bool) -> None:
     if backend == "nccl":
         torch.cuda.set_device(rank)
     else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or transformers would choose a GPU
+        # transformers shards on the kind of device that torch was built for, whether there is one or not.
+        torch._C._get_accelerator = lambda check=None: torch.device("cpu")
     torch.distributed.init_process_group(
         backend,
         init_method=f"file://{folder / f'store.{graphs}'}",
@@ -235,6 +236,7 @@ def run(rank: int, backend: str, folder: Path, graphs: bool) -> None:
             this.job(name, lambda name=name: this.heads_that_the_ranks_do_not_divide(name))  # type: ignore[misc]
         for call in (this.loaded_by_tp_plan, this.the_decoder_alone, this.sampled, this.keys_whole, this.files):
             this.job(call.__name__, call)
+        this.job("within_cuda_graphs", lambda: this.graphs("llama"))
     gc.collect()  # captured graphs must go before NCCL's communicators
     torch.save(this.got, folder / f"{'graphs' if graphs else 'ranks'}.{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -144,7 +144,7 @@ def test_cuda_graphs(outcomes: Outcomes, family: str, counted: dict[str, int]) -
     check(outcomes.backend, family, outcomes(family, graphs=True), counted)
 
 
-@pytest.mark.parametrize("job", ["loaded_by_tp_plan", "the_decoder_alone"])
+@pytest.mark.parametrize("job", ["loaded_by_tp_plan", "the_decoder_alone", "within_cuda_graphs"])
 def test_other_ways_to_the_same(outcomes: Outcomes, job: str, counted: dict[str, int]) -> None:
     got = outcomes(job)
     check(outcomes.backend, "llama", got, counted)
