@@ -188,6 +188,53 @@ def test_files(outcomes: Outcomes) -> None:
         assert f"layer 0 has all heads in the file and {own}" in of_rank["one process's"]
 
 
+class Mesh:
+    """A device mesh of these axes, on whose every axis this process has the last rank."""
+
+    def __init__(self, **axes: int) -> None:
+        self.sizes = list(axes.values())
+        self.mesh_dim_names = tuple(axes) if "unnamed" not in axes else None
+
+    def size(self, axis: int) -> int:
+        return self.sizes[axis]
+
+    def get_local_rank(self, axis: int) -> int:
+        return self.sizes[axis] - 1
+
+
+def model_with(mesh: Mesh, plan: dict[str, str], **projections: torch.nn.Module) -> tuple[Any, torch.nn.Module]:
+    """A model, and the attention within it."""
+    model, attention = torch.nn.Module(), torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Identity(), attention])
+    for name, projection in projections.items():
+        attention.add_module(name, projection)
+    model._device_mesh, model.tp_plan = mesh, {f"layers.*.{name}": style for name, style in plan.items()}
+    return model, attention
+
+
+@pytest.mark.parametrize(
+    ("axes", "want"),
+    [
+        ({"unnamed": 4}, (3, 4)),
+        ({"tp": 4}, (3, 4)),
+        ({"pp": 1, "fsdp": 3, "tp": 2}, (1, 2)),
+        ({"pp": 1, "fsdp": 3, "tp": 1}, (0, 1)),
+        ({"fsdp": 2}, (0, 1)),
+    ],
+)
+def test_the_axis_of_tensor_parallelism(axes: dict[str, int], want: tuple[int, int]) -> None:
+    model, attention = model_with(Mesh(**axes), {"query_key_value": "colwise"}, query_key_value=torch.nn.Identity())
+    assert TensorParallel.of(model).shard("Model", 1, attention, 12) == want
+
+
+def test_keys_that_are_not_known() -> None:
+    model, attention = model_with(Mesh(tp=2), {"q_proj": "colwise"}, q_proj=torch.nn.Identity())
+    with pytest.raises(NotImplementedError, match=r"alike \(q_proj is sharded\)"):
+        TensorParallel.of(model).shard("Model", 1, attention, 2)
+    attention.expand_kv = None  # latents, which are whole on every rank
+    assert TensorParallel.of(model).shard("Model", 1, attention, 1) == (0, 1)
+
+
 def test_a_model_that_is_not_sharded() -> None:
     found = TensorParallel.of(model_of("llama", "gloo"))
     assert (found.rank, found.ranks) == (0, 1)
