@@ -96,7 +96,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         for name, number, least in (("max_positions", max_positions, 1), ("sink_positions", sink_positions, 0)):
             if checked_int(name, number, least) % self.ranks != 0:
                 raise ValueError(
-                    f"ShardedKVCacheFp16: {name} must be a multiple of the {self.ranks} ranks of the group, got {number}"
+                    f"ShardedKVCacheFp16: {name} must be a multiple of the group's {self.ranks} ranks, got {number}"
                 )
         of_group = checked_device(device)
         # A rank that cannot go on must not leave the others waiting: all learn of it.
@@ -240,12 +240,12 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     ) -> Tensor | tuple[Tensor, Tensor]:
         answers, lses = part
         if self.ranks == 1:  # a group of one: its share is all
-            merged, lse = answers if out is None else out.copy_(answers), lses
-        else:
-            merged = torch.empty_like(answers, dtype=query.dtype) if out is None else out
-            lse = torch.empty_like(lses) if return_lse else None
-            self._exchange.merge(self.native, layer, answers, lses, merged, lse, sequences)
-        return (merged, lse) if return_lse else merged
+            merged = answers if out is None else out.copy_(answers)
+            return (merged, lses) if return_lse else merged
+        merged = torch.empty_like(answers, dtype=query.dtype) if out is None else out
+        lse = torch.empty_like(lses) if return_lse else None
+        self._exchange.merge(self.native, layer, answers, lses, merged, lse, sequences)
+        return merged if lse is None else (merged, lse)
 
     # Reading
 
@@ -309,7 +309,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         sequences: Sequence[int] | Tensor | None = None,
         progress: bool | Callable[[int, int], object] | None = None,
     ) -> None:
-        """As `StreamingKVCacheFp16.save`. A collective call; rank 0 writes the one file, which is that of a whole cache.
+        """As `StreamingKVCacheFp16.save`. A collective call; rank 0 writes one file, as of a whole cache.
 
         Any number of ranks can load it, and `StreamingKVCacheFp16.load` too. `path` and `progress` count on rank 0.
 

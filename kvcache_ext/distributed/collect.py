@@ -1,4 +1,4 @@
-"""Reading rows that several ranks hold: each has some of them and zeros for the others, and their sum is all of them."""
+"""Reading rows that several ranks hold: each has its own, and zeros for the others' rows. Their sum has all."""
 
 from __future__ import annotations
 

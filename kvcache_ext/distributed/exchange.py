@@ -4,8 +4,8 @@ Two ways. `SymmetricExchange`: each GPU writes its answers into the memory of th
 one launch that merges as well; csrc/kernels/merge.cu says how. `GatheringExchange`: an all-gather of torch.distributed
 (NCCL on GPUs, gloo on CPUs), then a merge. Both merge in the order of ranks, so that every rank gets the same bits.
 
-With every call ranks compare their lengths, which costs nothing beside the answers. A rank that is missing, or has other
-lengths or another call, is an error within `timeout` seconds. A GPU finds it while the host is elsewhere: it leaves a
+With every call ranks compare their lengths, which costs nothing beside the answers. A rank that is missing, or has
+other lengths or another call, is an error within `timeout` seconds. A GPU finds it while the host is elsewhere: it leaves a
 number in memory of the host, its answers are NaN from then on, and the next call raises. After such an error the caches
 of the ranks no longer agree, and every further call raises.
 """

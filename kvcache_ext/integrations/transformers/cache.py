@@ -74,7 +74,8 @@ class Fp16Cache(Cache):
         precision: str = "auto",
         compileable: bool = False,
     ) -> Fp16Cache:
-        """A cache for this model: shapes, windows and devices are the model's.
+        """A cache for this model: shapes, windows and devices are the model's. Of one that is sharded by tensor
+        parallelism it has this rank's heads: every rank makes its own.
 
         Args:
             model: a decoder-only model of transformers, on its device or devices.
@@ -93,7 +94,8 @@ class Fp16Cache(Cache):
         Raises:
             NotImplementedError: the model has layers that such a cache cannot hold (see docs/transformers.md).
             MemoryError: it does not fit.
-            TypeError, ValueError: an argument is wrong; the model is FP64.
+            TypeError, ValueError: an argument is wrong; the model is FP64, or sharded among a number of ranks that does
+                not divide its key/value heads.
         """
         layers, shared = build(
             model,
@@ -150,7 +152,7 @@ class Fp16Cache(Cache):
         """A cache for this model with what `save` wrote: the same text goes on where it was.
 
         Keys and values depend on the model's weights, of which the file knows nothing: load it for the model that
-        filled it, or for a copy.
+        filled it, or for a copy. Of a model that is sharded by tensor parallelism a file is one rank's.
 
         Args:
             path: the file.

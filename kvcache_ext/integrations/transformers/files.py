@@ -9,7 +9,8 @@ caches hold them. Beside them it has:
   - `model_type`: the model's.
   - `layers`: for each layer its `kind`, and what that kind needs. "attention" has a `window` (or null), `first`: the
     columns before that one may be gone from its ring, and `widths`: head_dim of keys and of values, as the model has
-    them (none in older files: both are the cache's). "states" has recurrent or convolutional states instead, and
+    them (none in older files: both are the cache's). Of a tensor-parallel model whose heads are sharded, `shard` is
+    the rank and the number of ranks. "states" has recurrent or convolutional states instead, and
     "hybrid" both: `states` says whether each is of a text (`previous`) and its `conv_kernel_size`. "indexed" is an
     "attention" layer with an index of its keys. "empty" has nothing, and "absent" is a layer that another stage of a
     pipeline has: neither has keys and values in the file. A reader that does not know a kind refuses the file.
@@ -36,6 +37,7 @@ from .layer_plan import LayerPlan, model_type_of, plan_layers
 from .layers import AbsentLayer, Fp16Layer
 from .shared import WholeCache
 from .states import StateLayer
+from .tensor_parallel import WHOLE
 
 NewCache = TypeVar("NewCache", bound=WholeCache)
 Progress = bool | Callable[[int, int], object] | None
@@ -65,6 +67,11 @@ def _kind_of_plan(plan: LayerPlan) -> str:
     return "attention" if plan.attends else "empty"
 
 
+def _shard_name(shard: Any) -> str:
+    rank, ranks = shard
+    return "all heads" if ranks == 1 else f"the heads of rank {rank} of {ranks}"
+
+
 def _padding_name(window: int | None) -> str:
     return "padding.full" if window is None else f"padding.{window}"
 
@@ -82,6 +89,8 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
         described_layer: dict[str, Any] = {"kind": _kind(layer)}
         if _has_keys(layer):
             described_layer |= {"window": layer.window, "first": layer.first_held, "widths": list(layer.widths)}
+            if layer.shard != WHOLE:
+                described_layer["shard"] = list(layer.shard)
             stored.append((layer.cache, layer.index))
         if isinstance(layer, StateLayer):
             described_layer["states"] = layer.described()
@@ -163,6 +172,7 @@ class _Saved:
                 continue
             check_equal(f"the window of layer {i} is", layer["window"], plan.window)
             shape = next(shapes)
+            check_equal(f"layer {i} has", _shard_name(layer.get("shard", WHOLE)), _shard_name(plan.shard))
             check_equal(f"the key/value heads of layer {i} are", shape.num_heads, plan.heads)
             check_equal(f"the head_dim of layer {i} is", shape.head_dim, plan.head_dim)
             widths = layer.get("widths", [shape.head_dim, shape.head_dim])

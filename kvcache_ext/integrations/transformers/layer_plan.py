@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...memory import attention_serves
+from .tensor_parallel import WHOLE, TensorParallel
 from .version import CROP_MARGIN, NAME
 
 
@@ -20,7 +21,7 @@ class LayerPlan:
 
     device: torch.device  # where the layer computes
     max_positions: int  # of its ring
-    heads: int  # key/value heads
+    heads: int  # key/value heads, on this rank
     key_dim: int  # head_dim of keys, and of values: they differ with latent attention
     value_dim: int
     window: int | None  # sliding window, in tokens; None: full attention
@@ -30,6 +31,7 @@ class LayerPlan:
     attended_again: bool = False  # by layers after it, which share its keys and values
     indexed: bool = False  # has an index of its keys
     chunked: bool = False  # attention begins anew at each multiple of the window
+    shard: tuple[int, int] = WHOLE  # which heads of the model: those of this rank, of so many ranks
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -87,6 +89,7 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
     if per_stack:  # HrmText runs fewer modules several times. Each run has cache layers of its own.
         modules = {i: modules[i % per_stack] for i in range(text.num_hidden_layers) if i % per_stack in modules}
         present = set(modules)
+    tensor_parallel = TensorParallel.of(model)
     plans = []
     again = _attended_again(text, [layer_type for layer_type, _ in types])
     for i, (layer_type, options) in enumerate(types):
@@ -97,6 +100,7 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
             plans.append(LayerPlan(at, 0, 0, 0, 0, None, here, attends=False, states=states))
             continue
         heads, key_dim, value_dim = _shape(name, layer_configs[i], modules.get(i))
+        shard = tensor_parallel.shard(name, i, modules.get(i), heads)
         window = None
         ring = max_positions
         if WITH_KEYS[layer_type]:
@@ -105,10 +109,18 @@ def plan_layers(model: Any, max_positions: int, *, device: torch.device | None =
                 raise NotImplementedError(f"Fp16Cache: layer {i} of {name} has a sliding window of no size")
             # What other layers attend to again has to hold the windows of all new tokens, once these are stored.
             ring = max_positions + window if again[i] else min(max_positions, window + CROP_MARGIN)
-        shape = heads, key_dim, value_dim, window, here
-        indexed, chunked = layer_type == "indexed_attention", layer_type == "chunked_attention"
+        shape = heads // shard[1], key_dim, value_dim, window, here
         plans.append(
-            LayerPlan(at, ring, *shape, states=states, attended_again=again[i], indexed=indexed, chunked=chunked)
+            LayerPlan(
+                at,
+                ring,
+                *shape,
+                states=states,
+                attended_again=again[i],
+                indexed=layer_type == "indexed_attention",
+                chunked=layer_type == "chunked_attention",
+                shard=shard,
+            )
         )
     plans += [plans[i] for i in _repeated_layers(name, text)]
     if not any(plan.present for plan in plans):
@@ -217,7 +229,7 @@ def _attention_modules(model: Any, layers: int) -> tuple[dict[int, Any], set[int
         if isinstance(index, int) and 0 <= index < layers:
             present.add(index)
             # (Where a layer has a recurrent part, too, that may have a head_dim of its own, but no k_proj.)
-            is_attention = hasattr(module, "head_dim") or hasattr(module, "kv_lora_rank")
+            is_attention = any(hasattr(module, name) for name in ("head_dim", "kv_lora_rank", "query_key_value"))
             better = index not in found or (hasattr(module, "k_proj") and not hasattr(found[index], "k_proj"))
             if is_attention and better:
                 found[index] = module

@@ -66,6 +66,7 @@ class Fp16Layer(CacheLayerMixin):
         self.shared = shared
         self.chunked = plan.chunked
         self.widths = plan.key_dim, plan.value_dim  # as the model has them
+        self.shard = plan.shard
         self.cache = cache
         self.index = index  # of this layer in `cache`
         self.window = window
