@@ -31,6 +31,7 @@ MergeParams merge_params(const CheckedCache& cache, int64_t layer, const MergeTe
   p.query_heads = FastDivider::by(static_cast<uint32_t>(shape.heads));
   p.positions = FastDivider::by(static_cast<uint32_t>(std::max<int64_t>(shape.positions, 1)));
   p.state = c.state;
+  p.tag = to.tag.const_data_ptr<int64_t>();
   p.layer = layer;
   p.layers = c.layers;
   p.batch = c.batch;
@@ -83,8 +84,8 @@ void merge_gathered(const CheckedCache& cache, int64_t layer, const at::Tensor& 
   MergeParams p = merge_params(cache, layer, to, chosen_sequences(kOp, cache, sequences));
   const int64_t behind = (p.rows * (p.head_dim + 1) + 1) / 2 * 2;
   TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.is_contiguous() && gathered.size(0) == p.ranks &&
-                        gathered.size(1) == behind + 4 * p.batch,
-                    kOp, ": gathered must be contiguous and [", p.ranks, ", ", behind + 4 * p.batch, "], got ",
+                        gathered.size(1) == behind + 4 * p.batch + 2,
+                    kOp, ": gathered must be contiguous and [", p.ranks, ", ", behind + 4 * p.batch + 2, "], got ",
                     shape_text(gathered.sizes()));
   const float* data = gathered.const_data_ptr<float>();
   p.answers = data;

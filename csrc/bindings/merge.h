@@ -27,6 +27,7 @@ struct ExchangeMemory {
 struct MergeTensors {
   const at::Tensor& out;  // of a query's shape
   const at::Tensor& lse;  // its shape without head_dim, FP32; or undefined
+  const at::Tensor& tag;  // int64 [1] on the device: a number that must be the same on all ranks
 };
 
 // `answers` [rows * D] and `lses` [rows]: this rank's, FP32. The others' come through the exchange.
@@ -34,7 +35,7 @@ void merge_exchanged(const CheckedCache& cache, int64_t layer, const at::Tensor&
                      const MergeTensors& to, const IntegerList& sequences, const ExchangeMemory& memory);
 
 // `gathered` FP32 [ranks, floats]: of every rank the answers, the LSEs, and behind them at a multiple of two floats
-// `state[:2, layer]`, int64. `failure`: int32 [1] in memory of the host, which the device reaches.
+// `state[:2, layer]` and the tag, int64. `failure`: int32 [1] in memory of the host, which the device reaches.
 void merge_gathered(const CheckedCache& cache, int64_t layer, const at::Tensor& gathered, const MergeTensors& to,
                     const IntegerList& sequences, const at::Tensor& failure);
 

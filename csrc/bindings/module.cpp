@@ -209,15 +209,16 @@ class Cache {
   }
 
   void merge_exchanged(int64_t layer, const at::Tensor& answers, const at::Tensor& lses, const at::Tensor& out,
-                       py::handle lse, py::handle sequences, const ExchangeMemory& memory) {
+                       py::handle lse, const at::Tensor& tag, py::handle sequences, const ExchangeMemory& memory) {
     kvc::merge_exchanged(cache_, layer, answers, lses,
-                         {.out = out, .lse = optional_tensor_argument("merge", "lse", lse)},
+                         {.out = out, .lse = optional_tensor_argument("merge", "lse", lse), .tag = tag},
                          sequences_argument("merge", sequences, cache_), memory);
   }
 
   void merge_gathered(int64_t layer, const at::Tensor& gathered, const at::Tensor& out, py::handle lse,
-                      py::handle sequences, const at::Tensor& failure) {
-    kvc::merge_gathered(cache_, layer, gathered, {.out = out, .lse = optional_tensor_argument("merge", "lse", lse)},
+                      const at::Tensor& tag, py::handle sequences, const at::Tensor& failure) {
+    kvc::merge_gathered(cache_, layer, gathered,
+                        {.out = out, .lse = optional_tensor_argument("merge", "lse", lse), .tag = tag},
                         sequences_argument("merge", sequences, cache_), failure);
   }
 

@@ -62,16 +62,15 @@ __device__ __forceinline__ uint32_t read_anew(const uint32_t* word) {
   return *static_cast<const volatile uint32_t*>(word);
 }
 
-// A row's lengths in one number, which ranks compare. Entries of no sequence count as empty.
+// A row's lengths and the tag in one number, which ranks compare. Entries of no sequence count as empty.
 __device__ __forceinline__ uint32_t check_of_row(const MergeParams& p, int64_t row) {
   const uint32_t entry = p.positions(p.query_heads(static_cast<uint32_t>(row)));
   const int64_t sequence = p.sequences.sequence(entry, p.batch);
+  const int64_t* seqlen = p.state + p.layer * p.batch + imax(sequence, 0);
+  const int64_t numbers[3] = {*p.tag, sequence < 0 ? 0 : seqlen[0], sequence < 0 ? 0 : seqlen[p.layers * p.batch]};
   uint32_t check = p.call;
-  if (sequence < 0) return check;
-  const int64_t* seqlen = p.state + p.layer * p.batch + sequence;
-  const int64_t numbers[2] = {seqlen[0], seqlen[p.layers * p.batch]};
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 3; ++i) {
     check = (check ^ static_cast<uint32_t>(numbers[i])) * 0x9e3779b1u;  // golden ratio: neighbours lie far apart
     check = (check ^ static_cast<uint32_t>(numbers[i] >> 32)) * 0x9e3779b1u;
   }
@@ -140,10 +139,11 @@ __device__ __forceinline__ void compare_lengths(const MergeParams& p, int64_t ra
   const auto* theirs =
       reinterpret_cast<const int64_t*>(reinterpret_cast<const float*>(p.lengths) + rank * p.part_stride);
   const int64_t* mine = p.state + p.layer * p.batch;
+  if (theirs[2 * p.batch] != *p.tag) note_failure(p, kMergeOtherCall, rank);
 #pragma unroll 1
   for (int64_t b = 0; b < p.batch; ++b) {
     if (mine[b] != theirs[b] || mine[p.layers * p.batch + b] != theirs[p.batch + b]) {
-      note_failure(p, kMergeOtherLengths, rank);
+      note_failure(p, kMergeOtherCall, rank);
     }
   }
 }
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads)
           break;
         }
         if (end[1] != check_of_row(p, of_all)) {
-          note_failure(p, kMergeOtherLengths, r);
+          note_failure(p, kMergeOtherCall, r);
           failed = true;
           break;
         }

@@ -205,7 +205,7 @@ struct Exchange {
 
 // What went wrong in a merge: a kind, and above it the rank whose answers were missing or did not fit.
 constexpr uint32_t kMergeTimedOut = 1;
-constexpr uint32_t kMergeOtherLengths = 2;
+constexpr uint32_t kMergeOtherCall = 2;
 constexpr uint32_t merge_failure(uint32_t kind, uint32_t rank) { return kind | rank << 8; }
 
 // Merge what ranks answer over their shares of a text, in the order of ranks, so that all get the same bits. A row is
@@ -230,10 +230,11 @@ struct MergeParams {
   int64_t layers;
   int64_t batch;
   ChosenSequences sequences;
-  uint32_t call;  // what else must be the same on every rank, in one number
+  uint32_t call;       // what else must be the same on every rank, in one number
+  const int64_t* tag;  // [1] on the device: the same
   Exchange exchange;
-  // Without an exchange: what the ranks' lengths were, behind their answers.
-  const int64_t* lengths;  // [2 * B] of the first rank, part_stride floats from one rank's to the next one's
+  // Without an exchange: what the ranks' lengths and tags were, behind their answers.
+  const int64_t* lengths;  // [2 * B + 1] of the first rank, part_stride floats from one rank's to the next one's
 };
 
 constexpr int64_t kMostCopies = 4096;  // pairs that a block of copy_sequences has room for

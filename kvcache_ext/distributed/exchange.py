@@ -4,10 +4,10 @@ Two ways. `SymmetricExchange`: each GPU writes its answers into the memory of th
 one launch that merges as well; csrc/kernels/merge.cu says how. `GatheringExchange`: an all-gather of torch.distributed
 (NCCL on GPUs, gloo on CPUs), then a merge. Both merge in the order of ranks, so that every rank gets the same bits.
 
-With every call ranks compare their lengths, which costs nothing beside the answers. A rank that is missing, or has
-other lengths or another call, is an error within `timeout` seconds. A GPU finds it while the host is elsewhere: it leaves a
-number in memory of the host, its answers are NaN from then on, and the next call raises. After such an error the caches
-of the ranks no longer agree, and every further call raises.
+With every call ranks compare their lengths and a tag (which `Fp16Cache` makes of the tokens that it is fed). That costs
+nothing beside the answers. A rank that is missing, or differs, is an error within `timeout` seconds. A GPU finds it
+while the host is elsewhere: it leaves a number in memory of the host, its answers are NaN from then on, and the next
+call raises. After such an error the caches of the ranks no longer agree, and every further call raises.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .. import memory
 from .._extension import extension
 
 WAYS = ("auto", "symmetric", "gather")
-_TIMED_OUT, _OTHER_LENGTHS = 1, 2  # kMergeTimedOut, kMergeOtherLengths in csrc/kernels/params.h
+_TIMED_OUT, _OTHER_CALL = 1, 2  # kMergeTimedOut, kMergeOtherCall in csrc/kernels/params.h
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch has the first
@@ -64,6 +64,7 @@ class Exchange:
         self.timeout = timeout
         self.ranks = dist.get_world_size(group)
         self.failure = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self.tag = torch.zeros(1, dtype=torch.int64, device=device)
         self._broken = ""
 
     def merge(
@@ -84,7 +85,9 @@ class Exchange:
                     f"rank {rank} did not answer within {self.timeout:g} s: it has ended, is stuck, or made fewer calls"
                 )
             else:
-                self._broken = f"rank {rank} holds other lengths, or made another call, than rank {self.rank}"
+                self._broken = (
+                    f"rank {rank} holds other lengths, was fed other tokens, or made another call than rank {self.rank}"
+                )
         raise RuntimeError(
             f"ShardedKVCacheFp16: {self._broken}. The answers since then are wrong; make the caches anew on all ranks"
         )
@@ -139,7 +142,7 @@ class SymmetricExchange(Exchange):
     def merge(
         self, native: Any, layer: int, answers: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None, sequences: Any
     ) -> None:
-        native.merge_exchanged(layer, answers, lses, out, lse, sequences, self.memory)
+        native.merge_exchanged(layer, answers, lses, out, lse, self.tag, sequences, self.memory)
 
 
 class GatheringExchange(Exchange):
@@ -152,15 +155,17 @@ class GatheringExchange(Exchange):
     ) -> None:
         state = native.lengths_of_layer(layer)  # int64 [2, B]
         behind = -(-(answers.numel() + lses.numel()) // 2) * 2
-        part = torch.empty(behind + 2 * state.numel(), dtype=torch.float32, device=self.device)
+        part = torch.empty(behind + 2 * state.numel() + 2, dtype=torch.float32, device=self.device)
         part[: answers.numel()] = answers.view(-1)
         part[answers.numel() : answers.numel() + lses.numel()] = lses.view(-1)
-        part[behind:].view(torch.int64).view(state.shape).copy_(state)
+        numbers = part[behind:].view(torch.int64)
+        numbers[:-1].view(state.shape).copy_(state)
+        numbers[-1:] = self.tag
         if self.device.type == "cpu":
             self._compare_calls(layer, out)
         gathered = torch.empty(self.ranks * part.numel(), dtype=torch.float32, device=self.device)
         self._run(lambda: _all_gather(gathered, part, group=self.group, async_op=True))
-        native.merge_gathered(layer, gathered.view(self.ranks, -1), out, lse, sequences, self.failure)
+        native.merge_gathered(layer, gathered.view(self.ranks, -1), out, lse, self.tag, sequences, self.failure)
         if self.device.type == "cpu":
             self.check()
 

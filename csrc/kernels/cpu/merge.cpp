@@ -14,8 +14,9 @@ void compare_lengths(const MergeParams& p) {
         reinterpret_cast<const int64_t*>(reinterpret_cast<const float*>(p.lengths) + r * p.part_stride);
     const int64_t* mine = p.state + p.layer * p.batch;
     const bool same = std::equal(mine, mine + p.batch, theirs) &&
-                      std::equal(mine + p.layers * p.batch, mine + (p.layers + 1) * p.batch, theirs + p.batch);
-    if (!same) *p.failure = merge_failure(kMergeOtherLengths, static_cast<uint32_t>(r));
+                      std::equal(mine + p.layers * p.batch, mine + (p.layers + 1) * p.batch, theirs + p.batch) &&
+                      theirs[2 * p.batch] == *p.tag;
+    if (!same) *p.failure = merge_failure(kMergeOtherCall, static_cast<uint32_t>(r));
   }
 }
 
