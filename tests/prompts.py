@@ -45,6 +45,7 @@ class Expected:
     of: list[Attention]
     options: AttentionOptions
     usual: bool  # N(0, 1) data and the default scale: the plain bounds hold
+    merged: bool = False  # from answers of several ranks, weighed by their LSEs, which FP32 has rounded
 
     def check(self, got: Answer, rounds: bool = False) -> None:
         out, lse = got
@@ -66,6 +67,8 @@ class Expected:
         error = np.maximum(error - np.maximum(share * np.abs(out), least), 0.0)  # before it was rounded to its dtype
         of_head_dim = max(1.0, (out.shape[-1] / 128) ** 0.5)
         scores_off = np.zeros_like(want.magnitude) if self.usual else 2.0**-22 * want.magnitude
+        if self.merged:
+            scores_off = scores_off + 2.0**-23 * np.abs(np.where(seen, want.lse, 0.0))
         row_bound, lse_bound = ROW_BOUND * of_head_dim + scores_off, LSE_BOUND * np.maximum(1.0, np.abs(want.lse))
         lse_bound = lse_bound + 2.0**-22 * want.magnitude
         if rounds:

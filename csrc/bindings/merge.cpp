@@ -56,7 +56,7 @@ void run(const CheckedCache& cache, MergeParams p, int64_t most_rows) {
 }  // namespace
 
 ExchangeMemory::ExchangeMemory(const std::vector<uint64_t>& inboxes, int64_t lines, at::Tensor of_device,
-                               at::Tensor of_host, double timeout_s)
+                               at::Tensor of_host, double timeout_s, bool sends, bool receives)
     : control(std::move(of_device)), failure(std::move(of_host)) {
   TORCH_CHECK_VALUE(inboxes.size() <= Exchange::kMostRanks, kOp, ": at most ", Exchange::kMostRanks,
                     " ranks can exchange answers through shared memory, got ", inboxes.size());
@@ -64,6 +64,8 @@ ExchangeMemory::ExchangeMemory(const std::vector<uint64_t>& inboxes, int64_t lin
   exchange.lines = lines;
   exchange.control = reinterpret_cast<uint32_t*>(control.data_ptr<int32_t>());
   exchange.timeout_ns = static_cast<int64_t>(1e9 * timeout_s);
+  exchange.sends = sends;
+  exchange.receives = receives;
 }
 
 void merge_exchanged(const CheckedCache& cache, int64_t layer, const at::Tensor& answers, const at::Tensor& lses,

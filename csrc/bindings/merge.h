@@ -15,9 +15,9 @@ namespace kvc {
 // What ranks that reach each other's memory exchange answers through, for every call of theirs.
 struct ExchangeMemory {
   // `inboxes`: the address of every rank's, as this rank reaches it; `lines` in each table of one. `control`: int32 [3]
-  // on the device, zero. `failure`: int32 [1] in pinned memory of the host.
+  // on the device, zero. `failure`: int32 [1] in pinned memory of the host. `sends`, `receives`: for tests (Exchange).
   ExchangeMemory(const std::vector<uint64_t>& inboxes, int64_t lines, at::Tensor control, at::Tensor failure,
-                 double timeout_s);
+                 double timeout_s, bool sends, bool receives);
 
   Exchange exchange;
   at::Tensor control;

@@ -337,7 +337,9 @@ PYBIND11_MODULE(_C, m) {
       .def("copy_from", &Cache::copy_from)
       .def("clear", &Cache::clear);
   py::class_<kvc::ExchangeMemory>(m, "ExchangeMemory")
-      .def(py::init<const std::vector<uint64_t>&, int64_t, at::Tensor, at::Tensor, double>());
+      .def(py::init<const std::vector<uint64_t>&, int64_t, at::Tensor, at::Tensor, double, bool, bool>(),
+           py::arg("inboxes"), py::arg("lines"), py::arg("control"), py::arg("failure"), py::arg("timeout_s"),
+           py::arg("sends") = true, py::arg("receives") = true);
   m.def("cpu_instruction_set", [] { return kvc::cpu::instruction_set().name; });
   m.def("select_cpu_instruction_set", [](const char* name) { return kvc::cpu::select_instruction_set(name); });
   m.def("load_cpu_ops", [](const char* path) { kvc::load_cpu_ops(path); });

@@ -182,7 +182,10 @@ __global__ void __launch_bounds__(kThreads)
       lines.send(row, item - row * pairs.divisor);
     }
   }
-  if (kExchanges && !p.exchange.receives) return;
+  if (kExchanges && !p.exchange.receives) {
+    end_call(p, call);
+    return;
+  }
 #pragma unroll 1
   for (uint32_t item = thread; item < items; item += threads) {
     const uint32_t row = pairs(item);

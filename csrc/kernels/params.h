@@ -199,8 +199,10 @@ struct Exchange {
   int64_t lines = 0;                   // of an inbox, for the rows of one call of one rank
   uint32_t* control = nullptr;         // this rank's, zero at first: calls that are done, blocks arrived, what failed
   int64_t timeout_ns = 0;              // how long a rank waits for another's answers
-  bool sends = true;                   // tests do one after the other: first every rank sends, then every rank
-  bool receives = true;                // receives
+  // Tests that run all ranks in one process do one after the other: every rank sends, then every rank receives, each with
+  // a `control` of its own.
+  bool sends = true;
+  bool receives = true;
 
   int64_t most_rows(int64_t head_dim) const { return lines / (head_dim / 2 + 1); }
 };
