@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NoReturn
@@ -14,10 +13,10 @@ from torch.compiler import is_compiling
 
 from .. import memory
 from ..cache import StreamingKVCacheFp16, _rounds
-from ..errors import checked_device, checked_int, shown
+from ..errors import checked_device, checked_int
 from . import store
 from .collect import add_up
-from .exchange import WAYS, Exchange, agree, choose
+from .exchange import Exchange, agree, checked_group, choose
 
 
 class ShardedKVCacheFp16(StreamingKVCacheFp16):
@@ -82,15 +81,9 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         exchange: str | Exchange = "auto",
         timeout: float = 60.0,
     ) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError("ShardedKVCacheFp16: call torch.distributed.init_process_group first")
-        group = dist.group.WORLD if group is None else group
-        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-            raise ValueError(f"ShardedKVCacheFp16: group must be a process group of this process, got {shown(group)}")
-        if not isinstance(exchange, (str, Exchange)) or (isinstance(exchange, str) and exchange not in WAYS):
-            raise ValueError(f"ShardedKVCacheFp16: exchange must be one of {', '.join(WAYS)}, got {shown(exchange)}")
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-            raise ValueError(f"ShardedKVCacheFp16: timeout must be a positive number of seconds, got {shown(timeout)}")
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        checked_group("ShardedKVCacheFp16", group, exchange, timeout)
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)

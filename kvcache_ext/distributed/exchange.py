@@ -12,6 +12,7 @@ call raises. After such an error the caches of the ranks no longer agree, and ev
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from .. import memory
 from .._extension import extension
+from ..errors import shown
 
 WAYS = ("auto", "symmetric", "gather")
 _TIMED_OUT, _OTHER_CALL = 1, 2  # kMergeTimedOut, kMergeOtherCall in csrc/kernels/params.h
@@ -41,6 +43,18 @@ def agree(group: Any, device: torch.device, fine: bool) -> bool:
     word = torch.tensor([int(fine)], dtype=torch.int32, device=device)
     dist.all_reduce(word, dist.ReduceOp.MIN, group=group)
     return bool(word.item())
+
+
+def checked_group(of: str, group: Any, exchange: Any, timeout: Any) -> None:
+    """Raises RuntimeError or ValueError unless these are a process group and how its ranks exchange. `of`: whose."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"{of}: call torch.distributed.init_process_group first")
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise ValueError(f"{of}: group must be a process group of this process, got {shown(group)}")
+    if not isinstance(exchange, Exchange) and (not isinstance(exchange, str) or exchange not in WAYS):
+        raise ValueError(f"{of}: exchange must be one of {', '.join(WAYS)}, got {shown(exchange)}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+        raise ValueError(f"{of}: timeout must be a positive number of seconds, got {shown(timeout)}")
 
 
 def told_by_all(group: Any, device: torch.device, said: Any) -> list[Any]:

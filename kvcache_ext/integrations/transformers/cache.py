@@ -52,6 +52,7 @@ class Fp16Cache(Cache):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp16Cache:
+        self.shared.refuse_copies()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.shared = copy.deepcopy(self.shared, memo)  # first, as a layer can be copied only after it
@@ -59,6 +60,7 @@ class Fp16Cache(Cache):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self.shared.refuse_copies()
         self.shared.append_pending()
         return super().__reduce_ex__(protocol)
 
@@ -73,6 +75,9 @@ class Fp16Cache(Cache):
         overflow: str = "saturate",
         precision: str = "auto",
         compileable: bool = False,
+        group: Any = None,
+        exchange: str = "auto",
+        timeout: float = 60.0,
     ) -> Fp16Cache:
         """A cache for this model: shapes, windows and devices are the model's. Of one that is sharded by tensor
         parallelism it has this rank's heads: every rank makes its own.
@@ -90,10 +95,18 @@ class Fp16Cache(Cache):
                 queries and weights to FP16, for twice the speed on a GPU with an error of some 3e-4; "auto" takes
                 "fp32" for FP32 models and "fp16" for FP16 and BF16 ones.
             compileable: let `generate` compile the model by itself, as it does with `StaticCache`.
+            group: a process group of torch.distributed, each rank of which has the whole model and makes the same
+                calls. Positions of layers with full attention are dealt out to its ranks; `max_positions` is rounded up
+                to a multiple of them. Sliding window layers and recurrent states are whole on every rank.
+            exchange, timeout: how its ranks exchange answers, and the seconds after which one that does not answer is
+                given up: see `ShardedKVCacheFp16`.
 
         Raises:
-            NotImplementedError: the model has layers that such a cache cannot hold (see docs/transformers.md).
+            NotImplementedError: the model has layers that such a cache cannot hold, or its positions cannot be dealt
+                out to a group (see docs/transformers.md).
             MemoryError: it does not fit.
+            RuntimeError: ranks of the group passed different models or arguments, or another rank could not make its
+                cache.
             TypeError, ValueError: an argument is wrong; the model is FP64, or sharded among a number of ranks that does
                 not divide its key/value heads.
         """
@@ -105,6 +118,9 @@ class Fp16Cache(Cache):
             overflow=overflow,
             precision=precision,
             compileable=compileable,
+            group=group,
+            exchange=exchange,
+            timeout=timeout,
         )
         self = cls.__new__(cls)
         Cache.__init__(self, layers=layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cache import StreamingKVCacheFp16
 from .indexed import IndexedLayer
 from .shared import WholeCache
 from .states import StateLayer
@@ -35,7 +34,7 @@ def take_back(cache: WholeCache, count: int) -> None:
         removed: int | Tensor = count  # with an int the host keeps exact lengths
         if real is not None:
             removed = real[:, left:].sum(1).to(group.device)
-        StreamingKVCacheFp16.drop_newest(group, removed, **shared.sequences_argument(group.device))
+        group.storage.drop_newest(group, removed, **shared.sequences_argument(group.device))
     for layer in cache.attention_layers:
         layer.columns = left
         if isinstance(layer, IndexedLayer):
@@ -67,7 +66,9 @@ def select(cache: WholeCache, sequences: Tensor) -> None:
     rest = torch.arange(len(sequences), cache.batch_size, device=sequences.device)
     all_sequences = torch.cat([sequences.long(), rest])
     for group in cache.caches:
-        StreamingKVCacheFp16.reorder(group, all_sequences.to(group.device))
+        group.storage.reorder(group, all_sequences.to(group.device))
+    if shared.agreement is not None:
+        shared.agreement.select(sequences.long())
     shared.fed_tokens.select(sequences)
     shared.positions.select(sequences)
     shared.padding.select(sequences)
