@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import memory
-from ..cache import StreamingKVCacheFp16, _rounds
+from ..cache import StreamingKVCacheFp16, may_round
 from ..errors import checked_device, checked_int
 from . import store
 from .collect import add_up
@@ -175,7 +175,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.attend`, over the positions of all ranks. A collective call."""
         native = self._ready("attend", query, out)
-        rounds = _rounds(precision)
+        rounds = may_round(precision)
         self._check_flag("attend", return_lse)
         part = native.attend(layer, query, scale, window, softcap, True, None, rounds, sequences)
         return self._merged(layer, query, part, return_lse, out, sequences)
@@ -198,7 +198,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.append_attend`, over the positions of all ranks. A collective call."""
         native = self._ready("append_attend", query, out, key, value, new_lengths)
-        rounds = _rounds(precision)
+        rounds = may_round(precision)
         self._check_flag("append_attend", return_lse)
         part = native.append_attend(
             layer, query, key, value, new_lengths, scale, window, softcap, True, None, rounds, sequences
