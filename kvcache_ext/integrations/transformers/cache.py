@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from ...errors import shown
 from . import files
 from .build import build
-from .changes import select, take_back
+from .changes import keep, repeat, select, take_back
 from .graphs import DecodeGraph, replayed_steps
 from .groups import LayerGroup
 from .indexed import IndexedLayer
@@ -131,6 +131,24 @@ class Fp16Cache(Cache):
         self.model_type, self.model_dtype = model_type_of(model), getattr(model, "dtype", None)
         return self
 
+    # Positions that are dealt out to the ranks of a group
+
+    def check(self) -> None:
+        """Raises RuntimeError if the ranks of its group have fallen apart, as far as is known. Does not wait.
+
+        A rank is missing, holds other lengths, or was fed other tokens. Each forward pass looks, too.
+        """
+        self.shared.check_ranks()
+
+    def synchronize(self) -> None:
+        """Waits until the current stream has done its work, at most `timeout` seconds, and checks.
+
+        Raises:
+            RuntimeError: as `check`, or it did not end in time. (Without a group there is nothing to wait for.)
+        """
+        if self.shared.agreement is not None:
+            self.shared.agreement.synchronize()
+
     # Files (see files.py)
 
     def save(self, path: str | PathLike[str], *, progress: files.Progress = None) -> None:
@@ -138,14 +156,16 @@ class Fp16Cache(Cache):
         with more room.
 
         Like `StreamingKVCacheFp16.save`: a safetensors file with checksums, written whole or not at all. It has the
-        tokens that are held, of the sequences in use.
+        tokens that are held, of the sequences in use. Where positions are dealt out to a group all ranks call it, and
+        rank 0 writes the file.
 
         Args:
             path: the file. One that is there is replaced.
             progress: as for `StreamingKVCacheFp16.save`.
 
         Raises:
-            RuntimeError: a forward pass was broken off, or the current stream is being captured into a graph.
+            RuntimeError: a forward pass was broken off, the current stream is being captured into a graph, or rank 0
+                could not write the file.
             ValueError: a mask or a position of an earlier step was wrong, and this is the first call to notice.
             TypeError, OSError: the path is wrong, or the file cannot be written. The old one stays.
         """
@@ -163,6 +183,9 @@ class Fp16Cache(Cache):
         overflow: str | None = None,
         precision: str = "auto",
         compileable: bool = False,
+        group: Any = None,
+        exchange: str = "auto",
+        timeout: float = 60.0,
         progress: files.Progress = None,
     ) -> Fp16Cache:
         """A cache for this model with what `save` wrote: the same text goes on where it was.
@@ -176,7 +199,8 @@ class Fp16Cache(Cache):
             max_positions: the longest text; None: as it was. Less will do as long as what is held fits.
             batch_size: the most sequences at a time; None: as it was.
             overflow: None: as it was.
-            attention, precision, compileable: as for `for_model`.
+            attention, precision, compileable, group, exchange, timeout: as for `for_model`. With a group every rank
+                reads the file, whatever number of ranks wrote it.
             progress: as for `StreamingKVCacheFp16.load`.
 
         Raises:
@@ -187,7 +211,8 @@ class Fp16Cache(Cache):
 
         After an error the model's attention is as it was.
         """
-        options = {"attention": attention, "overflow": overflow, "precision": precision, "compileable": compileable}
+        options: dict[str, Any] = {"attention": attention, "overflow": overflow, "precision": precision}
+        options |= {"compileable": compileable, "group": group, "exchange": exchange, "timeout": timeout}
         return files.load(cls.for_model, path, model, max_positions, batch_size, progress, options)
 
     @property
@@ -345,32 +370,11 @@ class Fp16Cache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence `repeats` times, its copies side by side. `batch_size` must have room for them."""
-        self.shared.append_pending()
-        active = self.shared.active
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise ValueError(f"Fp16Cache: repeats must be an integer, at least 1, got {shown(repeats)}")
-        if active is None:
-            return
-        if active * repeats > self.batch_size:
-            raise ValueError(
-                f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
-                f"got {self.batch_size}"
-            )
-        select(self, torch.arange(active, device="cpu").repeat_interleave(repeats))
+        repeat(self, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
-        self.shared.append_pending()
-        active = self.shared.active
-        if active is None:
-            return
-        try:
-            chosen = torch.as_tensor(indices, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"Fp16Cache: indices of sequences must be integers [n], got {shown(indices)}") from None
-        if chosen.dtype == torch.bool and chosen.shape == (active,):
-            chosen = chosen.nonzero()[:, 0]
-        select(self, chosen)
+        keep(self, indices)
 
     # CUDA graphs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import shown
 from .indexed import IndexedLayer
 from .shared import WholeCache
 from .states import StateLayer
@@ -76,3 +77,34 @@ def select(cache: WholeCache, sequences: Tensor) -> None:
         if isinstance(layer, (StateLayer, IndexedLayer)):
             layer.select(sequences.long())
     shared.active = len(sequences)
+
+
+def repeat(cache: WholeCache, repeats: int) -> None:
+    """See `Fp16Cache.batch_repeat_interleave`."""
+    cache.shared.append_pending()
+    active = cache.shared.active
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"Fp16Cache: repeats must be an integer, at least 1, got {shown(repeats)}")
+    if active is None:
+        return
+    if active * repeats > cache.batch_size:
+        raise ValueError(
+            f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
+            f"got {cache.batch_size}"
+        )
+    select(cache, torch.arange(active, device="cpu").repeat_interleave(repeats))
+
+
+def keep(cache: WholeCache, indices: Tensor) -> None:
+    """See `Fp16Cache.batch_select_indices`."""
+    cache.shared.append_pending()
+    active = cache.shared.active
+    if active is None:
+        return
+    try:
+        chosen = torch.as_tensor(indices, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Fp16Cache: indices of sequences must be integers [n], got {shown(indices)}") from None
+    if chosen.dtype == torch.bool and chosen.shape == (active,):
+        chosen = chosen.nonzero()[:, 0]
+    select(cache, chosen)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
-from ...distributed import ShardedKVCacheFp16
+from ...distributed import ShardedKVCacheFp16, store
 from ...distributed.exchange import Exchange, checked_group, told_by_all
+from ...files.rows import Selection
 from .groups import LayerGroup
 from .layer_plan import LayerPlan
 from .tensor_parallel import TensorParallel
@@ -99,3 +101,27 @@ class Sharding:
         made = ShardedLayerGroup(*shape, group=self.group, exchange=self.exchange, timeout=self.timeout, **options)
         self.exchange = made.between_ranks
         return made
+
+
+def write_together(exchange: Exchange, write: Callable[[], None], layers: Any, sequences: int) -> None:
+    """Rank 0 writes a file, `write`, of these layers. A collective call.
+
+    `layers`: pairs of a storage and of a layer there.
+    """
+    if exchange.ranks == 1:
+        write()
+    else:
+        store.write_together(
+            "Fp16Cache.save", exchange.group, exchange.device, write, lambda: Selection(layers, range(sequences))
+        )
+
+
+@contextmanager
+def failing_together(op: str, group: Any, device: torch.device) -> Iterator[None]:
+    """What is done within raises on all ranks if it does on one. A collective call."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # the others wait for this rank, whatever it is
+        failed = error
+    store.raise_together(op, group, device, failed)
