@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ from common import (
     print_measurements,
     quantity,
 )
-from torch import Tensor, multiprocessing
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from kvcache_ext import StreamingKVCacheFp16
 from kvcache_ext.distributed import ShardedKVCacheFp16
@@ -56,7 +58,7 @@ POSITIONS = [131_072, 262_144]
 PROMPT = 2_048
 MERGES = {"1x32": (1, 32), "16x32": (16, 32), "2048x32": (PROMPT, 32)}  # queries, heads
 GRAPH_BYTES = 9e9  # of keys and values of all ranks in a graph
-PARTS = ["attention", "prompt", "merge", "models"]
+PARTS = ["attention", "prompt", "merge", "models", "tp"]
 ROUNDS = 7
 
 ONE = "one GPU"
@@ -118,7 +120,11 @@ class Rank:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog makes calls of its own
             work()
-        return lambda: (work, graph.replay())  # the graph uses the tensors of `work`
+
+        def replay(kept: Work = work) -> None:  # the graph uses the tensors of `work`
+            graph.replay()
+
+        return replay
 
     def _sample(self, run: Work | None, repeats: int) -> float:
         assert run is not None
@@ -168,15 +174,19 @@ def steps(cache: StreamingKVCacheFp16, query_heads: int, device: torch.device) -
     return work
 
 
+def exchanges(me: Rank) -> tuple[str, ...]:
+    return ("symmetric", "gather") if on_gpu(me.device) else ("gather",)
+
+
 def contenders(
     me: Rank, shape: str, positions: int, layers: int, make: Callable[[StreamingKVCacheFp16], Work]
 ) -> dict[str, float]:
     """Seconds of what `make` makes, a layer: with each exchange, then on one GPU."""
     heads = SHAPES[shape][1]
     found = {}
-    for exchange in ("symmetric", "gather") if on_gpu(me.device) else ("gather",):
-        cache = ShardedKVCacheFp16(layers, positions, heads, HEAD_DIM, device=me.device, exchange=exchange)
-        found[exchange] = me.seconds(make(filled(cache, positions, me.device)), layers)
+    for way in exchanges(me):
+        cache = ShardedKVCacheFp16(layers, positions, heads, HEAD_DIM, device=me.device, exchange=way)
+        found[way] = me.seconds(make(filled(cache, positions, me.device)), layers)
         cache.synchronize()
         del cache
         llama.tidy(me.device)
@@ -210,7 +220,8 @@ def attention(me: Rank, positions_of: list[int], reading: float, results: Result
         for positions in positions_of:
             moved = 2 * positions * heads * HEAD_DIM * 2
             layers = max(2, min(32, int(GRAPH_BYTES / moved))) if on_gpu(me.device) else 2
-            found = contenders(me, shape, positions, layers, lambda c, n=query_heads: steps(c, n, me.device))
+            made = functools.partial(steps, query_heads=query_heads, device=me.device)
+            found = contenders(me, shape, positions, layers, made)
             if me.first:
                 config = {"layers": layers, "kv_heads": heads, "query_heads": query_heads, "ranks": me.ranks}
                 ceiling = 1e6 * moved / me.ranks / reading
@@ -231,43 +242,48 @@ def prompts(me: Rank, positions_of: list[int], results: Results) -> None:
 
 
 def merges(me: Rank, results: Results) -> None:
-    count = 32
     for name, (queries, heads) in MERGES.items():
-        answers = torch.randn(1, queries, heads, HEAD_DIM, device=me.device)
-        lses = torch.randn(1, queries, heads, device=me.device)
-        out = torch.empty_like(answers)
-        found = {}
-        for exchange in ("symmetric", "gather") if on_gpu(me.device) else ("gather",):
-            cache = ShardedKVCacheFp16(1, 64 * me.ranks, heads, HEAD_DIM, device=me.device, exchange=exchange)
-
-            def work(cache: ShardedKVCacheFp16 = cache) -> None:
-                for _ in range(count):
-                    cache._exchange.merge(cache.native, 0, answers, lses, out, None, None)
-
-            found[exchange] = me.seconds(work, count)
-            cache.synchronize()
-        part = torch.cat([answers.view(-1), lses.view(-1)])
-        gathered = torch.empty(me.ranks * part.numel(), device=me.device)
-
-        def gathering() -> None:
-            for _ in range(count):
-                dist.all_gather_into_tensor(gathered, part)
-
-        found["NCCL's all-gather alone" if on_gpu(me.device) else "gloo's all-gather alone"] = me.seconds(
-            gathering, count
-        )
-        if on_gpu(me.device):
-            with contextlib.suppress(Exception):  # this torch may lack the op, or not serve these GPUs
-                found["symmetric memory's one-shot all-reduce"] = _one_shot(me, part, count)
+        found = _merge_seconds(me, queries, heads)
         if me.first:
-            config = {"queries": queries, "query_heads": heads, "ranks": me.ranks, "bytes": part.nbytes}
+            nbytes = 4 * queries * heads * (HEAD_DIM + 1)
+            config = {"queries": queries, "query_heads": heads, "ranks": me.ranks, "bytes": nbytes}
             record(results, f"sharded/merge/{name}", "us", 1e6, found, None, config)
+
+
+def _merge_seconds(me: Rank, queries: int, heads: int, count: int = 32) -> dict[str, float]:
+    answers = torch.randn(1, queries, heads, HEAD_DIM, device=me.device)
+    lses = torch.randn(1, queries, heads, device=me.device)
+    out = torch.empty_like(answers)
+    found = {}
+    for way in exchanges(me):
+        cache = ShardedKVCacheFp16(1, 64 * me.ranks, heads, HEAD_DIM, device=me.device, exchange=way)
+
+        def work(cache: ShardedKVCacheFp16 = cache) -> None:
+            for _ in range(count):
+                cache.between_ranks.merge(cache.native, 0, answers, lses, out, None, None)
+
+        found[way] = me.seconds(work, count)
+        cache.synchronize()
+    part = torch.cat([answers.view(-1), lses.view(-1)])
+    gathered = torch.empty(me.ranks * part.numel(), device=me.device)
+
+    def gathering() -> None:
+        for _ in range(count):
+            dist.all_gather_into_tensor(gathered, part)
+
+    name = "NCCL's all-gather alone" if on_gpu(me.device) else "gloo's all-gather alone"
+    found[name] = me.seconds(gathering, count)
+    if on_gpu(me.device):
+        with contextlib.suppress(Exception):  # this torch may lack the op, or not serve these GPUs
+            found["symmetric memory's one-shot all-reduce"] = _one_shot(me, part, count)
+    return found
 
 
 def _one_shot(me: Rank, part: Tensor, count: int) -> float:
     import torch.distributed._symmetric_memory as symmetric
 
     shared = symmetric.empty(part.shape, dtype=part.dtype, device=me.device)
+    assert dist.group.WORLD is not None
     symmetric.rendezvous(shared, dist.group.WORLD)
     name = dist.group.WORLD.group_name
 
@@ -322,7 +338,6 @@ def models(me: Rank, reading: float, results: Results) -> None:
             print(f"{full}: {quantity(speed, 'tok/s')} of {quantity(reading / read, 'tok/s')}", flush=True)
         del cache, model
         llama.tidy(me.device)
-    tensor_parallel(me, reading, results)
 
 
 def tensor_parallel(me: Rank, reading: float, results: Results) -> None:
@@ -331,31 +346,33 @@ def tensor_parallel(me: Rank, reading: float, results: Results) -> None:
 
     shape, weights = (llama.EIGHT_B, "fp16") if on_gpu(me.device) else (llama.TINY, "fp32")
     positions = TP_POSITIONS if on_gpu(me.device) else 1_024
-    folder = [tempfile.mkdtemp() if me.first else None]
-    dist.broadcast_object_list(folder, 0)
-    alone = 0.0
-    if me.first:
-        model = llama.try_model(shape, weights, positions, me.device)
-        model.save_pretrained(folder[0])
-        with torch.no_grad():
-            alone = decode(me, model, Fp16Cache.for_model(model, positions), shape, positions)
-        del model
-        llama.tidy(me.device)
-    dist.barrier()
-    library = llama.transformers()
-    model = library.AutoModelForCausalLM.from_pretrained(
-        folder[0], dtype=llama.WEIGHTS[weights], tp_plan="auto", attn_implementation="sdpa"
-    ).eval()
+    folder: list[Any] = [None]
+    alone = read = 0.0
+    with tempfile.TemporaryDirectory() as made:
+        if me.first:
+            model = llama.try_model(shape, weights, positions, me.device)
+            read = llama.weight_bytes_read(model) + positions * shape.position_bytes(2)
+            model.save_pretrained(made)
+            folder = [made]
+            with torch.no_grad():
+                alone = decode(me, model, Fp16Cache.for_model(model, positions), shape, positions)
+            del model
+            llama.tidy(me.device)
+        dist.broadcast_object_list(folder, 0)
+        model = llama.transformers().AutoModelForCausalLM.from_pretrained(
+            folder[0], dtype=llama.WEIGHTS[weights], tp_plan="auto", attn_implementation="sdpa"
+        )
+        model.eval()
+        dist.barrier()
     with torch.no_grad():
         cache = Fp16Cache.for_model(model, positions)
-        local = llama.replace(shape, kv_heads=cache.caches[0].num_heads)
+        local = replace(shape, kv_heads=cache.caches[0].num_heads)
         speed = decode(me, model, cache, local, positions)
     if me.first:
-        held = positions * shape.position_bytes(2)
-        read = (llama.weight_bytes_read(model) if me.ranks == 1 else 2 * 8.0e9 / me.ranks) + held / me.ranks
         name = f"generate/{shape.name}/{weights}/{positions}/tp"
         config = shape.config() | {"positions": positions, "weights": llama.WEIGHT_WORDS[weights], "ranks": me.ranks}
-        results.add(Measurement(name, speed, "tok/s", reading / read, {ONE: alone}, {ONE: speed / alone}, config))
+        ceiling = me.ranks * reading / read
+        results.add(Measurement(name, speed, "tok/s", ceiling, {ONE: alone}, {ONE: speed / alone}, config))
         print(f"{name}: {quantity(speed, 'tok/s')}, one GPU {quantity(alone, 'tok/s')}", flush=True)
 
 
@@ -397,6 +414,8 @@ def run(rank: int, ranks: int, store: str, args: argparse.Namespace) -> None:
             results.save(last=False)
         if "models" in args.parts:
             models(me, reading, results)
+        if "tp" in args.parts:
+            tensor_parallel(me, reading, results)
         if me.first:
             targets = H200_TARGETS if "H200" in device_name(device) else {}
             print_measurements(f"{ranks} ranks, {device_name(device)}", results, targets)
@@ -418,7 +437,7 @@ def main() -> int:
     if not args.gpu:
         print("A rehearsal on the CPU: its figures mean nothing")
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(run, (ranks, str(Path(folder) / "store"), args), nprocs=ranks)
+        spawn(run, (ranks, str(Path(folder) / "store"), args), nprocs=ranks)
     return 0
 
 
