@@ -42,10 +42,6 @@ struct ChosenSequences {
   }
 };
 
-KVC_HD_CALL int64_t local_of_share(int64_t n, Divider ranks, int64_t rank) {
-  return n <= 0 ? 0 : ranks.div(n + ranks.divisor - 1 - rank);
-}
-
 // The positions of a text that a cache stores. A text can be dealt out to W caches, one on each rank of a group of
 // processes: rank r stores the positions p with p mod W = r, and numbers them p / W. These numbers are its local
 // positions, which its slots are of; the state counts the positions of the text. A cache by itself is rank 0 of 1.
@@ -55,8 +51,16 @@ struct Share {
 
   KVC_HD bool is_all() const { return ranks.divisor == 1; }
   // How many of the first n positions are stored here, which is the local position of the next one.
-  KVC_HD int64_t local(int64_t n) const { return is_all() ? n : local_of_share(n, ranks, rank); }
+  KVC_HD int64_t local(int64_t n) const { return is_all() ? n : n <= 0 ? 0 : ranks.div(n + ranks.divisor - 1 - rank); }
   KVC_HD int64_t position(int64_t local) const { return is_all() ? local : local * ranks.divisor + rank; }
+  KVC_HD int64_t of_all_ranks(int64_t slots) const { return is_all() ? slots : slots * ranks.divisor; }
+};
+
+// The same for code that only serves caches of all positions: nothing to compute.
+struct AllPositions {
+  KVC_HD int64_t local(int64_t n) const { return n; }
+  KVC_HD int64_t position(int64_t local) const { return local; }
+  KVC_HD int64_t of_all_ranks(int64_t slots) const { return slots; }
 };
 
 // The cache as it lies in memory.
@@ -74,6 +78,9 @@ struct CacheView {
   Share share;        // the positions that are stored here
   int64_t all_sinks;  // sink_positions: `sinks` of all ranks
   int64_t all_ring;   // `ring` of all ranks
+
+  KVC_HD void get(AllPositions&) const {}
+  KVC_HD void get(Share& stored) const { stored = share; }
 };
 
 // A tensor [layers, B, T, H, D] of any strides, the one of D excepted, which is 1.
@@ -199,8 +206,8 @@ struct Exchange {
   int64_t lines = 0;                   // of an inbox, for the rows of one call of one rank
   uint32_t* control = nullptr;         // this rank's, zero at first: calls that are done, blocks arrived, what failed
   int64_t timeout_ns = 0;              // how long a rank waits for another's answers
-  // Tests that run all ranks in one process do one after the other: every rank sends, then every rank receives, each with
-  // a `control` of its own.
+  // Tests that run all ranks in one process do one after the other: every rank sends, then every rank receives, each
+  // with a `control` of its own.
   bool sends = true;
   bool receives = true;
 

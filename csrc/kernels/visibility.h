@@ -25,10 +25,9 @@ struct VisibleRange {
   int32_t end;
 };
 
-struct AttendPlan;
-KVC_HD_CALL bool sees_of_share(const AttendPlan& plan, int64_t query, int64_t row);
-
-struct AttendPlan {
+// Positions: Share, or AllPositions in a kernel that only serves caches of all positions.
+template <typename Positions>
+struct AttendPlanOf {
   int64_t seqlen;      // before the call
   int64_t total;       // seqlen after the call
   int64_t padding;     // queries before this one are left padding and see nothing
@@ -42,21 +41,16 @@ struct AttendPlan {
   int64_t ring;
   int64_t first;  // of the state before the call
   int64_t window;
-  Share share;
   bool appends;
+  Positions stored;
 
-  // `stored`: what the call appends is in the cache already, and `s` the state after that. (Nothing was evicted then.)
-  KVC_HD static AttendPlan make(const AttendParams& p, int64_t entry, SequenceState s, bool stored = false) {
-    AttendPlan a = make_of_all(p, entry, s, stored);
-    if (!p.cache.share.is_all()) a.take_share(p.cache, stored);
-    return a;
-  }
-
-  // As if all positions were stored here.
-  KVC_HD static AttendPlan make_of_all(const AttendParams& p, int64_t entry, SequenceState s, bool stored = false) {
-    AttendPlan a;
+  // `is_stored`: what the call appends is in the cache already, and `s` the state after that. (Nothing was evicted
+  // then.)
+  KVC_HD static AttendPlanOf make(const AttendParams& p, int64_t entry, SequenceState s, bool is_stored = false) {
+    AttendPlanOf a;
+    p.cache.get(a.stored);
     const int64_t appended = p.appends ? appended_rows(p.append, entry) : 0;
-    a.seqlen = stored ? s.seqlen - appended : s.seqlen;
+    a.seqlen = is_stored ? s.seqlen - appended : s.seqlen;
     a.total = a.seqlen + appended;
     a.padding = p.appends ? p.rows - appended : 0;
     a.queries = p.rows;
@@ -64,42 +58,30 @@ struct AttendPlan {
     a.ring = p.cache.ring.divisor;
     a.first = s.first;
     a.window = p.window;
-    a.share.ranks.divisor = 1;
     a.appends = p.appends;
-    a.sinks_held = imin(a.total, a.sinks);
+    const int64_t before = a.stored.local(a.seqlen);
+    const int64_t after = a.stored.local(a.total);
+    a.sinks_held = imin(after, a.sinks);
     a.oldest = a.oldest_for(a.padding);
-    a.count = a.padding < p.rows ? a.sinks_held + imax(a.total - a.oldest, 0) : 0;
-    a.cached = a.seqlen <= a.sinks_held ? a.seqlen : a.sinks_held + imax(a.seqlen - a.oldest, 0);
-    a.cached = stored ? a.count : imin(a.cached, a.count);
+    a.count = a.padding < p.rows ? a.sinks_held + imax(after - a.oldest, 0) : 0;
+    a.cached = before <= a.sinks_held ? before : a.sinks_held + imax(before - a.oldest, 0);
+    a.cached = is_stored ? a.count : imin(a.cached, a.count);
     a.base = p.cache.ring.mod(a.oldest - a.sinks);
     return a;
-  }
-
-  // Makes of it the plan for the positions that are stored here.
-  KVC_HD void take_share(const CacheView& cache, bool stored) {
-    share = cache.share;
-    const int64_t before = share.local(seqlen);
-    const int64_t after = share.local(total);
-    sinks_held = imin(after, sinks);
-    oldest = oldest_for(padding);
-    count = padding < queries ? sinks_held + imax(after - oldest, 0) : 0;
-    cached = before <= sinks_held ? before : sinks_held + imax(before - oldest, 0);
-    cached = stored ? count : imin(cached, count);
-    base = cache.ring.mod(oldest - sinks);
   }
 
   KVC_HD int64_t query_position(int64_t query) const { return total - queries + query; }
 
   // The local position behind a query's own.
-  KVC_HD int64_t past(int64_t query) const { return share.local(query_position(query) + 1); }
+  KVC_HD int64_t past(int64_t query) const { return stored.local(query_position(query) + 1); }
 
   // The oldest local position that is not a sink and that a query may see, from its own position.
   KVC_HD int64_t oldest_for(int64_t query) const {
     const int64_t p = query_position(query);
     int64_t from = first;
-    if (appends) from = imax(from, p + 1 - (share.is_all() ? ring : ring * share.ranks.divisor));
+    if (appends) from = imax(from, p + 1 - stored.of_all_ranks(ring));
     if (window > 0) from = imax(from, p + 1 - window);
-    return share.local(from);
+    return stored.local(from);
   }
 
   KVC_HD int64_t local_position(int64_t row) const { return row < sinks_held ? row : oldest + (row - sinks_held); }
@@ -112,13 +94,13 @@ struct AttendPlan {
   }
 
   // Where a row that is not cached lies in the call's keys and values.
-  KVC_HD int64_t input_row(int64_t row) const { return share.position(local_position(row)) - seqlen + padding; }
+  KVC_HD int64_t input_row(int64_t row) const { return stored.position(local_position(row)) - seqlen + padding; }
 
   // Row numbers are at most max_positions + T, for which 32 bits do (checks.cpp).
   KVC_HD VisibleRange range_of(int64_t query) const {
     if (query < padding) return {0, 0};
-    const int64_t end =
-        past(query) <= sinks_held ? past(query) : sinks_held + imin(imax(past(query) - oldest, 0), count - sinks_held);
+    const int64_t behind = past(query);
+    const int64_t end = behind <= sinks_held ? behind : sinks_held + imin(imax(behind - oldest, 0), count - sinks_held);
     const int64_t begin = sinks_held + imax(oldest_for(query) - oldest, 0);
     return {static_cast<int32_t>(begin), static_cast<int32_t>(imax(end, 0))};
   }
@@ -129,37 +111,12 @@ struct AttendPlan {
   }
 
   KVC_HD bool sees(int64_t query, int64_t row) const {
-    if (!share.is_all()) return sees_of_share(*this, query, row);
     const int64_t p = local_position(row);
-    const int64_t position = query_position(query);
-    int64_t from = first;
-    if (appends) from = imax(from, position + 1 - ring);
-    if (window > 0) from = imax(from, position + 1 - window);
-    return query >= padding && p <= position && (row < sinks_held || p >= from);
+    return query >= padding && p < past(query) && (row < sinks_held || p >= oldest_for(query));
   }
 };
 
-KVC_HD_CALL bool sees_of_share(const AttendPlan& plan, int64_t query, int64_t row) {
-  const int64_t p = plan.local_position(row);
-  return query >= plan.padding && p < plan.past(query) && (row < plan.sinks_held || p >= plan.oldest_for(query));
-}
-
-// What of a run of positions is stored here.
-struct LocalRun {
-  int64_t total;   // local position behind it
-  int64_t oldest;  // local position of its first
-  int64_t stored;  // positions behind `seqlen`
-
-  KVC_HD static LocalRun of(const Share& share, int64_t seqlen, int64_t total, int64_t oldest) {
-    return make(share.ranks, share.rank, seqlen, total, oldest);
-  }
-
- private:
-  static KVC_HD_CALL LocalRun make(Divider ranks, int64_t rank, int64_t seqlen, int64_t total, int64_t oldest) {
-    const Share share = {ranks, rank};
-    return {share.local(total), share.local(oldest), share.local(total) - share.local(seqlen)};
-  }
-};
+using AttendPlan = AttendPlanOf<Share>;
 
 // The plan for one query of a sequence: it sees all rows, and all but the newest lie in the cache. Numbers of 32 bits
 // do, as a cache has at most 2^30 positions.
@@ -174,23 +131,21 @@ struct DecodePlan {
   int32_t offset;       // slot = row + offset from sinks_held to `wrap`, row + offset - ring from there on
   int32_t ring;
 
+  template <typename Positions>
   KVC_HD static DecodePlan make(const AttendParams& p, int64_t entry, SequenceState s) {
     DecodePlan a;
     a.state = s;
     a.appended = p.appends ? appended_rows(p.append, entry) : 0;
-    const Share& share = p.cache.share;
+    Positions here;
+    p.cache.get(here);
     const int64_t ring = p.cache.ring.divisor;
     int64_t total = s.seqlen + a.appended;
     int64_t oldest = s.first;
-    if (p.appends) oldest = imax(oldest, total - p.cache.all_ring);
+    if (p.appends) oldest = imax(oldest, total - here.of_all_ranks(ring));
     if (p.window > 0) oldest = imax(oldest, total - p.window);
-    int64_t stored = a.appended;  // of the appended
-    if (!share.is_all()) {
-      const LocalRun local = LocalRun::of(share, s.seqlen, total, oldest);
-      total = local.total;
-      oldest = local.oldest;
-      stored = local.stored;
-    }
+    const int64_t stored = here.local(total) - here.local(s.seqlen);  // of the appended
+    total = here.local(total);
+    oldest = here.local(oldest);
     const int64_t sinks_held = imin(total, p.cache.sinks);
     int64_t count = sinks_held + imax(total - oldest, 0);
     if (p.appends && a.appended == 0) count = 0;  // the query is left padding

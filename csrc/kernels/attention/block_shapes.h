@@ -115,16 +115,17 @@ struct FewQueriesBlock : Config {
   static_assert(kTeamBytes >= (kQueries * kQueryStride + 4) * 4, "a team's stages have room for its warps' sums");
 
   // What lies in a block's shared memory, with the stages of all teams behind it.
-  struct Shared {
+  template <typename Positions>
+  struct SharedOf {
     alignas(16) uint32_t operand[kQueries * kWidth];  // the queries: two FP16 numbers for each FP32 one
     SoftmaxState states[kTeams][kQueries];
     float factor[kQueries];  // from a query's products to scores
-    AttendPlan plan;
+    AttendPlanOf<Positions> plan;
     TileRange fully_visible;  // by all queries
     uint32_t splits;          // that have rows
     bool last;
   };
-  static constexpr int kStagesAt = (sizeof(Shared) + 127) / 128 * 128;
+  static constexpr int kStagesAt = (sizeof(SharedOf<Share>) + 127) / 128 * 128;
   static constexpr int64_t bytes(int teams) { return kStagesAt + int64_t{teams} * kTeamBytes; }
 
   static constexpr int kThreads = kTeams * kWarps * 32;

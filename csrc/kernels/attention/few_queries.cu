@@ -37,12 +37,12 @@ constexpr bool kEqualBarriers = false;
 // Copies a tile's keys or values where they do not simply follow each other in the cache: rows that wrap, new rows (if
 // they can be read by now), zeros after the last row and after head_dim. `plan` lies in shared memory.
 // A function of its own, so that it costs the usual tile nothing but a call's registers.
-template <int kDepth, int kWarps, int kTileRows>
-__device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const uint16_t* cached, int64_t row_elements,
+template <int kDepth, int kWarps, int kTileRows, typename Plan>
+__device__ __noinline__ void copy_scattered(const Plan* shared_plan, const uint16_t* cached, int64_t row_elements,
                                             int head_dim, int64_t row0, char* at, const NewRows rows,
                                             bool with_new_rows) {
   using Block = FewQueriesBlock<kDepth, FourQueriesLarge>;  // whose rows lie as those of all others
-  const AttendPlan& plan = *shared_plan;
+  const Plan& plan = *shared_plan;
   constexpr int kLanes = 32 * kWarps;  // of the warps that share the tile
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   constexpr int kRowsAtATime = Block::kChunks < kLanes ? kLanes / Block::kChunks : 1;
@@ -78,10 +78,7 @@ __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const
   }
 }
 
-// A function of its own, as the other calls are many and short.
-__device__ __noinline__ void take_share(AttendPlan* plan, const CacheView* cache) { plan->take_share(*cache, false); }
-
-template <int kDepth, typename Config>
+template <int kDepth, typename Config, typename Positions>
 __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
                                   FewQueriesBlock<kDepth, Config>::by_registers(kFromSm100))
     few_queries_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
@@ -94,7 +91,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   constexpr int kChunks = Block::kChunks;
   constexpr int kWidth = Block::kWidth;
   KVC_DYNAMIC_SHARED(shared_bytes);
-  auto& shared = *reinterpret_cast<typename Block::Shared*>(shared_bytes);
+  using Plan = AttendPlanOf<Positions>;
+  auto& shared = *reinterpret_cast<typename Block::template SharedOf<Positions>*>(shared_bytes);
 
   const BlockUnit block = BlockUnit::of(p, division, blockIdx.x);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -120,7 +118,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   char* const stages = shared_bytes + Block::kStagesAt + team * Block::kTeamBytes;
 
   // Copying the team's key tiles: first a tile's keys, then its values.
-  const AttendPlan& plan = shared.plan;
+  const Plan& plan = shared.plan;
   TileTurns kept_turns = {};
   const auto turns = [&] {  // blocks of 16 queries have no registers to keep them
     return Block::kQueriesAsRows ? TileTurns::of(block.split, shared.splits, team, teams) : kept_turns;
@@ -182,8 +180,7 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   for (int pass = 0; pass < 2; ++pass) {
     if ((pass == 0) == p.may_read_before_wait) {
       if (threadIdx.x == 0) {
-        shared.plan = AttendPlan::make_of_all(p, block.entry, StateAdvance::read(p, block));
-        if (!p.cache.share.is_all()) take_share(&shared.plan, &p.cache);
+        shared.plan = Plan::make(p, block.entry, StateAdvance::read(p, block));
         const uint32_t rows_of_turn = static_cast<uint32_t>(teams * kTileRows);
         shared.splits = useful_splits<Block>((static_cast<uint32_t>(plan.count) + rows_of_turn - 1) / rows_of_turn,
                                              division.splits, division.most_each);
@@ -333,13 +330,15 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   finish_unit<kWidth, kQueries>(p, division, place, shared.splits, place.tile * kQueries,
                                 queries_from(place.tile * kQueries), partials, shared.last, room,
                                 static_cast<uint32_t>(teams * (Block::kTeamBytes / 4)),
-                                ResolveNonFinite{p, division, shared.plan});
+                                ResolveNonFinite<Plan>{p, division, shared.plan});
 }
 
 template <int kDepth, typename Config>
 cudaError_t launch_config(const AttendParams& p, const AttendShape& shape, const FewQueriesSchedule& schedule,
                           const Gpu& gpu, cudaStream_t stream) {
-  const auto kernel = few_queries_kernel<kDepth, Config>;
+  // Shares of a text have kernels of their own, so that they cost caches of all positions nothing.
+  const auto kernel = p.cache.share.is_all() ? few_queries_kernel<kDepth, Config, AllPositions>
+                                             : few_queries_kernel<kDepth, Config, Share>;
   // The same for every call, as two threads may be about to launch different sizes.
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(gpu.shared_bytes));

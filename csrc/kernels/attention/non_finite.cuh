@@ -15,9 +15,10 @@ __device__ __forceinline__ bool is_finite_half(uint16_t bits) { return (bits & 0
 __device__ __forceinline__ bool is_nan(float x) { return x != x; }
 
 // The rows of one head, as one query sees them.
+template <typename Plan>
 struct VisibleRows {
   const AttendParams& p;
-  const AttendPlan& plan;
+  const Plan& plan;
   const BlockUnit& block;
   int64_t t;           // of the query
   int64_t query_head;  // and its head
@@ -63,18 +64,20 @@ struct VisibleRows {
 
 // Element d of the answer of a query, `number` of those that share this block's KV head, which came out as NaN although
 // the query's scores are not. The block's place is found once more here, so that the kernel need not keep it for this.
-__device__ __noinline__ float resolved_element(const AttendParams& p, const Division& division, const AttendPlan& plan,
+template <typename Plan>
+__device__ __noinline__ float resolved_element(const AttendParams& p, const Division& division, const Plan& plan,
                                                uint32_t number, uint32_t d) {
   const BlockUnit block = BlockUnit::of(p, division, blockIdx.x);
   const uint32_t t = division.group_size(number);
   const int64_t query_head = block.head * division.group_size.divisor + (number - t * division.group_size.divisor);
-  return VisibleRows{p, plan, block, t, query_head}.sum_of_non_finite(d);
+  return VisibleRows<Plan>{p, plan, block, t, query_head}.sum_of_non_finite(d);
 }
 
+template <typename Plan>
 struct ResolveNonFinite {
   const AttendParams& p;
   const Division& division;
-  const AttendPlan& plan;
+  const Plan& plan;
 
   __device__ __forceinline__ void operator()(uint32_t number, uint32_t d, SoftmaxState state,
                                              Vec<float, 4>& sums) const {

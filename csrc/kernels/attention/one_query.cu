@@ -26,7 +26,7 @@ __device__ __forceinline__ void to_floats(const Half8& h, float (&f)[8]) {
   }
 }
 
-template <int kLanes>
+template <int kLanes, typename Positions>
 __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQueryBlock<kLanes>::kBlocksAtATime)
     one_query_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Division division) {
   using Block = OneQueryBlock<kLanes>;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(OneQueryBlock<kLanes>::kMostWarps * 32, OneQue
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
     if ((turn == 0) == p.may_read_before_wait) {
-      plan = DecodePlan::make(p, block.entry, StateAdvance::read(p, block));
+      plan = DecodePlan::make<Positions>(p, block.entry, StateAdvance::read(p, block));
       load_rows(keys, row, k);
       load_rows(values, row, v);
       continue;
@@ -200,8 +200,8 @@ cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
   if (!schedule.exists()) return cudaErrorInvalidConfiguration;
   print_if_asked(schedule, gpu);
   PdlLaunch launch(schedule.blocks, schedule.threads, schedule.shared_bytes, stream, gpu.major);
-  return cudaLaunchKernelEx(&launch.config, one_query_kernel<kLanes>, p,
-                            Division::of(shape, schedule.units, schedule.splits));
+  const auto kernel = p.cache.share.is_all() ? one_query_kernel<kLanes, AllPositions> : one_query_kernel<kLanes, Share>;
+  return cudaLaunchKernelEx(&launch.config, kernel, p, Division::of(shape, schedule.units, schedule.splits));
 }
 
 }  // namespace
