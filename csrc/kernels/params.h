@@ -197,8 +197,8 @@ struct Exchange {
   int64_t lines = 0;                   // of an inbox, for the rows of one call of one rank
   uint32_t* control = nullptr;         // this rank's, zero at first: calls that are done, blocks arrived, what failed
   int64_t timeout_ns = 0;              // how long a rank waits for another's answers
-  // Tests that run all ranks in one process do one after the other: every rank sends, then every rank receives, each with
-  // a `control` of its own.
+  // Tests that run all ranks in one process do one after the other: every rank sends, then every rank receives, each
+  // with a `control` of its own.
   bool sends = true;
   bool receives = true;
 
