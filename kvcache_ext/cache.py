@@ -23,7 +23,7 @@ from .tensors import CacheTensors
 from .traced import TracedCalls
 
 
-def _rounds(precision: str) -> bool:
+def may_round(precision: str) -> bool:
     """Whether kernels may round queries and weights to FP16."""
     if not isinstance(precision, str) or precision not in ("fp32", "fp16"):
         raise ValueError(f"precision must be 'fp32' or 'fp16', got {shown(precision)}")
@@ -485,7 +485,7 @@ class StreamingKVCacheFp16:
         """
         calls = self._calls()
         answer: Tensor | tuple[Tensor, Tensor] = calls.attend(
-            layer, query, scale, window, softcap, return_lse, out, _rounds(precision), sequences
+            layer, query, scale, window, softcap, return_lse, out, may_round(precision), sequences
         )
         return answer
 
@@ -526,7 +526,7 @@ class StreamingKVCacheFp16:
             softcap,
             return_lse,
             out,
-            _rounds(precision),
+            may_round(precision),
             sequences,
         )
         return answer

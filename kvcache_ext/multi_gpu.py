@@ -184,7 +184,7 @@ def plan_model_on_gpus(
         return [share(held, _divide_up(weights_bytes, gpus))]
 
     def by_positions(positions: int) -> list[_Share]:
-        held = [_with_positions_of_one(layer, gpus) for layer in layers(positions)]
+        held = [_with_positions_of_one(layer, gpus) for layer in layers(_divide_up(positions, gpus) * gpus)]
         return [share(held, weights_bytes, memory.EXCHANGE_BYTES)]
 
     shapes = layers(max_positions)

@@ -96,14 +96,28 @@ def refusal(call: Callable[[], Any]) -> str:
     return "no error"
 
 
-class Rank:
-    """One process of several that share a model."""
+class Process:
+    """One of several processes that run the same jobs."""
 
     def __init__(self, rank: int, backend: str, folder: Path) -> None:
         self.rank, self.folder = rank, folder
         self.device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
         self.inputs = inputs_of(self.device)
         self.got: dict[str, Any] = {}
+
+    def generate(self, model: Any, cache: Any, **options: Any) -> torch.Tensor:
+        return generate(model, self.inputs, cache, max_new_tokens=TOKENS, **options).cpu()
+
+    def job(self, name: str, call: Callable[[], Any]) -> None:
+        try:
+            self.got[name] = call()
+        except Exception as error:
+            self.got[name] = f"{type(error).__name__}: {error}"
+        torch.distributed.barrier()
+
+
+class Rank(Process):
+    """One process of several that share a model."""
 
     def load(self, family: str, **how: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -115,16 +129,6 @@ class Rank:
             warnings.simplefilter("ignore", FutureWarning)  # `tp_plan` among them: a later release wants the config
             path = self.folder / family
             return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **how).eval()
-
-    def generate(self, model: Any, cache: Any, **options: Any) -> torch.Tensor:
-        return generate(model, self.inputs, cache, max_new_tokens=TOKENS, **options).cpu()
-
-    def job(self, name: str, call: Callable[[], Any]) -> None:
-        try:
-            self.got[name] = call()
-        except Exception as error:
-            self.got[name] = f"{type(error).__name__}: {error}"
-        torch.distributed.barrier()
 
     def family(self, family: str) -> dict[str, Any]:
         from kvcache_ext.integrations.transformers import Fp16Cache
@@ -208,8 +212,8 @@ class Rank:
         }
 
 
-def run(rank: int, backend: str, folder: Path, graphs: bool) -> None:
-    """On one rank: every job, or with `graphs` every family within `cuda_graphs` alone."""
+def join(rank: int, backend: str, folder: Path, graphs: bool) -> None:
+    """Makes this process a member of the default process group."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     torch.set_num_threads(1)
     if backend == "nccl":
@@ -225,6 +229,19 @@ def run(rank: int, backend: str, folder: Path, graphs: bool) -> None:
         timeout=timedelta(seconds=SECONDS),
         device_id=torch.device("cuda", rank) if backend == "nccl" else None,
     )
+
+
+def leave(folder: Path, graphs: bool, got: dict[str, Any]) -> None:
+    """Leaves what this process got in the folder, and the process group."""
+    gc.collect()  # captured graphs must go before NCCL's communicators
+    rank = torch.distributed.get_rank()
+    torch.save(got, folder / f"{'graphs' if graphs else 'ranks'}.{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def run(rank: int, backend: str, folder: Path, graphs: bool) -> None:
+    """On one rank: every job, or with `graphs` every family within `cuda_graphs` alone."""
+    join(rank, backend, folder, graphs)
     this = Rank(rank, backend, folder)
     if graphs:
         for family in FAMILIES:
@@ -237,6 +254,4 @@ def run(rank: int, backend: str, folder: Path, graphs: bool) -> None:
         for call in (this.loaded_by_tp_plan, this.the_decoder_alone, this.sampled, this.keys_whole, this.files):
             this.job(call.__name__, call)
         this.job("within_cuda_graphs", lambda: this.graphs("llama"))
-    gc.collect()  # captured graphs must go before NCCL's communicators
-    torch.save(this.got, folder / f"{'graphs' if graphs else 'ranks'}.{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave(folder, graphs, this.got)

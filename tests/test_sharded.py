@@ -1,6 +1,6 @@
 """`ShardedKVCacheFp16`: in processes over gloo, and over NCCL where there are two GPUs.
 
-All that needs several processes runs once for each number of ranks (sharded_ranks.py); here is what came of it.
+All that needs several processes runs once for each number of ranks (sharded_jobs.py); here is what came of it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import sharded_ranks
+import sharded_jobs
 import torch
 import torch.distributed as dist
 from conftest import HAS_GPU
-from sharded_ranks import Config
+from sharded_jobs import Config
 
 from kvcache_ext.distributed import ShardedKVCacheFp16
 
@@ -38,7 +38,7 @@ CASES = [
 
 def start(config: Config, folder: Path) -> None:
     """Runs the processes. Raises if they take too long."""
-    processes = torch.multiprocessing.spawn(sharded_ranks.run, (config, folder), nprocs=config.ranks, join=False)
+    processes = torch.multiprocessing.spawn(sharded_jobs.run, (config, folder), nprocs=config.ranks, join=False)
     end = time.monotonic() + LIMIT
     try:
         while not processes.join(timeout=1):

@@ -6,17 +6,15 @@ there are two GPUs.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
-from conftest import HAS_GPU
 from llms import check_beams, check_tokens, expected, logits_of
+from processes import BACKENDS, TWO_GPUS, Outcomes, device_of, same_on_all
 from ranks import BEAMS, FAMILIES, LAYERS, OTHERS, RANKS, TOKENS
 
 from kvcache_ext.integrations.transformers import Fp16Cache
@@ -25,16 +23,8 @@ from kvcache_ext.integrations.transformers.tensor_parallel import TensorParallel
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WHOLE = ("gpt_oss", "olmo2", "phi3")  # the families whose layers see all heads on every rank
-LIMIT = 300  # seconds, for the processes
-TWO_GPUS = HAS_GPU and torch.cuda.device_count() >= RANKS
-WITH_GPUS = [pytest.mark.gpu, pytest.mark.skipif(not TWO_GPUS, reason=f"needs {RANKS} GPUs")]
-BACKENDS = ["gloo", pytest.param("nccl", marks=WITH_GPUS)]
 
 _models: dict[tuple[str, str], Any] = {}
-
-
-def device_of(backend: str) -> torch.device:
-    return torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
 
 
 def model_of(family: str, backend: str) -> Any:
@@ -44,73 +34,20 @@ def model_of(family: str, backend: str) -> Any:
     return _models[family, backend]
 
 
-def start(backend: str, folder: Path, graphs: bool) -> None:
-    """Runs the processes. Raises if one fails, or if they take too long."""
-    processes = torch.multiprocessing.spawn(ranks.run, (backend, folder, graphs), nprocs=RANKS, join=False)
-    end = time.monotonic() + LIMIT
-    try:
-        while not processes.join(timeout=1):
-            if time.monotonic() > end:
-                raise TimeoutError(f"the ranks were not done after {LIMIT} s")
-    finally:
-        for process in processes.processes:
-            process.kill()
-
-
-class Outcomes:
-    """What the ranks got: started when first asked for, once for all processes of pytest-xdist."""
-
-    def __init__(self, backend: str, factory: pytest.TempPathFactory) -> None:
-        self.backend = backend
-        base = factory.getbasetemp()
-        self.folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"ranks-{backend}"
-        self.of_graphs: dict[bool, list[dict[str, Any]]] = {}
-
-    def __call__(self, job: str, *, graphs: bool = False) -> list[dict[str, Any]]:
-        """What each rank got of a job. An error on one of them is a failure."""
-        if graphs not in self.of_graphs:
-            self.of_graphs[graphs] = self._run(graphs)
-        got = [of_rank[job] for of_rank in self.of_graphs[graphs]]
-        for rank, of_rank in enumerate(got):
-            assert not isinstance(of_rank, str), f"rank {rank}: {of_rank}"
-        return got
-
-    def _run(self, graphs: bool) -> list[dict[str, Any]]:
-        self.folder.mkdir(exist_ok=True)
-        paths = [self.folder / f"{'graphs' if graphs else 'ranks'}.{rank}.pt" for rank in range(RANKS)]
-        failed = self.folder / f"failed.{graphs}"
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if failed.exists():
-                pytest.fail(failed.read_text())
-            if not all(path.exists() for path in paths):
-                self._save_models()
-                try:
-                    start(self.backend, self.folder, graphs)
-                except BaseException as error:
-                    failed.write_text(f"{type(error).__name__}: {error}")
-                    raise
-        return [torch.load(path) for path in paths]
-
-    def _save_models(self) -> None:
-        for family in (*FAMILIES, *OTHERS):
-            if not (self.folder / family).exists():
-                ranks.make_model(family).save_pretrained(self.folder / family)
-        model = model_of("llama", self.backend)
-        cache = Fp16Cache.for_model(model, 64, 3)
-        logits_of(model, cache, **ranks.inputs_of(device_of(self.backend)))
-        cache.save(self.folder / "cache")
+def save_models(backend: str, folder: Path) -> None:
+    for family in (*FAMILIES, *OTHERS):
+        if not (folder / family).exists():
+            ranks.make_model(family).save_pretrained(folder / family)
+    model = model_of("llama", backend)
+    cache = Fp16Cache.for_model(model, 64, 3)
+    logits_of(model, cache, **ranks.inputs_of(device_of(backend)))
+    cache.save(folder / "cache")
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return Outcomes(request.param, tmp_path_factory)
-
-
-def same_on_all(got: list[dict[str, Any]], what: str, device: torch.device) -> torch.Tensor:
-    for of_rank in got[1:]:
-        assert torch.equal(of_rank[what], got[0][what])
-    return got[0][what].to(device)
+    prepare = functools.partial(save_models, request.param)
+    return Outcomes(ranks.run, prepare, request.param, tmp_path_factory)
 
 
 def check(backend: str, family: str, got: list[dict[str, Any]], counted: dict[str, int], what: str = "tokens") -> None:

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(2 * kFewThreads) append_few_kernel(const Appen
   }
   int64_t slot[kTurns];
   const auto find_slots = [&](int64_t seqlen_before, int64_t appended) {
-    const AppendPlan plan = AppendPlan::make(seqlen_before, p.rows, appended, p.cache);
+    const auto plan = AppendPlanOf<false>::make(seqlen_before, p.rows, appended, p.cache);
 #pragma unroll
     for (int u = 0; u < kTurns; ++u) slot[u] = row[u] < 0 ? kPadding : plan.slot(row[u]);
   };
@@ -260,8 +260,9 @@ cudaError_t launch_for(const AppendParams& p, cudaStream_t stream) {
     return launch<kType, 1, 128, 4>(p, 1, stream);
   }
   const int64_t vectors = p.rows * p.cache.heads * (p.cache.head_dim / kVector);
-  if (vectors <= kFewThreads) return launch_few<kType, kVector, 1>(p, stream);
-  if (vectors <= 2 * kFewThreads) return launch_few<kType, kVector, 2>(p, stream);
+  const bool few = p.cache.share.is_all();  // the other kernel serves shares
+  if (few && vectors <= kFewThreads) return launch_few<kType, kVector, 1>(p, stream);
+  if (few && vectors <= 2 * kFewThreads) return launch_few<kType, kVector, 2>(p, stream);
   return vectors * p.layer_count * p.sequences.entries(p.cache.batch) < kManyVectors
              ? launch<kType, kVector, 128, 1>(p, 1, stream)
              : launch<kType, kVector, 128, 2>(p, 2, stream);

@@ -42,6 +42,10 @@ struct ChosenSequences {
   }
 };
 
+KVC_HD_CALL int64_t local_of_share(int64_t n, Divider ranks, int64_t rank) {
+  return n <= 0 ? 0 : ranks.div(n + ranks.divisor - 1 - rank);
+}
+
 // The positions of a text that a cache stores. A text can be dealt out to W caches, one on each rank of a group of
 // processes: rank r stores the positions p with p mod W = r, and numbers them p / W. These numbers are its local
 // positions, which its slots are of; the state counts the positions of the text. A cache by itself is rank 0 of 1.
@@ -51,10 +55,8 @@ struct Share {
 
   KVC_HD bool is_all() const { return ranks.divisor == 1; }
   // How many of the first n positions are stored here, which is the local position of the next one.
-  KVC_HD int64_t local(int64_t n) const { return is_all() ? n : n <= 0 ? 0 : part(n); }
-  KVC_HD int64_t part(int64_t n) const { return ranks.div(n + ranks.divisor - 1 - rank); }  // n >= 0, any W
+  KVC_HD int64_t local(int64_t n) const { return is_all() ? n : local_of_share(n, ranks, rank); }
   KVC_HD int64_t position(int64_t local) const { return is_all() ? local : local * ranks.divisor + rank; }
-  KVC_HD bool stores(int64_t position) const { return is_all() || ranks.mod(position) == rank; }
 };
 
 // The cache as it lies in memory.

@@ -3,6 +3,8 @@
 
 #if defined(__CUDACC__)
 #define KVC_HD __host__ __device__ __forceinline__
+#define KVC_HD_CALL inline __host__ __device__ __noinline__  // a function of its own: rare code, out of the way
 #else
 #define KVC_HD inline
+#define KVC_HD_CALL inline
 #endif

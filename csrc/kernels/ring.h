@@ -39,8 +39,7 @@ KVC_HD SequenceState state_after_append(SequenceState s, int64_t appended, int64
 
 // The same of the positions that are stored here.
 KVC_HD SequenceState local_state(SequenceState s, const Share& share) {
-  if (share.is_all()) return s;
-  return {share.part(s.seqlen), share.part(s.first)};
+  return {share.local(s.seqlen), share.local(s.first)};
 }
 
 KVC_HD int64_t held_sinks(SequenceState s, int64_t sinks) { return imin(s.seqlen, sinks); }
@@ -90,8 +89,9 @@ KVC_HD int64_t appended_rows(const AppendParams& p, int64_t b) {
   return imin(imax(p.new_lengths[b], 0), p.rows);
 }
 
-// The slots of the rows of one append to one sequence.
-struct AppendPlan {
+// The slots of the rows of one append to one sequence. kShares: of a cache that may store a share of the text.
+template <bool kShares>
+struct AppendPlanOf {
   int64_t padding;  // rows before this one are left padding, or stored by other ranks
   int64_t base;     // place of the first stored row: counted from 0 behind the sinks, so in [-sinks, ring)
   int64_t lost;     // stored rows before this one are overwritten by later ones of the same call (sinks excepted)
@@ -99,14 +99,14 @@ struct AppendPlan {
   Divider ring;
   Divider ranks;  // of the rows from `padding` on, each W-th is stored here
 
-  KVC_HD static AppendPlan make(int64_t seqlen, int64_t rows, int64_t appended, const CacheView& c) {
+  KVC_HD static AppendPlanOf make(int64_t seqlen, int64_t rows, int64_t appended, const CacheView& c) {
     int64_t padding = rows - appended;
     int64_t before = seqlen;
     int64_t stored = appended;
-    if (!c.share.is_all()) {
-      before = c.share.part(seqlen);
-      stored = c.share.part(seqlen + appended) - before;
-      padding += before * c.share.ranks.divisor + c.share.rank - seqlen;
+    if (kShares && !c.share.is_all()) {
+      before = c.share.local(seqlen);
+      stored = c.share.local(seqlen + appended) - before;
+      padding += c.share.position(before) - seqlen;
     }
     const int64_t past_sinks = before - c.sinks;
     return {
@@ -117,7 +117,7 @@ struct AppendPlan {
   KVC_HD int64_t slot(int64_t row) const {
     int64_t j = row - padding;
     if (j < 0) return kPadding;
-    if (ranks.divisor != 1) {
+    if (kShares && ranks.divisor != 1) {
       const int64_t stored = ranks.div(j);
       if (stored * ranks.divisor != j) return kPadding;
       j = stored;
@@ -132,12 +132,14 @@ struct AppendPlan {
 
   // The slot of row `begin` if the rows [begin, end) lie in slots that follow each other, else -1.
   KVC_HD int64_t run(int64_t begin, int64_t end) const {
-    if (ranks.divisor != 1) return kNoSlot;  // neighbours are other ranks'
+    if (kShares && ranks.divisor != 1) return kNoSlot;  // neighbours are other ranks'
     const int64_t slot0 = slot(begin);
     const bool none_lost = begin - padding >= lost;
     return slot0 >= 0 && none_lost && slot(end - 1) - slot0 == end - 1 - begin ? slot0 : -1;
   }
 };
+
+using AppendPlan = AppendPlanOf<true>;
 
 // The slots of chronological indices of one sequence.
 struct ReadPlan {

@@ -25,6 +25,9 @@ struct VisibleRange {
   int32_t end;
 };
 
+struct AttendPlan;
+KVC_HD_CALL bool sees_of_share(const AttendPlan& plan, int64_t query, int64_t row);
+
 struct AttendPlan {
   int64_t seqlen;      // before the call
   int64_t total;       // seqlen after the call
@@ -37,7 +40,6 @@ struct AttendPlan {
   int64_t base;        // the place of `oldest` in the ring
   int64_t sinks;
   int64_t ring;
-  int64_t all_ring;
   int64_t first;  // of the state before the call
   int64_t window;
   Share share;
@@ -45,6 +47,13 @@ struct AttendPlan {
 
   // `stored`: what the call appends is in the cache already, and `s` the state after that. (Nothing was evicted then.)
   KVC_HD static AttendPlan make(const AttendParams& p, int64_t entry, SequenceState s, bool stored = false) {
+    AttendPlan a = make_of_all(p, entry, s, stored);
+    if (!p.cache.share.is_all()) a.take_share(p.cache, stored);
+    return a;
+  }
+
+  // As if all positions were stored here.
+  KVC_HD static AttendPlan make_of_all(const AttendParams& p, int64_t entry, SequenceState s, bool stored = false) {
     AttendPlan a;
     const int64_t appended = p.appends ? appended_rows(p.append, entry) : 0;
     a.seqlen = stored ? s.seqlen - appended : s.seqlen;
@@ -53,20 +62,30 @@ struct AttendPlan {
     a.queries = p.rows;
     a.sinks = p.cache.sinks;
     a.ring = p.cache.ring.divisor;
-    a.all_ring = p.cache.all_ring;
     a.first = s.first;
     a.window = p.window;
-    a.share = p.cache.share;
+    a.share.ranks.divisor = 1;
     a.appends = p.appends;
-    const int64_t before = a.share.local(a.seqlen);
-    const int64_t after = a.share.local(a.total);
-    a.sinks_held = imin(after, a.sinks);
+    a.sinks_held = imin(a.total, a.sinks);
     a.oldest = a.oldest_for(a.padding);
-    a.count = a.padding < p.rows ? a.sinks_held + imax(after - a.oldest, 0) : 0;
-    a.cached = before <= a.sinks_held ? before : a.sinks_held + imax(before - a.oldest, 0);
+    a.count = a.padding < p.rows ? a.sinks_held + imax(a.total - a.oldest, 0) : 0;
+    a.cached = a.seqlen <= a.sinks_held ? a.seqlen : a.sinks_held + imax(a.seqlen - a.oldest, 0);
     a.cached = stored ? a.count : imin(a.cached, a.count);
     a.base = p.cache.ring.mod(a.oldest - a.sinks);
     return a;
+  }
+
+  // Makes of it the plan for the positions that are stored here.
+  KVC_HD void take_share(const CacheView& cache, bool stored) {
+    share = cache.share;
+    const int64_t before = share.local(seqlen);
+    const int64_t after = share.local(total);
+    sinks_held = imin(after, sinks);
+    oldest = oldest_for(padding);
+    count = padding < queries ? sinks_held + imax(after - oldest, 0) : 0;
+    cached = before <= sinks_held ? before : sinks_held + imax(before - oldest, 0);
+    cached = stored ? count : imin(cached, count);
+    base = cache.ring.mod(oldest - sinks);
   }
 
   KVC_HD int64_t query_position(int64_t query) const { return total - queries + query; }
@@ -78,7 +97,7 @@ struct AttendPlan {
   KVC_HD int64_t oldest_for(int64_t query) const {
     const int64_t p = query_position(query);
     int64_t from = first;
-    if (appends) from = imax(from, p + 1 - all_ring);
+    if (appends) from = imax(from, p + 1 - (share.is_all() ? ring : ring * share.ranks.divisor));
     if (window > 0) from = imax(from, p + 1 - window);
     return share.local(from);
   }
@@ -110,8 +129,35 @@ struct AttendPlan {
   }
 
   KVC_HD bool sees(int64_t query, int64_t row) const {
+    if (!share.is_all()) return sees_of_share(*this, query, row);
     const int64_t p = local_position(row);
-    return query >= padding && p < past(query) && (row < sinks_held || p >= oldest_for(query));
+    const int64_t position = query_position(query);
+    int64_t from = first;
+    if (appends) from = imax(from, position + 1 - ring);
+    if (window > 0) from = imax(from, position + 1 - window);
+    return query >= padding && p <= position && (row < sinks_held || p >= from);
+  }
+};
+
+KVC_HD_CALL bool sees_of_share(const AttendPlan& plan, int64_t query, int64_t row) {
+  const int64_t p = plan.local_position(row);
+  return query >= plan.padding && p < plan.past(query) && (row < plan.sinks_held || p >= plan.oldest_for(query));
+}
+
+// What of a run of positions is stored here.
+struct LocalRun {
+  int64_t total;   // local position behind it
+  int64_t oldest;  // local position of its first
+  int64_t stored;  // positions behind `seqlen`
+
+  KVC_HD static LocalRun of(const Share& share, int64_t seqlen, int64_t total, int64_t oldest) {
+    return make(share.ranks, share.rank, seqlen, total, oldest);
+  }
+
+ private:
+  static KVC_HD_CALL LocalRun make(Divider ranks, int64_t rank, int64_t seqlen, int64_t total, int64_t oldest) {
+    const Share share = {ranks, rank};
+    return {share.local(total), share.local(oldest), share.local(total) - share.local(seqlen)};
   }
 };
 
@@ -140,9 +186,10 @@ struct DecodePlan {
     if (p.window > 0) oldest = imax(oldest, total - p.window);
     int64_t stored = a.appended;  // of the appended
     if (!share.is_all()) {
-      if (!share.stores(s.seqlen)) stored = 0;
-      total = share.local(total);
-      oldest = share.local(oldest);
+      const LocalRun local = LocalRun::of(share, s.seqlen, total, oldest);
+      total = local.total;
+      oldest = local.oldest;
+      stored = local.stored;
     }
     const int64_t sinks_held = imin(total, p.cache.sinks);
     int64_t count = sinks_held + imax(total - oldest, 0);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NoReturn
@@ -13,11 +12,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import memory
-from ..cache import StreamingKVCacheFp16, _rounds
-from ..errors import checked_device, checked_int, shown
+from ..cache import StreamingKVCacheFp16, may_round
+from ..errors import checked_device, checked_int
 from . import store
 from .collect import add_up
-from .exchange import WAYS, agree, choose
+from .exchange import Exchange, agree, checked_group, choose
 
 
 class ShardedKVCacheFp16(StreamingKVCacheFp16):
@@ -38,7 +37,8 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         exchange: how answers are exchanged. "symmetric": GPUs of one host write into each other's memory (torch's
             symmetric memory; at most 16 ranks). "gather": a collective of the group (NCCL between GPUs, on one host or
             several; gloo between CPUs). "auto": symmetric where every rank can, else gather; the environment variable
-            KVCACHE_EXT_EXCHANGE overrides "auto". The attribute `exchange` says which it is.
+            KVCACHE_EXT_EXCHANGE overrides "auto". The attribute `exchange` says which it is. Or the `between_ranks` of
+            another cache of this group and device: the two then share the memory that it takes, and its `timeout`.
         timeout: seconds after which a rank that does not answer is given up.
 
     Raises:
@@ -78,18 +78,12 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         device: torch.device | str | int = "cuda",
         sink_positions: int = 0,
         overflow: str = "saturate",
-        exchange: str = "auto",
+        exchange: str | Exchange = "auto",
         timeout: float = 60.0,
     ) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError("ShardedKVCacheFp16: call torch.distributed.init_process_group first")
-        group = dist.group.WORLD if group is None else group
-        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-            raise ValueError(f"ShardedKVCacheFp16: group must be a process group of this process, got {shown(group)}")
-        if not isinstance(exchange, str) or exchange not in WAYS:
-            raise ValueError(f"ShardedKVCacheFp16: exchange must be one of {', '.join(WAYS)}, got {shown(exchange)}")
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-            raise ValueError(f"ShardedKVCacheFp16: timeout must be a positive number of seconds, got {shown(timeout)}")
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        checked_group("ShardedKVCacheFp16", group, exchange, timeout)
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
@@ -119,7 +113,10 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
             if failed is not None:
                 raise failed
             raise MemoryError("ShardedKVCacheFp16: the share of another rank could not be allocated; nothing is kept")
-        self._exchange = choose(exchange, group, of_group, float(timeout))
+        # For this package's own modules: what the ranks exchange their answers through.
+        self.between_ranks = (
+            exchange if isinstance(exchange, Exchange) else choose(exchange, group, of_group, float(timeout))
+        )
 
     def _check_arguments(self, device: torch.device) -> None:
         numbers = (
@@ -139,11 +136,11 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     @property
     def exchange(self) -> str:
         """How answers are exchanged: "symmetric" or "gather"."""
-        return self._exchange.name
+        return self.between_ranks.name
 
     def check(self) -> None:
         """Raises RuntimeError if ranks have fallen apart, as far as is known. Does not wait for the GPU."""
-        self._exchange.check()
+        self.between_ranks.check()
 
     def synchronize(self) -> None:
         """Waits until the current stream has done its work, at most `timeout` seconds, and checks.
@@ -151,7 +148,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         Raises:
             RuntimeError: it did not end in time, or a rank is missing or has fallen apart.
         """
-        self._exchange.synchronize()
+        self.between_ranks.synchronize()
 
     def _calls(self) -> Any:
         if is_compiling():
@@ -178,7 +175,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.attend`, over the positions of all ranks. A collective call."""
         native = self._ready("attend", query, out)
-        rounds = _rounds(precision)
+        rounds = may_round(precision)
         self._check_flag("attend", return_lse)
         part = native.attend(layer, query, scale, window, softcap, True, self._out(out), rounds, sequences)
         return self._merged(layer, query, part, return_lse, out, sequences)
@@ -201,7 +198,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.append_attend`, over the positions of all ranks. A collective call."""
         native = self._ready("append_attend", query, out, key, value, new_lengths)
-        rounds = _rounds(precision)
+        rounds = may_round(precision)
         self._check_flag("append_attend", return_lse)
         part = native.append_attend(
             layer, query, key, value, new_lengths, scale, window, softcap, True, self._out(out), rounds, sequences
@@ -226,7 +223,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     def _checked(self) -> Any:
         """What runs calls, once it is known that the ranks are there."""
         native = self._calls()
-        self._exchange.check()
+        self.between_ranks.check()
         return native
 
     def _out(self, out: Tensor | None) -> Tensor | None:
@@ -252,14 +249,14 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
             return part if return_lse else answers
         merged = torch.empty_like(answers, dtype=query.dtype) if out is None else out
         lse = torch.empty_like(lses) if return_lse else None
-        self._exchange.merge(self.native, layer, answers, lses, merged, lse, sequences)
+        self.between_ranks.merge(self.native, layer, answers, lses, merged, lse, sequences)
         return merged if lse is None else (merged, lse)
 
     # Reading
 
     def _collected(self, pair: tuple[Tensor, Tensor], local: bool) -> tuple[Tensor, Tensor]:
         if not local and self.ranks > 1:
-            add_up(pair, self.group)
+            add_up(pair, self.between_ranks)
         return pair
 
     def gather(
@@ -321,7 +318,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
             RuntimeError: rank 0 could not write it (on the other ranks).
             TypeError, ValueError, IndexError, OSError: as `StreamingKVCacheFp16.save`, on rank 0.
         """
-        self._exchange.check()
+        self.between_ranks.check()
         store.save(self, path, sequences, progress)
 
     @classmethod
@@ -360,7 +357,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
 
         After an error on some rank the named sequences may be loaded on others: reset them.
         """
-        self._exchange.check()
+        self.between_ranks.check()
         store.load_sequences(self, path, sequences, progress)
 
     # Copies would need a process group of their own.

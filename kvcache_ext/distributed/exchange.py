@@ -12,11 +12,13 @@ call raises. After such an error the caches of the ranks no longer agree, and ev
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from .. import memory
 from .._extension import extension
+from ..errors import shown
 
 WAYS = ("auto", "symmetric", "gather")
 _TIMED_OUT, _OTHER_CALL = 1, 2  # kMergeTimedOut, kMergeOtherCall in csrc/kernels/params.h
@@ -42,15 +45,33 @@ def agree(group: Any, device: torch.device, fine: bool) -> bool:
     return bool(word.item())
 
 
-def one_host(group: Any) -> bool:
+def checked_group(of: str, group: Any, exchange: Any, timeout: Any) -> None:
+    """Raises RuntimeError or ValueError unless these are a process group and how its ranks exchange. `of`: whose."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"{of}: call torch.distributed.init_process_group first")
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise ValueError(f"{of}: group must be a process group of this process, got {shown(group)}")
+    if not isinstance(exchange, Exchange) and (not isinstance(exchange, str) or exchange not in WAYS):
+        raise ValueError(f"{of}: exchange must be one of {', '.join(WAYS)}, got {shown(exchange)}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+        raise ValueError(f"{of}: timeout must be a positive number of seconds, got {shown(timeout)}")
+
+
+def told_by_all(group: Any, device: torch.device, said: Any) -> list[Any]:
+    """What each rank says, in the order of ranks."""
+    everybody: list[Any] = [None] * dist.get_world_size(group)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # through which NCCL sends it
+        dist.all_gather_object(everybody, said, group=group)
+    return everybody
+
+
+def one_host(group: Any, device: torch.device) -> bool:
     """Whether all ranks run on one machine."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         machine = f"{socket.gethostname()} {uuid.getnode()}"
-    machines: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(machines, machine, group=group)
-    return len(set(machines)) == 1
+    return len(set(told_by_all(group, device, machine))) == 1
 
 
 class Exchange:
@@ -64,7 +85,8 @@ class Exchange:
         self.timeout = timeout
         self.ranks = dist.get_world_size(group)
         self.failure = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        self.tag = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # it is to be written outside of it, too
+            self.tag = torch.zeros(1, dtype=torch.int64, device=device)
         self._broken = ""
 
     def merge(
@@ -100,6 +122,23 @@ class Exchange:
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
+
+    def run(self, begin: Callable[[], Any]) -> None:
+        """Runs a collective call, which `begin` starts (`async_op=True`). A CPU waits, at most `timeout` seconds. On a
+        GPU the stream waits, not the host."""
+        try:
+            work = begin()
+            if self.device.type == "cpu":
+                work.wait(timedelta(seconds=self.timeout))
+            else:
+                work.wait()
+        except RuntimeError as error:  # DistBackendError and DistNetworkError among them
+            reason = str(error).strip().partition("\n")[0]
+            self._broken = f"the ranks could not exchange their answers within {self.timeout:g} s ({reason})"
+            try:
+                self.check()
+            except RuntimeError as found:
+                raise found from error
 
     def synchronize(self) -> None:
         """Waits for the current stream, at most `timeout` seconds, and checks."""
@@ -164,7 +203,7 @@ class GatheringExchange(Exchange):
         if self.device.type == "cpu":
             self._compare_calls(layer, out)
         gathered = torch.empty(self.ranks * part.numel(), dtype=torch.float32, device=self.device)
-        self._run(lambda: _all_gather(gathered, part, group=self.group, async_op=True))
+        self.run(lambda: _all_gather(gathered, part, group=self.group, async_op=True))
         native.merge_gathered(layer, gathered.view(self.ranks, -1), out, lse, self.tag, sequences, self.failure)
         if self.device.type == "cpu":
             self.check()
@@ -174,29 +213,13 @@ class GatheringExchange(Exchange):
         shape = [layer, out.dim(), *out.shape]
         mine = torch.tensor(shape + [0] * (6 - len(shape)), dtype=torch.int64, device="cpu")
         calls = torch.empty(self.ranks * 6, dtype=torch.int64, device="cpu")
-        self._run(lambda: _all_gather(calls, mine, group=self.group, async_op=True))
+        self.run(lambda: _all_gather(calls, mine, group=self.group, async_op=True))
         for rank, theirs in enumerate(calls.view(self.ranks, 6).tolist()):
             if theirs != mine.tolist():
                 self.fail(
                     f"rank {rank} is at layer {theirs[0]} with answers of shape {theirs[2 : 2 + theirs[1]]}, and rank "
                     f"{self.rank} at layer {layer} with {list(out.shape)}"
                 )
-
-    def _run(self, begin: Callable[[], Any]) -> None:
-        """On a GPU the stream waits, not the host."""
-        try:
-            work = begin()
-            if self.device.type == "cpu":
-                work.wait(timedelta(seconds=self.timeout))
-            else:
-                work.wait()
-        except RuntimeError as error:  # DistBackendError and DistNetworkError among them
-            reason = str(error).strip().partition("\n")[0]
-            self._broken = f"the ranks could not exchange their answers within {self.timeout:g} s ({reason})"
-            try:
-                self.check()
-            except RuntimeError as found:
-                raise found from error
 
 
 def choose(way: str, group: Any, device: torch.device, timeout: float) -> Exchange:
@@ -209,7 +232,7 @@ def choose(way: str, group: Any, device: torch.device, timeout: float) -> Exchan
         raise ValueError(f"ShardedKVCacheFp16: KVCACHE_EXT_EXCHANGE must be one of {', '.join(WAYS)}, got {way!r}")
     ranks = dist.get_world_size(group)
     most = 16  # Exchange::kMostRanks in csrc/kernels/params.h
-    possible = device.type == "cuda" and ranks <= most and one_host(group)
+    possible = device.type == "cuda" and ranks <= most and one_host(group, device)
     found: Exchange | None = None
     why = "it needs GPUs of one host" if device.type != "cuda" or ranks <= most else f"it serves {most} ranks at most"
     if way != "gather" and possible:

@@ -34,36 +34,52 @@ def save(cache: Any, path: Any, sequences: Sequence[int] | Tensor | None, progre
     if cache.ranks == 1:
         files.save(cache, path, chosen, progress)
         return
+    write_together(
+        op,
+        cache.group,
+        cache.device,
+        lambda: files.save(cache, path, chosen, progress),
+        lambda: Selection.of_cache(cache, chosen),
+    )
+
+
+def write_together(
+    op: str, group: Any, device: torch.device, write: Callable[[], None], selected: Callable[[], Selection]
+) -> None:
+    """Rank 0 writes a file, `write`, while the others send what they have of it: `selected`. A collective call.
+
+    Raises what `write` raises, and RuntimeError on the other ranks.
+    """
     failed: Exception | None = None
-    if cache.rank == 0:
+    if dist.get_rank(group) == 0:
         try:
-            files.save(cache, path, chosen, progress)
+            write()
         except Exception as error:  # the others wait for rank 0, whatever it is
             failed = error
-        Collected.announce(False, cache.group, cache.device)
+        Collected.announce(False, group, device)
     else:
-        _take_part(cache, chosen)
+        _take_part(selected(), group, device)
     words = [str(failed) if failed is not None else None]
-    dist.broadcast_object_list(words, group_src=0, group=cache.group, device=cache.device)
+    dist.broadcast_object_list(words, group_src=0, group=group, device=device)
     if failed is not None:
         raise failed
     if words[0] is not None:
-        raise RuntimeError(f"save: rank 0 could not write the file: {words[0]}")
+        raise RuntimeError(f"{op}: rank 0 could not write the file: {words[0]}")
 
 
-def _take_part(cache: Any, sequences: list[int] | None) -> None:
+def _take_part(selection: Selection, group: Any, device: torch.device) -> None:
     """What the other ranks do while rank 0 writes."""
-    selection = Selection.of_cache(cache, sequences)
     with torch.inference_mode(False), torch.no_grad():
-        if not Collected.announced(cache.group, cache.device):  # rank 0 failed before it read the state
+        if not Collected.announced(group, device):  # rank 0 failed before it read the state
             return
         seen, first, _ = selection.read_state()
-        memory = Collected(selection.storages(), 1, BLOCK_BYTES, cache.group)
-        for i, block in enumerate(blocks_of(selection.pieces(seen, first), BLOCK_BYTES)):
-            if not Collected.announced(cache.group, cache.device):
+        memory = Collected(selection.storages(), 1, BLOCK_BYTES, group)
+        pieces = selection.pieces(seen, first, dealt_out_alone=True)
+        for i, block in enumerate(blocks_of(pieces, BLOCK_BYTES)):
+            if not Collected.announced(group, device):
                 return
             memory.add_up(i, block)
-        Collected.announced(cache.group, cache.device)
+        Collected.announced(group, device)
 
 
 def load(
@@ -87,12 +103,12 @@ def load(
                 slots = -(-file.found.layout.layers[0].max_positions // ranks) * ranks
     except (OSError, ValueError, TypeError) as error:
         failed = error
-    _raise_together("load", group, of_group, failed)
+    raise_together("load", group, of_group, failed)
     try:
         cache = files.load(functools.partial(cls, group=group, **options), path, of_group, slots, progress)
     except Exception as error:  # the others wait for this rank, whatever it is
         failed = error
-    _raise_together("load", group, of_group, failed)
+    raise_together("load", group, of_group, failed)
     return cache
 
 
@@ -103,9 +119,10 @@ def load_sequences(cache: Any, path: Any, sequences: Sequence[int] | Tensor, pro
         files.load_sequences(cache, path, sequences, progress)
     except Exception as error:  # the others wait for this rank, whatever it is
         failed = error
-    _raise_together("load_sequences", cache.group, cache.device, failed)
+    raise_together("load_sequences", cache.group, cache.device, failed)
 
 
-def _raise_together(op: str, group: Any, device: torch.device, failed: Exception | None) -> None:
+def raise_together(op: str, group: Any, device: torch.device, failed: Exception | None) -> None:
+    """Raises on all ranks if one has failed: its own error there. A collective call."""
     if not agree(group, device, failed is None):
         raise failed if failed is not None else RuntimeError(f"{op}: another rank could not read the file")

@@ -107,8 +107,8 @@ class Selection:
 
     @property
     def group(self) -> Any:
-        """The group that the positions of the (only) cache are dealt out to; None: they are not."""
-        return self.caches[0].group if self.caches and self.caches[0].ranks > 1 else None
+        """The group that positions are dealt out to, be it of some caches alone; None: they are not."""
+        return next((cache.group for cache in self.caches if cache.ranks > 1), None)
 
     def check_in_place(self, op: str) -> None:
         """RuntimeError where torch has moved a cache's memory."""
@@ -125,9 +125,12 @@ class Selection:
         return [t.view(torch.uint8).view(-1) for cache in self.caches for t in cache.tensors[:2]]
 
     def read_state(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """seen and first `[layer][sequence]`, overflow counts `[layer]`. Waits for the devices' current streams."""
+        """seen and first `[layer][sequence]`, overflow counts `[layer]`. Waits for the devices' current streams.
+
+        With a `group` it is a collective call.
+        """
         of_caches = [
-            (cache.tensors.state[:2].cpu().tolist(), cache.tensors.overflow_counts.tolist()) for cache in self.caches
+            (cache.tensors.state[:2].cpu().tolist(), cache.overflow_counts().tolist()) for cache in self.caches
         ]
         seen, first, counts = [], [], []
         for cache, layer in self.layers:
@@ -137,8 +140,6 @@ class Selection:
             seen.append([all_seen[layer][b] for b in self.sequences])
             first.append([all_first[layer][b] for b in self.sequences])
             counts.append(of_layers[layer])
-        if self.group is not None:
-            counts = self.caches[0].overflow_counts().tolist()
         return seen, first, counts
 
     def write_state(self, seen: Matrix, first: Matrix) -> None:
@@ -178,11 +179,14 @@ class Selection:
         lost = [[f - old for f, old in zip(*pair, strict=True)] for pair in zip(new, first, strict=True)]
         return new, lost
 
-    def pieces(self, seen: Matrix, first: Matrix, lost: Matrix | None = None) -> Iterator[Piece]:
+    def pieces(
+        self, seen: Matrix, first: Matrix, lost: Matrix | None = None, *, dealt_out_alone: bool = False
+    ) -> Iterator[Piece]:
         """Where the bytes of the file's keys and values lie in the storages, one after the other.
 
         `seen`, `first`: the state of the caches. `lost[layer][sequence]`: how many positions of the file, those that
-        follow the sinks, the cache has no room for.
+        follow the sinks, the cache has no room for. With `dealt_out_alone` all bytes of caches that are whole on every
+        rank lie nowhere.
         """
         for i, (cache, layer) in enumerate(self.layers):
             row = cache.num_heads * cache.head_dim * 2
@@ -193,8 +197,9 @@ class Selection:
                     base = (layer * cache.batch_size + sequence) * slots
                     state = seen[i][j], first[i][j], 0 if lost is None else lost[i][j], slots, sinks
                     of_share = cache.ranks > 1
+                    nowhere = dealt_out_alone and not of_share
                     for slot, count in _runs_of_share(*state, cache.ranks, cache.rank) if of_share else _runs(*state):
-                        yield (NOWHERE, 0, count * row) if slot == NOWHERE else (
+                        yield (NOWHERE, 0, count * row) if nowhere or slot == NOWHERE else (
                             storage, (base + slot) * row, count * row
                         )  # fmt: skip
 

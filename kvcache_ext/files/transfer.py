@@ -220,10 +220,8 @@ class Collected(Buffers):
         self.events[i % len(self.events)].record()
 
 
-def block_memory(storages: Sequence[Tensor], blocks: int, block_bytes: int, group: Any = None) -> InPlace:
-    """The memory through which so many blocks of at most that size go. `group`: see `Collected`."""
-    if group is not None:
-        return Collected(storages, blocks, block_bytes, group)
+def block_memory(storages: Sequence[Tensor], blocks: int, block_bytes: int) -> InPlace:
+    """The memory through which so many blocks of at most that size go."""
     if all(storage.device.type == "cpu" for storage in storages):
         return InPlace(storages)
     return Buffers(storages, blocks, block_bytes)

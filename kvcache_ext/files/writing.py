@@ -47,7 +47,9 @@ def write(op: str, target: Path, selection: Selection, layout: Layout, small: by
             syncing: Future[None] | None = None
             blocks = blocks_of(selection.pieces(seen, first), block_bytes)
             size = min(block_bytes, data_bytes)
-            memory = transfer.block_memory(selection.storages(), layout.blocks, size, selection.group)
+            of_blocks = selection.storages(), layout.blocks, size
+            dealt_out = selection.group is not None
+            memory = transfer.Collected(*of_blocks, selection.group) if dealt_out else transfer.block_memory(*of_blocks)
             for crc in transfer.bounded_map(pool, transfer.writers(op, memory, blocks, fd, len(head), target)):
                 checksums.append(crc)
                 # The disk is to begin now: left to itself, the system lets some gigabytes pile up first.

@@ -202,19 +202,32 @@ __device__ __forceinline__ void store_new_row(const AttendParams& p, const Block
   }
 }
 
-// Key tiles of which every query of a block sees every row; `first` and `last` of its queries.
+// Rows that all queries from the oldest to the newest see.
+struct RowRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// A function of its own, as one query has no need of it.
+static __device__ __noinline__ RowRange fully_visible_rows(const AttendPlan* plan, int64_t oldest_query,
+                                                           int64_t newest_query) {
+  const int64_t past_oldest = plan->past(oldest_query);
+  if (oldest_query < plan->padding || past_oldest < plan->sinks_held) return {0, 0};
+  return {plan->sinks_held + imax(plan->oldest_for(newest_query) - plan->oldest, 0),
+          plan->sinks_held + imax(past_oldest - plan->oldest, 0)};
+}
+
+// Key tiles of which every query of a block sees every row; `first` and `last` of its queries. `plan` lies in shared
+// memory.
 template <int kTileRows>
 __device__ __forceinline__ TileRange fully_visible_tiles(const AttendParams& p, const Division& division,
                                                          const AttendPlan& plan, uint32_t first, uint32_t last) {
   if (p.rows == 1) return {0, static_cast<uint32_t>(plan.count / kTileRows)};
   const int64_t oldest_query = division.group_size(first);
   const int64_t newest_query = division.group_size(last);
-  const int64_t past_oldest = plan.past(oldest_query);
-  if (oldest_query < plan.padding || past_oldest < plan.sinks_held) return {0, 0};
-  const int64_t begin = plan.sinks_held + imax(plan.oldest_for(newest_query) - plan.oldest, 0);
-  const int64_t end = plan.sinks_held + imax(past_oldest - plan.oldest, 0);
-  return {static_cast<uint32_t>((begin + kTileRows - 1) / kTileRows),
-          static_cast<uint32_t>(imin(plan.count, end) / kTileRows)};
+  const RowRange rows = fully_visible_rows(&plan, oldest_query, newest_query);
+  return {static_cast<uint32_t>((rows.begin + kTileRows - 1) / kTileRows),
+          static_cast<uint32_t>(imin(plan.count, rows.end) / kTileRows)};
 }
 
 // Advances the state of a sequence when all of its blocks have read it. One thread of each block counts it in, after a

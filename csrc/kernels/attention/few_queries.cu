@@ -78,6 +78,9 @@ __device__ __noinline__ void copy_scattered(const AttendPlan* shared_plan, const
   }
 }
 
+// A function of its own, as the other calls are many and short.
+__device__ __noinline__ void take_share(AttendPlan* plan, const CacheView* cache) { plan->take_share(*cache, false); }
+
 template <int kDepth, typename Config>
 __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
                                   FewQueriesBlock<kDepth, Config>::by_registers(kFromSm100))
@@ -179,7 +182,8 @@ __global__ void __launch_bounds__(FewQueriesBlock<kDepth, Config>::kThreads,
   for (int pass = 0; pass < 2; ++pass) {
     if ((pass == 0) == p.may_read_before_wait) {
       if (threadIdx.x == 0) {
-        shared.plan = AttendPlan::make(p, block.entry, StateAdvance::read(p, block));
+        shared.plan = AttendPlan::make_of_all(p, block.entry, StateAdvance::read(p, block));
+        if (!p.cache.share.is_all()) take_share(&shared.plan, &p.cache);
         const uint32_t rows_of_turn = static_cast<uint32_t>(teams * kTileRows);
         shared.splits = useful_splits<Block>((static_cast<uint32_t>(plan.count) + rows_of_turn - 1) / rows_of_turn,
                                              division.splits, division.most_each);

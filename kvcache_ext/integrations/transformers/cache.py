@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from ...errors import shown
 from . import files
 from .build import build
-from .changes import select, take_back
+from .changes import keep, repeat, select, take_back
 from .graphs import DecodeGraph, replayed_steps
 from .groups import LayerGroup
 from .indexed import IndexedLayer
@@ -52,6 +52,7 @@ class Fp16Cache(Cache):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp16Cache:
+        self.shared.refuse_copies()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.shared = copy.deepcopy(self.shared, memo)  # first, as a layer can be copied only after it
@@ -59,6 +60,7 @@ class Fp16Cache(Cache):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self.shared.refuse_copies()
         self.shared.append_pending()
         return super().__reduce_ex__(protocol)
 
@@ -73,6 +75,9 @@ class Fp16Cache(Cache):
         overflow: str = "saturate",
         precision: str = "auto",
         compileable: bool = False,
+        group: Any = None,
+        exchange: str = "auto",
+        timeout: float = 60.0,
     ) -> Fp16Cache:
         """A cache for this model: shapes, windows and devices are the model's. Of one that is sharded by tensor
         parallelism it has this rank's heads: every rank makes its own.
@@ -90,10 +95,18 @@ class Fp16Cache(Cache):
                 queries and weights to FP16, for twice the speed on a GPU with an error of some 3e-4; "auto" takes
                 "fp32" for FP32 models and "fp16" for FP16 and BF16 ones.
             compileable: let `generate` compile the model by itself, as it does with `StaticCache`.
+            group: a process group of torch.distributed, each rank of which has the whole model and makes the same
+                calls. Positions of layers with full attention are dealt out to its ranks; `max_positions` is rounded up
+                to a multiple of them. Sliding window layers and recurrent states are whole on every rank.
+            exchange, timeout: how its ranks exchange answers, and the seconds after which one that does not answer is
+                given up: see `ShardedKVCacheFp16`.
 
         Raises:
-            NotImplementedError: the model has layers that such a cache cannot hold (see docs/transformers.md).
+            NotImplementedError: the model has layers that such a cache cannot hold, or its positions cannot be dealt
+                out to a group (see docs/transformers.md).
             MemoryError: it does not fit.
+            RuntimeError: ranks of the group passed different models or arguments, or another rank could not make its
+                cache.
             TypeError, ValueError: an argument is wrong; the model is FP64, or sharded among a number of ranks that does
                 not divide its key/value heads.
         """
@@ -105,6 +118,9 @@ class Fp16Cache(Cache):
             overflow=overflow,
             precision=precision,
             compileable=compileable,
+            group=group,
+            exchange=exchange,
+            timeout=timeout,
         )
         self = cls.__new__(cls)
         Cache.__init__(self, layers=layers)
@@ -115,6 +131,24 @@ class Fp16Cache(Cache):
         self.model_type, self.model_dtype = model_type_of(model), getattr(model, "dtype", None)
         return self
 
+    # Positions that are dealt out to the ranks of a group
+
+    def check(self) -> None:
+        """Raises RuntimeError if the ranks of its group have fallen apart, as far as is known. Does not wait.
+
+        A rank is missing, holds other lengths, or was fed other tokens. Each forward pass looks, too.
+        """
+        self.shared.check_ranks()
+
+    def synchronize(self) -> None:
+        """Waits until the current stream has done its work, at most `timeout` seconds, and checks.
+
+        Raises:
+            RuntimeError: as `check`, or it did not end in time. (Without a group there is nothing to wait for.)
+        """
+        if self.shared.agreement is not None:
+            self.shared.agreement.synchronize()
+
     # Files (see files.py)
 
     def save(self, path: str | PathLike[str], *, progress: files.Progress = None) -> None:
@@ -122,14 +156,16 @@ class Fp16Cache(Cache):
         with more room.
 
         Like `StreamingKVCacheFp16.save`: a safetensors file with checksums, written whole or not at all. It has the
-        tokens that are held, of the sequences in use.
+        tokens that are held, of the sequences in use. Where positions are dealt out to a group all ranks call it, and
+        rank 0 writes the file.
 
         Args:
             path: the file. One that is there is replaced.
             progress: as for `StreamingKVCacheFp16.save`.
 
         Raises:
-            RuntimeError: a forward pass was broken off, or the current stream is being captured into a graph.
+            RuntimeError: a forward pass was broken off, the current stream is being captured into a graph, or rank 0
+                could not write the file.
             ValueError: a mask or a position of an earlier step was wrong, and this is the first call to notice.
             TypeError, OSError: the path is wrong, or the file cannot be written. The old one stays.
         """
@@ -147,6 +183,9 @@ class Fp16Cache(Cache):
         overflow: str | None = None,
         precision: str = "auto",
         compileable: bool = False,
+        group: Any = None,
+        exchange: str = "auto",
+        timeout: float = 60.0,
         progress: files.Progress = None,
     ) -> Fp16Cache:
         """A cache for this model with what `save` wrote: the same text goes on where it was.
@@ -160,7 +199,8 @@ class Fp16Cache(Cache):
             max_positions: the longest text; None: as it was. Less will do as long as what is held fits.
             batch_size: the most sequences at a time; None: as it was.
             overflow: None: as it was.
-            attention, precision, compileable: as for `for_model`.
+            attention, precision, compileable, group, exchange, timeout: as for `for_model`. With a group every rank
+                reads the file, whatever number of ranks wrote it.
             progress: as for `StreamingKVCacheFp16.load`.
 
         Raises:
@@ -171,7 +211,8 @@ class Fp16Cache(Cache):
 
         After an error the model's attention is as it was.
         """
-        options = {"attention": attention, "overflow": overflow, "precision": precision, "compileable": compileable}
+        options: dict[str, Any] = {"attention": attention, "overflow": overflow, "precision": precision}
+        options |= {"compileable": compileable, "group": group, "exchange": exchange, "timeout": timeout}
         return files.load(cls.for_model, path, model, max_positions, batch_size, progress, options)
 
     @property
@@ -329,32 +370,11 @@ class Fp16Cache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence `repeats` times, its copies side by side. `batch_size` must have room for them."""
-        self.shared.append_pending()
-        active = self.shared.active
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise ValueError(f"Fp16Cache: repeats must be an integer, at least 1, got {shown(repeats)}")
-        if active is None:
-            return
-        if active * repeats > self.batch_size:
-            raise ValueError(
-                f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
-                f"got {self.batch_size}"
-            )
-        select(self, torch.arange(active, device="cpu").repeat_interleave(repeats))
+        repeat(self, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these sequences, in this order: integers `[n]`, or bools, one for each sequence in use."""
-        self.shared.append_pending()
-        active = self.shared.active
-        if active is None:
-            return
-        try:
-            chosen = torch.as_tensor(indices, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"Fp16Cache: indices of sequences must be integers [n], got {shown(indices)}") from None
-        if chosen.dtype == torch.bool and chosen.shape == (active,):
-            chosen = chosen.nonzero()[:, 0]
-        select(self, chosen)
+        keep(self, indices)
 
     # CUDA graphs
 

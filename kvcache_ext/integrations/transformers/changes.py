@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cache import StreamingKVCacheFp16
+from ...errors import shown
 from .indexed import IndexedLayer
 from .shared import WholeCache
 from .states import StateLayer
@@ -35,7 +35,7 @@ def take_back(cache: WholeCache, count: int) -> None:
         removed: int | Tensor = count  # with an int the host keeps exact lengths
         if real is not None:
             removed = real[:, left:].sum(1).to(group.device)
-        StreamingKVCacheFp16.drop_newest(group, removed, **shared.sequences_argument(group.device))
+        group.storage.drop_newest(group, removed, **shared.sequences_argument(group.device))
     for layer in cache.attention_layers:
         layer.columns = left
         if isinstance(layer, IndexedLayer):
@@ -67,7 +67,9 @@ def select(cache: WholeCache, sequences: Tensor) -> None:
     rest = torch.arange(len(sequences), cache.batch_size, device=sequences.device)
     all_sequences = torch.cat([sequences.long(), rest])
     for group in cache.caches:
-        StreamingKVCacheFp16.reorder(group, all_sequences.to(group.device))
+        group.storage.reorder(group, all_sequences.to(group.device))
+    if shared.agreement is not None:
+        shared.agreement.select(sequences.long())
     shared.fed_tokens.select(sequences)
     shared.positions.select(sequences)
     shared.padding.select(sequences)
@@ -75,3 +77,34 @@ def select(cache: WholeCache, sequences: Tensor) -> None:
         if isinstance(layer, (StateLayer, IndexedLayer)):
             layer.select(sequences.long())
     shared.active = len(sequences)
+
+
+def repeat(cache: WholeCache, repeats: int) -> None:
+    """See `Fp16Cache.batch_repeat_interleave`."""
+    cache.shared.append_pending()
+    active = cache.shared.active
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"Fp16Cache: repeats must be an integer, at least 1, got {shown(repeats)}")
+    if active is None:
+        return
+    if active * repeats > cache.batch_size:
+        raise ValueError(
+            f"Fp16Cache: {active} sequences {repeats} times need batch_size={active * repeats} at construction, "
+            f"got {cache.batch_size}"
+        )
+    select(cache, torch.arange(active, device="cpu").repeat_interleave(repeats))
+
+
+def keep(cache: WholeCache, indices: Tensor) -> None:
+    """See `Fp16Cache.batch_select_indices`."""
+    cache.shared.append_pending()
+    active = cache.shared.active
+    if active is None:
+        return
+    try:
+        chosen = torch.as_tensor(indices, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Fp16Cache: indices of sequences must be integers [n], got {shown(indices)}") from None
+    if chosen.dtype == torch.bool and chosen.shape == (active,):
+        chosen = chosen.nonzero()[:, 0]
+    select(cache, chosen)

@@ -24,10 +24,13 @@ caches hold them. Beside them it has:
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...errors import shown
@@ -79,6 +82,7 @@ def _padding_name(window: int | None) -> str:
 def save(cache: WholeCache, path: Any, progress: Progress) -> None:
     """See `Fp16Cache.save`."""
     shared = cache.shared
+    shared.check_ranks()
     shared.append_pending()
     cache.check_whole()
     shared.raise_deferred_errors(wait=True)
@@ -117,14 +121,33 @@ def save(cache: WholeCache, path: Any, progress: Progress) -> None:
         if real is not None:
             tensors[_padding_name(window)] = real
     tensors["positions"] = shared.positions.last[:sequences]
-    save_layers(
-        path,
-        stored,
-        sequences=sequences,
-        metadata={"cache": json.dumps(described)},
-        tensors=tensors,
-        progress=progress,
-    )
+
+    def write() -> None:
+        save_layers(
+            path,
+            stored,
+            sequences=sequences,
+            metadata={"cache": json.dumps(described)},
+            tensors=tensors,
+            progress=progress,
+        )
+
+    if shared.agreement is None:
+        write()
+    else:
+        from .sharded import write_together
+
+        write_together(shared.agreement.exchange, write, stored, sequences)
+
+
+def _together(model: Any, options: dict[str, Any]) -> Callable[[], AbstractContextManager[None]]:
+    """What is done within: with a group an error on one rank is one on all."""
+    if options["group"] is None:
+        return nullcontext
+    from .sharded import Sharding, failing_together
+
+    Sharding(options["group"], options["exchange"], options["timeout"])  # which checks the three
+    return functools.partial(failing_together, "Fp16Cache.load", options["group"], torch.device(model.device))
 
 
 class _Saved:
@@ -189,30 +212,35 @@ def load(
     options: dict[str, Any],
 ) -> NewCache:
     """See `Fp16Cache.load`. `for_model` makes the cache; `options` are its other arguments."""
-    with open_layers(path) as file:
-        saved = _Saved(path, file)
-        positions = saved.max_positions if max_positions is None else max_positions
-        plans, _ = plan_layers(model, positions)
-        device_of_state = [plan.device for plan in plans]
-        saved.check_fits(model_type_of(model), getattr(model, "dtype", None), plans, file)
-        batch = saved.batch_size if batch_size is None else batch_size
-        if isinstance(batch, int) and batch < (saved.sequences or 1):
-            raise ValueError(
-                f"Fp16Cache.load: batch_size must be at least {saved.sequences}, the number of sequences in {path}, "
-                f"got {shown(batch_size)}"
-            )
+    together = _together(model, options)
+    with together():
+        opened = open_layers(path)
+    with opened as file:
+        with together():
+            saved = _Saved(path, file)
+            positions = saved.max_positions if max_positions is None else max_positions
+            plans, _ = plan_layers(model, positions)
+            device_of_state = [plan.device for plan in plans]
+            saved.check_fits(model_type_of(model), getattr(model, "dtype", None), plans, file)
+            batch = saved.batch_size if batch_size is None else batch_size
+            if isinstance(batch, int) and batch < (saved.sequences or 1):
+                raise ValueError(
+                    f"Fp16Cache.load: batch_size must be at least {saved.sequences}, the number of sequences in "
+                    f"{path}, got {shown(batch_size)}"
+                )
         if options["overflow"] is None:
             options["overflow"] = saved.overflow
         before = model.config._attn_implementation
         try:
             cache = for_model(model, positions, batch, **options)
-            if cache.shared.bounded and saved.columns > positions:
+            if cache.shared.bounded and saved.columns > cache.shared.max_positions:
                 raise ValueError(
                     f"Fp16Cache.load: {path} holds {saved.columns} tokens, which do not fit into "
                     f"max_positions={positions}"
                 )
             present: list[Fp16Layer] = [layer for layer in cache.layers if _has_keys(layer)]
-            file.load([(layer.cache, layer.index) for layer in present], fresh=True, progress=progress)
+            with together():
+                file.load([(layer.cache, layer.index) for layer in present], fresh=True, progress=progress)
         except BaseException:
             if model.config._attn_implementation != before:
                 model.set_attn_implementation(before)

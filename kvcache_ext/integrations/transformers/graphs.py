@@ -103,6 +103,11 @@ class DecodeGraph:
             raise ValueError(f"DecodeGraph: the model's attention must be {NAME!r}, got {used!r}")
         if shared.active is None:
             raise ValueError("DecodeGraph: run the prompt through the model first")
+        if compile and shared.agreement is not None:
+            raise NotImplementedError(
+                "DecodeGraph: torch.compile cannot trace a cache whose positions are dealt out to a group; leave "
+                "compile=True out"
+            )
         if compile and any(layer.chunked for layer in cache.attention_layers):
             raise NotImplementedError("DecodeGraph: compiled code cannot serve chunked attention")
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -162,7 +167,7 @@ class DecodeGraph:
             layer.check_room(self._batch, WARM_UPS)
         # The pass under way, which may have asked for this graph, does not include the steps that run here.
         shared.current_pass = None
-        counts = [group.overflow_counts() for group in cache.caches]
+        counts = [group.tensors.overflow_counts.clone() for group in cache.caches]  # of this rank alone
         positions = shared.positions
         fed = positions.last.clone()
         states = [layer.snapshot() for layer in cache.state_layers]
@@ -206,6 +211,7 @@ class DecodeGraph:
                 f"DecodeGraph: it steps {self._batch} sequences by one token each, got input_ids of shape "
                 f"{list(input_ids.shape)} and a cache that holds {shared.active}"
             )
+        shared.check_ranks()
         shared.append_pending()
         shared.positions.raise_if_fed_twice()
         for layer in self._cache.attention_layers:
@@ -218,6 +224,7 @@ class DecodeGraph:
         self._graph.replay()
         for layer in self._cache.attention_layers:
             layer.advance(1)
+        shared.check_ranks()
         return self._logits()
 
 
@@ -306,4 +313,6 @@ def replayed_steps(model: Any, cache: WholeCache, *, compile: bool) -> Iterator[
         del model.forward
         if patched.previous is not None:
             model.forward = patched.previous
+    if cache.shared.agreement is not None:
+        cache.shared.agreement.synchronize()
     cache.shared.raise_deferred_errors(wait=True)

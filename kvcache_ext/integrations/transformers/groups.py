@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from ...cache import StreamingKVCacheFp16
 
@@ -14,8 +14,10 @@ class LayerGroup(StreamingKVCacheFp16):
     """The storage of layers of one shape. Everybody may read it. Only its `Fp16Cache` changes it.
 
     An `Fp16Cache` counts the tokens of each layer. It would not count what others append. So the methods that change a
-    cache are errors here, and the `Fp16Cache` calls those of `StreamingKVCacheFp16`.
+    cache are errors here, and the `Fp16Cache` calls those of `storage`: `cache.storage.append(cache, ...)`.
     """
+
+    storage: ClassVar[type[StreamingKVCacheFp16]] = StreamingKVCacheFp16
 
 
 def _refused(name: str) -> Callable[..., NoReturn]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from transformers.cache_utils import CacheLayerMixin
 
-from ...cache import StreamingKVCacheFp16
 from .groups import LayerGroup
 from .laid_out import as_handed_over, as_stored
 from .layer_plan import LayerPlan
@@ -189,7 +188,7 @@ class Fp16Layer(CacheLayerMixin):
         key, value = as_stored(key, value)
         if new_lengths is None:
             self.shared.padding.all_real_from(self.columns, self.window)
-        answer = StreamingKVCacheFp16.append_attend(
+        answer = self.cache.storage.append_attend(
             self.cache,
             self.index,
             query,
@@ -210,7 +209,7 @@ class Fp16Layer(CacheLayerMixin):
         self, query: Tensor, *, scale: float | None, softcap: float | None, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """`append_attend` for another layer, with the same keys and values, after the call that stored them."""
-        answer = StreamingKVCacheFp16.attend(
+        answer = self.cache.storage.attend(
             self.cache,
             self.index,
             query,
@@ -326,7 +325,7 @@ class Fp16Layer(CacheLayerMixin):
         return self._gather(start, self.columns, dtype)
 
     def _append(self, key: Tensor, value: Tensor) -> None:
-        StreamingKVCacheFp16.append(self.cache, self.index, key, value, **self.shared.sequences_argument(self.device))
+        self.cache.storage.append(self.cache, self.index, key, value, **self.shared.sequences_argument(self.device))
         self.advance(key.shape[1])
 
     def _gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -344,6 +343,8 @@ class Fp16Layer(CacheLayerMixin):
         keys, values = (torch.empty(shape, dtype=dtype, device=self.cache.device) for _ in range(2))
         out = keys.transpose(1, 2), values.transpose(1, 2)
         sequences = self.shared.sequences_argument(self.device)
+        if self.cache.ranks > 1:
+            self.shared.compare_ranks()
         self.cache.gather(self.index, indices, dtype=dtype, out=out, **sequences)
         return as_handed_over(keys, values, self.widths)
 

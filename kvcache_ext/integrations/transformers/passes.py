@@ -26,6 +26,7 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
     Raises ValueError, NotImplementedError or RuntimeError if the pass cannot be served. Nothing is stored then.
     """
     shared = cache.shared
+    shared.check_ranks()
     shared.append_pending()
     cache.check_whole()
     shared.current_pass = None
@@ -71,6 +72,8 @@ def begin_pass(cache: WholeCache, decoder: nn.Module, tokens: Tensor, options: d
                 shared.positions.check(options.get("position_ids"), real, batch, new_tokens)
     if columns > 0 and new_tokens > 1 and not capturing and not takes_positions(decoder) and _are_ids(tokens):
         shared.fed_tokens.check(tokens)
+    if shared.agreement is not None:
+        shared.agreement.begin_pass(tokens)
     shared.current_pass = ForwardPass.begin(cache)
 
 

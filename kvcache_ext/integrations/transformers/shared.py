@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...cache import StreamingKVCacheFp16
+from .agreement import Agreement
 from .groups import LayerGroup
 from .padding import DeferredMaskCheck, Padding
 from .positions import FedTokens, Positions
@@ -26,6 +26,7 @@ class ForwardPass:
     columns: int  # of every layer, when the pass began
     state_updates: list[int]  # of each layer with states or an index, when the pass began
     new_tokens: int | None = None  # as the first layer got them; None before that
+    compared: bool = False  # ranks have told each other what they were fed
 
     @classmethod
     def begin(cls, cache: WholeCache) -> ForwardPass:
@@ -66,6 +67,7 @@ class SharedState:
     positions: Positions  # that the sequences were fed
     layer_count: int = 0
     caches: list[LayerGroup] = field(default_factory=list)
+    agreement: Agreement | None = None  # of the ranks that positions are dealt out to; None: they are not
     bounded: bool = False  # whether some layer ends at max_positions tokens
     active: int | None = None  # sequences in use; None before the first tokens
     padding: Padding = field(default_factory=Padding)
@@ -82,6 +84,7 @@ class SharedState:
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedState:
         new = SharedState.__new__(SharedState)
         memo[id(self)] = new
+        self.refuse_copies()
         # The configuration is the model's own, as its attention may be changed later. Where a copy of the model was
         # made before, it is that copy's.
         new.config = memo.get(id(self.config), self.config)
@@ -122,9 +125,31 @@ class SharedState:
 
     def forget_tokens(self) -> None:
         for cache in self.caches:
-            StreamingKVCacheFp16.clear(cache)
+            cache.storage.clear(cache)
+        if self.agreement is not None:
+            self.agreement.forget()
         self.fed_tokens.forget()
         self.positions.forget()
+
+    def check_ranks(self) -> None:
+        """Raises RuntimeError if the ranks that positions are dealt out to have fallen apart, as far as is known."""
+        if self.agreement is not None:
+            self.agreement.check()
+
+    def compare_ranks(self) -> None:
+        """Compares what the ranks are fed, once in each pass that gathers their rows. A collective call."""
+        begun = self.current_pass
+        if self.agreement is not None and begun is not None and not begun.compared:
+            begun.compared = True
+            self.agreement.compare(begun.columns)
+
+    def refuse_copies(self) -> None:
+        """Raises TypeError where positions are dealt out to ranks: a copy would need a process group of its own."""
+        if self.agreement is not None:
+            raise TypeError(
+                "Fp16Cache: a cache whose positions are dealt out to a process group cannot be copied or pickled; "
+                "save() and load() write and read it"
+            )
 
     def append_pending(self) -> None:
         """Appends what `update` handed out and no attention took: a past made by hand.
