@@ -599,7 +599,7 @@ class StreamingKVCacheFp16:
 
     def __repr__(self) -> str:
         return (
-            f"StreamingKVCacheFp16(num_layers={self.num_layers}, max_positions={self._max_positions}, "
+            f"{type(self).__name__}(num_layers={self.num_layers}, max_positions={self._max_positions}, "
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, batch_size={self.batch_size}, "
             f"device='{self.device}', sink_positions={self.sink_positions}, overflow='{self.overflow}')"
         )

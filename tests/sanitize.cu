@@ -92,7 +92,7 @@ class Case {
         workspace(kvc::kWorkspaceWords + 132 * 16 * 514),
         numbers(most_elements() * kvc::dtype_size(dtype)),
         more_numbers(most_elements() * kvc::dtype_size(dtype)),
-        key_out(most_elements() * kvc::dtype_size(dtype)),
+        key_out(most_elements() * 4),
         value_out(most_elements() * kvc::dtype_size(dtype)),
         lse(s.batch * s.longest * s.heads * s.group * 4),
         lengths(s.batch),
@@ -100,17 +100,16 @@ class Case {
         sources(s.batch),
         short_sources(s.batch),
         destinations(s.batch),
-        indices(s.batch * 64) {
-    empty(state);
-    empty(other_state);
+        indices(s.batch * 64),
+        tag(1),
+        failure(1) {
+    set_bytes(tag.data, 0, sizeof(int64_t));
+    set_bytes(failure.data, 0, sizeof(uint32_t));
     set_bytes(overflows.data, 0, overflows.size * sizeof(int64_t));
     // A cache's workspace starts as zeros, and whole vectors of it are copied of which parts mean nothing. On a CPU
     // all but the tickets stays NaN, which must not reach an answer.
     set_bytes(workspace.data, 0, (kOnHost ? static_cast<size_t>(kvc::kWorkspaceWords) : workspace.size) * 4);
-    cache = {keys.data,   values.data, state.data, s.layers, s.batch,
-             s.positions, s.heads,     s.head_dim, s.sinks,  kvc::Divider::by(s.positions - s.sinks)};
-    other = {other_keys.data, other_values.data, other_state.data, s.layers, s.batch + 1,
-             other_slots,     s.heads,           s.head_dim,       s.sinks,  kvc::Divider::by(other_slots - s.sinks)};
+    take_share(1, 0);
     fill(numbers.buffer(), false);
     fill(more_numbers.buffer(), false);
   }
@@ -118,6 +117,7 @@ class Case {
   void run() {
     if (s.longest > 16) {
       prompts();
+      shares();
       finish();
       return;
     }
@@ -130,10 +130,12 @@ class Case {
     moves_of_sequences();
     moves_between_caches();
     truncations();
+    shares();
+    if (s.head_dim % 8 == 0) merges();
     if (s.head_dim % 8 == 0) attend({.count = 1, .appends = true});
     gather(s.positions + 4, Form::plain, false);
     finish();
-    if (!kOnHost && dtype == kvc::DType::f32) look(last_answer, last_elements, "the last gather");
+    if (!kOnHost && dtype == kvc::DType::f32) look(last_answer, last_elements, dtype, "the last gather");
   }
 
  private:
@@ -153,11 +155,27 @@ class Case {
 
   int64_t other_entries() const { return s.layers * (s.batch + 1); }
 
-  void empty(Buffer<int64_t>& of) const {
+  void empty(Buffer<int64_t>& of, int64_t sinks) const {
     const size_t row = of.size / 3;
     std::vector<int64_t> start(of.size, 0);
-    std::fill_n(start.begin() + static_cast<int64_t>(row), row, s.sinks);
+    std::fill_n(start.begin() + static_cast<int64_t>(row), row, sinks);
     of.set(start);
+  }
+
+  // From now on the caches are that rank's, of a text that is dealt out. They are empty.
+  void take_share(int64_t ranks, int64_t rank) {
+    const kvc::Share share = {kvc::Divider::by(ranks), rank};
+    const auto view = [&](const Buffer<uint16_t>& k, const Buffer<uint16_t>& v, const Buffer<int64_t>& of,
+                          int64_t batch, int64_t slots) {
+      const int64_t ring = slots - s.sinks;
+      return kvc::CacheView{k.data, v.data,          of.data,     s.layers, batch,
+                            slots,  s.heads,         s.head_dim,  s.sinks,  kvc::Divider::by(ring),
+                            share,  s.sinks * ranks, ring * ranks};
+    };
+    cache = view(keys, values, state, s.batch, s.positions);
+    other = view(other_keys, other_values, other_state, s.batch + 1, other_slots);
+    empty(state, cache.all_sinks);
+    empty(other_state, other.all_sinks);
   }
 
   int64_t batch() const { return chosen.entries(s.batch); }
@@ -191,23 +209,23 @@ class Case {
     copy_in(buffer.data, bytes.data(), bytes.size());
   }
 
-  void look(const char* data, int64_t elements, const char* what) {
-    std::vector<char> copy(static_cast<size_t>(elements * kvc::dtype_size(dtype)));
+  void look(const char* data, int64_t elements, kvc::DType type, const char* what) {
+    std::vector<char> copy(static_cast<size_t>(elements * kvc::dtype_size(type)));
     copy_out(copy.data(), data, copy.size());
     for (int64_t i = 0; i < elements; ++i) {
-      if (!is_finite(copy.data(), i, dtype)) fail(what, "an answer is not finite");
+      if (!is_finite(copy.data(), i, type)) fail(what, "an answer is not finite");
     }
   }
 
   // On a CPU: what a call is to write is NaN before it, and finite after it.
-  void poison(char* data, const Layout& layout) {
-    if (kOnHost) set_bytes(data, 0xff, static_cast<size_t>(layout.extent * kvc::dtype_size(dtype)));
+  void poison(char* data, const Layout& layout, kvc::DType type) {
+    if (kOnHost) set_bytes(data, 0xff, static_cast<size_t>(layout.extent * kvc::dtype_size(type)));
   }
-  void look(const char* data, const Layout& l, int64_t rows, int64_t heads, const char* what) {
+  void look(const char* data, const Layout& l, int64_t rows, int64_t heads, kvc::DType type, const char* what) {
     const int64_t count = kOnHost ? batch() * rows * heads : 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t offset = i / (rows * heads) * l.batch + i / heads % rows * l.row + i % heads * l.head;
-      look(data + offset * kvc::dtype_size(dtype), s.head_dim, what);
+      look(data + offset * kvc::dtype_size(type), s.head_dim, type, what);
     }
   }
 
@@ -255,8 +273,9 @@ class Case {
     p.rows = a.count;
     p.query_heads = query_heads;
     p.query = layout.rows(input(numbers, layout));
-    char* out = key_out.take(layout.extent * kvc::dtype_size(dtype));
-    poison(out, layout);
+    p.out_dtype = cache.share.is_all() ? dtype : kvc::DType::f32;
+    char* out = key_out.take(layout.extent * kvc::dtype_size(p.out_dtype));
+    poison(out, layout, p.out_dtype);
     p.out = layout.rows(static_cast<void*>(out));
     if (a.lse) p.lse = reinterpret_cast<float*>(lse.take(batch() * a.count * query_heads * 4));
     p.dtype = dtype;
@@ -270,7 +289,7 @@ class Case {
     p.sequences = chosen;
     p.use_workspace(workspace.data, static_cast<int64_t>(workspace.size));
     run_op(p);
-    if (a.finite) look(out, layout, a.count, query_heads, "attend");
+    if (a.finite) look(out, layout, a.count, query_heads, p.out_dtype, "attend");
   }
 
   void gather(int64_t count, Form form, bool by_index) {
@@ -293,13 +312,13 @@ class Case {
     char* outs[2] = {key_out.take(layout.extent * kvc::dtype_size(dtype)),
                      value_out.take(layout.extent * kvc::dtype_size(dtype))};
     last_answer = outs[0];
-    for (char* out : outs) poison(out, layout);
+    for (char* out : outs) poison(out, layout, dtype);
     p.key = layout.rows(static_cast<void*>(outs[0]));
     p.value = layout.rows(static_cast<void*>(outs[1]));
     p.dtype = dtype;
     p.sequences = chosen;
     run_op(p);
-    for (char* out : outs) look(out, layout, count, s.heads, "gather");
+    for (char* out : outs) look(out, layout, count, s.heads, dtype, "gather");
   }
 
   void appends_and_gathers() {
@@ -485,7 +504,7 @@ class Case {
   }
 
   void truncate(bool resets, int64_t length, kvc::Integers lengths_of, kvc::ChosenSequences of, bool newest = false) {
-    run_op(kvc::TruncateParams{state.data, s.layers, s.batch, s.sinks, resets, newest, length, lengths_of, of});
+    run_op(kvc::TruncateParams{state.data, s.layers, s.batch, cache.all_sinks, resets, newest, length, lengths_of, of});
   }
   void reset_all() { truncate(true, 0, {}, {}); }
 
@@ -502,6 +521,163 @@ class Case {
     const std::vector<int64_t> one{s.batch - 1};
     truncate(false, 0, {sources.set({1})}, {{destinations.set(one)}, 1});
     if (s.batch > 1) truncate(true, 0, {}, {{destinations.set(one)}, 1});
+  }
+
+  // What a rank stores, reads and answers of a text that is dealt out to several.
+  void shares() {
+    fill(numbers.buffer(), false);
+    fill(more_numbers.buffer(), false);
+    for (const int64_t ranks : {2, 3}) {
+      const int64_t rank = random_below(static_cast<uint32_t>(ranks));
+      take_share(ranks, rank);
+      if (s.longest > 16) {
+        prompts_of_a_share();
+        continue;
+      }
+      for (const Form form : {Form::plain, Form::spaced}) {
+        append(0, s.layers, 1);
+        append(0, 1, 2 * ranks + 1, form, form == Form::spaced);
+        gather(s.positions + 4, form, false);
+        gather(kvc::imin(s.positions, 32), form, true);
+      }
+      append(0, 1, s.positions + 5, Form::htd);
+      if (s.head_dim % 8 == 0) attention_of_a_share();
+      const std::vector<int64_t> from(static_cast<size_t>(s.batch), s.batch - 1);
+      copy(from, nullptr, false);
+      copy_between(cache, other, {s.batch - 1}, {0}, false);
+      copy_between(other, cache, {0}, {0}, true);
+      truncate(false, s.positions / 2, {}, {});
+      append(0, s.layers, 3);
+      gather(s.positions + 4, Form::plain, false);
+    }
+    take_share(1, 0);
+    append(0, s.layers, 3);
+    append(0, 1, s.positions);
+  }
+
+  void attention_of_a_share() {
+    for (const int64_t count : {1, 2, 5, 16}) {
+      if (count > most_rows) continue;
+      attend({.count = count});
+      for (int i = 0; i < (count == 1 ? 4 : 1); ++i) attend({.count = count, .appends = true});
+      attend({.count = count, .appends = true, .ragged = true, .window = 3, .form = Form::spaced});
+    }
+  }
+
+  void prompts_of_a_share() {
+    for (const int64_t count : {17, 70}) {
+      attend({.count = count});
+      attend({.count = count, .appends = true, .rounds = count == 17});
+      attend({.count = count, .appends = true, .ragged = true, .window = 9, .form = Form::htd});
+    }
+    append(0, 1, 2 * s.positions + 3);
+    attend({.count = s.longest, .appends = true, .softcap = 2, .lse = false});
+    attend({.count = 1, .appends = true});
+  }
+
+  // What ranks answer becomes one answer: gathered, and exchanged.
+  void merges() {
+    const int64_t count = kvc::imin(3, most_rows);
+    const int64_t rows = s.batch * count * s.heads * s.group;
+    for (const int64_t ranks : {1, 2, 3}) {
+      for (const Form form : {Form::plain, Form::htd, Form::spaced}) {
+        merge_gathered(ranks, count, rows, form);
+        if (kExchanges && ranks > 1) merge_exchanged(ranks, count, rows, form);
+      }
+    }
+  }
+
+  // Numbers that answers and LSEs can be, the last of a buffer.
+  float* random_floats(Buffer<float>& buffer) {
+    std::vector<float> floats(buffer.size);
+    for (float& x : floats) x = static_cast<float>(random_below(2000)) / 1000.0f - 1.0f;
+    return buffer.set(floats);
+  }
+
+  kvc::MergeParams merge_params(int64_t ranks, int64_t count, int64_t rows, Form form) {
+    const int64_t query_heads = s.heads * s.group;
+    const Layout layout = Layout::of(form, 1, s.batch, count, query_heads, s.head_dim);
+    kvc::MergeParams p{};
+    p.rows = rows;
+    p.head_dim = s.head_dim;
+    p.ranks = ranks;
+    char* out = value_out.take(layout.extent * kvc::dtype_size(dtype));
+    poison(out, layout, dtype);
+    p.out = layout.rows(static_cast<void*>(out));
+    p.dtype = dtype;
+    if (form != Form::htd) p.lse = reinterpret_cast<float*>(lse.take(rows * 4));
+    p.query_heads = kvc::FastDivider::by(static_cast<uint32_t>(query_heads));
+    p.positions = kvc::FastDivider::by(static_cast<uint32_t>(count));
+    p.failure = failure.data;
+    p.state = state.data;
+    p.layer = s.layers - 1;
+    p.layers = s.layers;
+    p.batch = s.batch;
+    p.tag = tag.data;
+    return p;
+  }
+
+  void look_at_merged(const kvc::MergeParams& p, int64_t count, Form form) {
+    const Layout layout = Layout::of(form, 1, s.batch, count, s.heads * s.group, s.head_dim);
+    look(static_cast<const char*>(p.out.data), layout, count, s.heads * s.group, dtype, "merge");
+    uint32_t failed = 0;
+    if (kOnHost) copy_out(&failed, failure.data, sizeof(failed));
+    if (failed != 0) fail("merge", "ranks differ that are the same");
+  }
+
+  void merge_gathered(int64_t ranks, int64_t count, int64_t rows, Form form) {
+    kvc::MergeParams p = merge_params(ranks, count, rows, form);
+    const int64_t behind = (rows * (s.head_dim + 1) + 1) / 2 * 2;
+    p.part_stride = behind + 4 * s.batch + 2;
+    Buffer<float> parts(ranks * p.part_stride);
+    float* const data = random_floats(parts);
+    std::vector<int64_t> of_state(static_cast<size_t>(3 * entries));
+    copy_out(of_state.data(), state.data, of_state.size() * sizeof(int64_t));
+    std::vector<int64_t> lengths_of(static_cast<size_t>(2 * s.batch + 1), 0);
+    const auto layer = of_state.begin() + p.layer * s.batch;
+    std::copy_n(layer, s.batch, lengths_of.begin());
+    std::copy_n(layer + entries, s.batch, lengths_of.begin() + s.batch);
+    for (int64_t r = 0; r < ranks; ++r) {
+      copy_in(data + r * p.part_stride + behind, lengths_of.data(), lengths_of.size() * sizeof(int64_t));
+    }
+    p.answers = data;
+    p.lses = data + rows * s.head_dim;
+    p.lengths = reinterpret_cast<const int64_t*>(data + behind);
+    run_op(p);
+    finish();
+    look_at_merged(p, count, form);
+  }
+
+  // Every rank sends, then every rank receives; in two launches where the inboxes are small.
+  void merge_exchanged(int64_t ranks, int64_t count, int64_t rows, Form form) {
+    const int64_t rows_at_once = form == Form::spaced ? (rows + 1) / 2 : rows;
+    const int64_t lines = rows_at_once * (s.head_dim / 2 + 1);
+    const int64_t words = 2 * ranks * lines * 4;
+    Buffer<uint32_t> inboxes(ranks * words);
+    Buffer<uint32_t> controls(2 * ranks * 3);
+    Buffer<float> answers(rows * s.head_dim);
+    Buffer<float> lses(rows);
+    set_bytes(inboxes.data, 0, inboxes.size * 4);
+    set_bytes(controls.data, 0, controls.size * 4);
+    kvc::MergeParams p = merge_params(ranks, count, rows, form);
+    p.answers = random_floats(answers);
+    p.lses = random_floats(lses);
+    p.exchange.lines = lines;
+    p.exchange.timeout_ns = 1000000000;
+    for (int64_t r = 0; r < ranks; ++r) p.exchange.inboxes[r] = inboxes.data + r * words;
+    for (const bool sends : {true, false}) {
+      p.exchange.sends = sends;
+      p.exchange.receives = !sends;
+      for (p.rank = 0; p.rank < ranks; ++p.rank) {
+        p.exchange.control = controls.data + 3 * (2 * p.rank + (sends ? 0 : 1));
+        for (p.first_row = 0; p.first_row < rows; p.first_row += rows_at_once) {
+          p.rows = kvc::imin(rows_at_once, rows - p.first_row);
+          run_op(p);
+        }
+      }
+    }
+    finish();
+    look_at_merged(p, count, form);
   }
 
   Shape s;
@@ -521,6 +697,8 @@ class Case {
   Buffer<int64_t> sources;
   Buffer<int32_t> short_sources;
   Buffer<int64_t> destinations, indices;
+  Buffer<int64_t> tag;
+  Buffer<uint32_t> failure;
   kvc::CacheView cache, other;
   kvc::ChosenSequences chosen;
   bool saturate = true;

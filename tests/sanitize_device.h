@@ -153,6 +153,8 @@ inline void run_op(const kvc::CopySequencesParams& p) {
 }
 inline void run_op(const kvc::CopyFromParams& p) { check_launch(kvc::launch_copy_from(p, nullptr), "copy_from"); }
 inline void run_op(const kvc::TruncateParams& p) { check_launch(kvc::launch_truncate(p, nullptr), "truncate"); }
+inline void run_op(const kvc::MergeParams& p) { check_launch(kvc::launch_merge(p, nullptr), "merge"); }
+constexpr bool kExchanges = true;
 
 #else
 
@@ -212,5 +214,11 @@ inline void run_op(const kvc::CopyFromParams& p) {
 }
 
 inline void run_op(const kvc::TruncateParams& p) { kvc::cpu::truncate(p); }
+
+inline void run_op(const kvc::MergeParams& p) {
+  kvc::cpu::compare_lengths(p);
+  in_pieces(p.rows, [&](int64_t begin, int64_t end) { kvc::cpu::merge(p, begin, end); });
+}
+constexpr bool kExchanges = false;  // GPUs reach each other's memory
 
 #endif

@@ -133,20 +133,20 @@ class Dealt:
 
     def _answer(self, name: str, layer: int, query: torch.Tensor, *new: torch.Tensor, **options: Any) -> Answer:
         options["return_lse"] = True
-        parts = self.on_shares(name, layer, query, *new, **options)
-        for out, lse in parts:
+        answers = self.on_shares(name, layer, query, *new, **options)
+        for out, lse in answers:
             assert out.dtype == lse.dtype == torch.float32 and out.shape == query.shape
             assert not out[lse == -torch.inf].any()
-        return self.merge(layer, parts, query.dtype, options.get("sequences"))
+        return self.merge(layer, answers, query.dtype, options.get("sequences"))
 
-    def merge(self, layer: int, parts: list[Answer], dtype: torch.dtype, sequences: Any = None) -> Answer:
+    def merge(self, layer: int, answers: list[Answer], dtype: torch.dtype, sequences: Any = None) -> Answer:
         """What merge_gathered makes of the ranks' answers: the same bits on each of them."""
-        together = self.gathered(layer, parts)
+        together = self.gathered(layer, answers)
         tag = torch.zeros(1, dtype=torch.int64, device=self.device)
         merged = []
         for share in self.shares:
-            out = torch.full_like(parts[0][0], torch.nan, dtype=dtype)
-            lse = torch.full_like(parts[0][1], torch.nan)
+            out = torch.full_like(answers[0][0], torch.nan, dtype=dtype)
+            lse = torch.full_like(answers[0][1], torch.nan)
             failure = self.new_failure()
             share.native.merge_gathered(layer, together, out, lse, tag, sequences, failure)
             self.wait()
@@ -157,10 +157,10 @@ class Dealt:
             assert_same_bits(lse, merged[0][1])
         return merged[0]
 
-    def gathered(self, layer: int, parts: list[Answer], tags: Sequence[int] | None = None) -> torch.Tensor:
+    def gathered(self, layer: int, answers: list[Answer], tags: Sequence[int] | None = None) -> torch.Tensor:
         """What a collective makes of them: FP32 `[ranks, floats]`, see merge_gathered in csrc/bindings/merge.h."""
         rows = []
-        for share, (out, lse), tag in zip(self.shares, parts, tags or [0] * self.ranks, strict=True):
+        for share, (out, lse), tag in zip(self.shares, answers, tags or [0] * self.ranks, strict=True):
             numbers = torch.cat([share.tensors.state[:2, layer].reshape(-1), torch.tensor([tag], device=self.device)])
             floats = torch.cat([out.reshape(-1), lse.reshape(-1)])
             gap = torch.full((floats.numel() % 2,), torch.nan, device=self.device)

@@ -29,27 +29,27 @@ def failed(kind: int, rank: int) -> int:
     return kind | rank << 8
 
 
-def random_parts(dealt: Dealt, rows: int, heads: int = 4) -> list[Answer]:
+def random_answers(dealt: Dealt, rows: int, heads: int = 4) -> list[Answer]:
     """Some answers are empty."""
-    p, parts = dealt.plain, []
+    p, answers = dealt.plain, []
     for _ in dealt.shares:
         out = torch.randn(p.batch_size, rows, heads, p.head_dim)
         lse = 3 * torch.randn(p.batch_size, rows, heads)
         nothing = torch.rand(lse.shape) < 0.2
-        parts.append((out.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -torch.inf)))
-    return [(out.to(dealt.device), lse.to(dealt.device)) for out, lse in parts]
+        answers.append((out.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -torch.inf)))
+    return [(out.to(dealt.device), lse.to(dealt.device)) for out, lse in answers]
 
 
-def exact(parts: list[Answer]) -> Answer:
+def exact(answers: list[Answer]) -> Answer:
     """Merged in FP64."""
-    lses = torch.stack([lse.cpu().double() for _, lse in parts])
+    lses = torch.stack([lse.cpu().double() for _, lse in answers])
     total = lses.logsumexp(0)
     weights = torch.where(lses == -torch.inf, 0.0, (lses - torch.where(total == -torch.inf, 0.0, total)).exp())
-    return (torch.stack([out.cpu().double() for out, _ in parts]) * weights[..., None]).sum(0), total
+    return (torch.stack([out.cpu().double() for out, _ in answers]) * weights[..., None]).sum(0), total
 
 
-def assert_merged(got: Answer, parts: list[Answer]) -> None:
-    want, want_lse = exact(parts)
+def assert_merged(got: Answer, answers: list[Answer]) -> None:
+    want, want_lse = exact(answers)
     bound = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[got[0].dtype]
     torch.testing.assert_close(got[0].cpu().double(), want, rtol=bound, atol=bound)
     torch.testing.assert_close(got[1].cpu().double(), want_lse, rtol=1e-6, atol=1e-6)
@@ -64,8 +64,8 @@ def assert_merged(got: Answer, parts: list[Answer]) -> None:
 def test_gathered(backend: Backend, ranks: int, dtype: torch.dtype, head_dim: int) -> None:
     dealt = Dealt(backend, ranks, num_layers=2, batch_size=3, head_dim=head_dim, max_positions=ranks)
     for rows in (1, 5):
-        parts = random_parts(dealt, rows)
-        assert_merged(dealt.merge(1, parts, dtype), parts)
+        answers = random_answers(dealt, rows)
+        assert_merged(dealt.merge(1, answers, dtype), answers)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -74,9 +74,9 @@ def test_gathered_into_any_strides(backend: Backend, ranks: int, dtype: torch.dt
     """With LSEs or without; of no rows."""
     dealt = Dealt(backend, ranks, batch_size=2)
     for rows in (3, 0):
-        parts = random_parts(dealt, rows)
-        want = dealt.merge(0, parts, dtype)
-        together = dealt.gathered(0, parts)
+        answers = random_answers(dealt, rows)
+        want = dealt.merge(0, answers, dtype)
+        together = dealt.gathered(0, answers)
         tag = torch.zeros(1, dtype=torch.int64, device=dealt.device)
         wide = torch.full((2, 4, rows + 2, 13), torch.nan, dtype=dtype, device=dealt.device)
         out = wide[:, :, 1 : rows + 1, 3:11].transpose(1, 2)
@@ -89,28 +89,28 @@ def test_gathered_into_any_strides(backend: Backend, ranks: int, dtype: torch.dt
 def test_empty_answers_are_left_out(backend: Backend) -> None:
     """Whatever they hold: other libraries answer NaN where nothing is seen."""
     dealt = Dealt(backend, 3, batch_size=2)
-    parts = random_parts(dealt, 2)
-    for _, lse in parts:
+    answers = random_answers(dealt, 2)
+    for _, lse in answers:
         lse[1] = -torch.inf
-    want = dealt.merge(0, parts, torch.float32)
+    want = dealt.merge(0, answers, torch.float32)
     assert not want[0][1].any() and (want[1][1] == -torch.inf).all()
-    for out, lse in parts:
+    for out, lse in answers:
         out[lse == -torch.inf] = torch.nan
-    for got, clean in zip(dealt.merge(0, parts, torch.float32), want, strict=True):
+    for got, clean in zip(dealt.merge(0, answers, torch.float32), want, strict=True):
         assert_same_bits(got, clean)
 
 
 def test_what_is_not_finite(backend: Backend) -> None:
     """Infinite and NaN answers stay, however small their weight is."""
     dealt = Dealt(backend, 2)
-    parts = random_parts(dealt, 4, heads=2)
+    answers = random_answers(dealt, 4, heads=2)
     for number, row, lse in ((torch.inf, 0, 1.0), (torch.nan, 1, -500.0), (-torch.inf, 2, -3e38)):
-        parts[1][0][0, row, 0, 3] = number
-        parts[1][1][0, row, 0] = lse
-    parts[0][1][0, :3, 0] = 2.0
-    parts[1][1][0, 3, 1] = torch.nan
-    parts[0][1][0, 3, 1] = 0.0
-    out, lse = dealt.merge(0, parts, torch.float32)
+        answers[1][0][0, row, 0, 3] = number
+        answers[1][1][0, row, 0] = lse
+    answers[0][1][0, :3, 0] = 2.0
+    answers[1][1][0, 3, 1] = torch.nan
+    answers[0][1][0, 3, 1] = 0.0
+    out, lse = dealt.merge(0, answers, torch.float32)
     assert out[0, :3, 0, 3].tolist()[0] == torch.inf and out[0, 1, 0, 3].isnan() and out[0, 2, 0, 3] == -torch.inf
     assert out[0, 3, 1].isnan().all() and lse[0, 3, 1].isnan()
     out[0, :3, 0, 3], out[0, 3, 1], lse[0, 3, 1] = 0.0, 0.0, 0.0
@@ -119,9 +119,9 @@ def test_what_is_not_finite(backend: Backend) -> None:
 
 def test_it_is_merge_states(backend: Backend) -> None:
     dealt = Dealt(backend, 3)
-    parts = random_parts(dealt, 5)
-    want = merge_states([out for out, _ in parts], [lse for _, lse in parts])
-    for got, of_states in zip(dealt.merge(0, parts, torch.float32), want, strict=True):
+    answers = random_answers(dealt, 5)
+    want = merge_states([out for out, _ in answers], [lse for _, lse in answers])
+    for got, of_states in zip(dealt.merge(0, answers, torch.float32), want, strict=True):
         torch.testing.assert_close(got, of_states, rtol=1e-6, atol=1e-6)
 
 
@@ -130,23 +130,23 @@ def test_it_is_merge_states(backend: Backend) -> None:
 def test_gathered_from_a_rank_that_differs(backend: Backend, what: str, rank: int) -> None:
     """Its number is noted, on every other rank; a later merge of ranks that agree notes nothing."""
     dealt = Dealt(backend, 3, batch_size=2).append(5, layer=1)
-    parts = random_parts(dealt, 2)
+    answers = random_answers(dealt, 2)
     tags = [7, 7, 7]
     if what == "tag":
         tags[rank] = 2**40 + 7
     else:
         dealt.shares[rank].tensors.state[("seqlen", "first").index(what), 1, 1] += 2**32
-    together = dealt.gathered(1, parts, tags)
+    together = dealt.gathered(1, answers, tags)
     for share in dealt.shares:
         failure = dealt.new_failure()
         tag = torch.tensor([tags[share.rank]], device=dealt.device)
-        share.native.merge_gathered(1, together, torch.empty_like(parts[0][0]), None, tag, None, failure)
+        share.native.merge_gathered(1, together, torch.empty_like(answers[0][0]), None, tag, None, failure)
         dealt.wait()
         if share.rank == rank:
             assert int(failure) in [failed(OTHER_CALL, other) for other in range(3) if other != rank]
         else:
             assert int(failure) == failed(OTHER_CALL, rank)
-    dealt.merge(0, parts, torch.float32)  # the other layer's lengths agree
+    dealt.merge(0, answers, torch.float32)  # the other layer's lengths agree
 
 
 # Exchanged
@@ -175,29 +175,29 @@ class Inboxes:
         return torch.zeros(count, dtype=torch.int32, device=self.dealt.device)
 
     def run(
-        self, memories: list[Any], rank: int, layer: int, part: Answer, dtype: torch.dtype, sequences: Any = None
+        self, memories: list[Any], rank: int, layer: int, answer: Answer, dtype: torch.dtype, sequences: Any = None
     ) -> Answer:
-        out = torch.zeros_like(part[0], dtype=dtype)
-        lse = torch.zeros_like(part[1])
+        out = torch.zeros_like(answer[0], dtype=dtype)
+        lse = torch.zeros_like(answer[1])
         self.dealt.shares[rank].native.merge_exchanged(
-            layer, part[0], part[1], out, lse, self.tags[rank], sequences, memories[rank]
+            layer, answer[0], answer[1], out, lse, self.tags[rank], sequences, memories[rank]
         )
         return out, lse
 
-    def send(self, rank: int, layer: int, part: Answer, sequences: Any = None) -> None:
-        out, _ = self.run(self.senders, rank, layer, part, torch.float32, sequences)
+    def send(self, rank: int, layer: int, answer: Answer, sequences: Any = None) -> None:
+        out, _ = self.run(self.senders, rank, layer, answer, torch.float32, sequences)
         assert not out.any(), "a launch that only sends wrote an answer"
 
     def receive(
-        self, rank: int, layer: int, part: Answer, dtype: torch.dtype = torch.float32, sequences: Any = None
+        self, rank: int, layer: int, answer: Answer, dtype: torch.dtype = torch.float32, sequences: Any = None
     ) -> Answer:
-        return self.run(self.receivers, rank, layer, part, dtype, sequences)
+        return self.run(self.receivers, rank, layer, answer, dtype, sequences)
 
-    def merge(self, layer: int, parts: list[Answer], dtype: torch.dtype, sequences: Any = None) -> list[Answer]:
+    def merge(self, layer: int, answers: list[Answer], dtype: torch.dtype, sequences: Any = None) -> list[Answer]:
         """Of every rank."""
-        for rank, part in enumerate(parts):
-            self.send(rank, layer, part, sequences)
-        return [self.receive(rank, layer, part, dtype, sequences) for rank, part in enumerate(parts)]
+        for rank, answer in enumerate(answers):
+            self.send(rank, layer, answer, sequences)
+        return [self.receive(rank, layer, answer, dtype, sequences) for rank, answer in enumerate(answers)]
 
     def noted(self) -> list[int]:
         self.dealt.wait()
@@ -219,8 +219,8 @@ def test_exchanged(backend: Backend, ranks: int, dtype: torch.dtype, head_dim: i
     dealt = Dealt(backend, ranks, batch_size=2, head_dim=head_dim, max_positions=ranks)
     inboxes = Inboxes(dealt, lines=16 * (head_dim // 2 + 1))
     for call, rows in enumerate((1, 2, 1, 1, 2)):
-        parts = random_parts(dealt, rows)
-        assert_all_same(inboxes.merge(call % 2, parts, dtype), dealt.merge(call % 2, parts, dtype))
+        answers = random_answers(dealt, rows)
+        assert_all_same(inboxes.merge(call % 2, answers, dtype), dealt.merge(call % 2, answers, dtype))
     assert inboxes.noted() == [0] * ranks
 
 
@@ -232,10 +232,10 @@ def test_rows_in_several_launches(backend: Backend, ranks: int, lines: int) -> N
     dealt = Dealt(backend, ranks, batch_size=2, head_dim=6)
     inboxes = Inboxes(dealt, lines=lines * 4 + 3)
     for rows in (lines, lines // 2 + 1):  # 2 launches, as sending all at once has room for
-        parts = random_parts(dealt, rows, heads=2)
-        parts = [(out[:1], lse[:1]) for out, lse in parts]
-        want = dealt.merge(0, parts, torch.float16, sequences=[1])
-        assert_all_same(inboxes.merge(0, parts, torch.float16, sequences=[1]), want)
+        answers = random_answers(dealt, rows, heads=2)
+        answers = [(out[:1], lse[:1]) for out, lse in answers]
+        want = dealt.merge(0, answers, torch.float16, sequences=[1])
+        assert_all_same(inboxes.merge(0, answers, torch.float16, sequences=[1]), want)
     assert inboxes.noted() == [0] * ranks
 
 
@@ -243,14 +243,14 @@ def test_rows_in_several_launches(backend: Backend, ranks: int, lines: int) -> N
 def test_exchanged_into_any_strides(backend: Backend) -> None:
     dealt = Dealt(backend, 2, batch_size=2)
     inboxes = Inboxes(dealt)
-    parts = random_parts(dealt, 3)
-    want = dealt.merge(0, parts, torch.bfloat16)
-    for rank, part in enumerate(parts):
-        inboxes.send(rank, 0, part)
-    for share, part, tag, memory in zip(dealt.shares, parts, inboxes.tags, inboxes.receivers, strict=True):
+    answers = random_answers(dealt, 3)
+    want = dealt.merge(0, answers, torch.bfloat16)
+    for rank, answer in enumerate(answers):
+        inboxes.send(rank, 0, answer)
+    for share, answer, tag, memory in zip(dealt.shares, answers, inboxes.tags, inboxes.receivers, strict=True):
         wide = torch.full((2, 4, 5, 13), torch.nan, dtype=torch.bfloat16, device=dealt.device)
         out = wide[:, :, 1:4, 3:11].transpose(1, 2)
-        share.native.merge_exchanged(0, part[0], part[1], out, None, tag, None, memory)
+        share.native.merge_exchanged(0, answer[0], answer[1], out, None, tag, None, memory)
         assert_same_bits(out, want[0])
         out.fill_(torch.nan)
         assert wide.isnan().all()
@@ -260,11 +260,11 @@ def test_exchanged_into_any_strides(backend: Backend) -> None:
 def test_what_is_not_finite_is_exchanged(backend: Backend) -> None:
     dealt = Dealt(backend, 2)
     inboxes = Inboxes(dealt)
-    parts = random_parts(dealt, 2)
-    parts[1][0][0, 0, 0, 1], parts[1][1][0, 0, 0] = torch.inf, 0.0
-    parts[0][0][0, 1, 2], parts[0][1][0, 1, 2] = torch.nan, 3.0
-    want = dealt.merge(0, parts, torch.float32)
-    assert_all_same(inboxes.merge(0, parts, torch.float32), want)
+    answers = random_answers(dealt, 2)
+    answers[1][0][0, 0, 0, 1], answers[1][1][0, 0, 0] = torch.inf, 0.0
+    answers[0][0][0, 1, 2], answers[0][1][0, 1, 2] = torch.nan, 3.0
+    want = dealt.merge(0, answers, torch.float32)
+    assert_all_same(inboxes.merge(0, answers, torch.float32), want)
     assert inboxes.noted() == [0, 0]
 
 
@@ -274,30 +274,30 @@ def test_exchanged_with_a_rank_that_differs(backend: Backend, what: str) -> None
     """NaN and a note on both ranks; and from then on nothing is sent, waited for or answered."""
     dealt = Dealt(backend, 2, batch_size=2).append(5)
     inboxes = Inboxes(dealt)
-    parts = random_parts(dealt, 2)
-    inboxes.merge(0, parts, torch.float32)
-    calls: list[tuple[int, Answer]] = [(0, parts[0]), (0, parts[1])]
+    answers = random_answers(dealt, 2)
+    inboxes.merge(0, answers, torch.float32)
+    calls: list[tuple[int, Answer]] = [(0, answers[0]), (0, answers[1])]
     if what == "tag":
         inboxes.tags[1] += 2**40
     elif what == "layer":
-        calls[1] = (1, parts[1])
+        calls[1] = (1, answers[1])
     elif what == "rows":  # as many numbers, of another shape
-        calls[1] = (0, (parts[1][0].reshape(2, 4, 2, 8), parts[1][1].reshape(2, 4, 2)))
+        calls[1] = (0, (answers[1][0].reshape(2, 4, 2, 8), answers[1][1].reshape(2, 4, 2)))
     elif what == "entries":
-        calls[1] = (0, (parts[1][0].reshape(1, 4, 4, 8), parts[1][1].reshape(1, 4, 4)))
+        calls[1] = (0, (answers[1][0].reshape(1, 4, 4, 8), answers[1][1].reshape(1, 4, 4)))
     else:
         dealt.shares[1].tensors.state[("seqlen", "first").index(what)] += 2**32
     chosen = [None, [0] if what == "entries" else None]
-    for rank, (layer, part) in enumerate(calls):
-        inboxes.send(rank, layer, part, chosen[rank])
-    for rank, (layer, part) in enumerate(calls):
-        out, lse = inboxes.receive(rank, layer, part, sequences=chosen[rank])
+    for rank, (layer, answer) in enumerate(calls):
+        inboxes.send(rank, layer, answer, chosen[rank])
+    for rank, (layer, answer) in enumerate(calls):
+        out, lse = inboxes.receive(rank, layer, answer, sequences=chosen[rank])
         assert out.isnan().all() and lse.isnan().all()
     assert inboxes.noted() == [failed(OTHER_CALL, 1), failed(OTHER_CALL, 0)]
     before = [inbox.clone() for inbox in inboxes.inboxes]
     memories = inboxes.receivers
-    for rank, (layer, part) in enumerate(calls):
-        out, lse = inboxes.run(memories, rank, layer, part, torch.float16, chosen[rank])
+    for rank, (layer, answer) in enumerate(calls):
+        out, lse = inboxes.run(memories, rank, layer, answer, torch.float16, chosen[rank])
         assert out.isnan().all() and lse.isnan().all()
     assert inboxes.noted() == [failed(OTHER_CALL, 1), failed(OTHER_CALL, 0)]
     for inbox, as_it_was in zip(inboxes.inboxes, before, strict=True):
@@ -310,12 +310,12 @@ def test_lengths_of_other_sequences_do_not_matter(backend: Backend) -> None:
     dealt = Dealt(backend, 2, batch_size=3)
     inboxes = Inboxes(dealt)
     dealt.shares[1].tensors.state[0, 0, 2] += 1
-    parts = [(out[:2], lse[:2]) for out, lse in random_parts(dealt, 1)]
+    answers = [(out[:2], lse[:2]) for out, lse in random_answers(dealt, 1)]
     chosen = torch.tensor([1, 7], device=dealt.device)
-    merged = inboxes.merge(0, parts, torch.float32, chosen)
+    merged = inboxes.merge(0, answers, torch.float32, chosen)
     assert inboxes.noted() == [0, 0]
-    assert_merged(merged[0], parts)
-    inboxes.merge(0, parts, torch.float32, torch.tensor([1, 2], device=dealt.device))
+    assert_merged(merged[0], answers)
+    inboxes.merge(0, answers, torch.float32, torch.tensor([1, 2], device=dealt.device))
     assert inboxes.noted() == [failed(OTHER_CALL, 1), failed(OTHER_CALL, 0)]
 
 
@@ -325,21 +325,21 @@ def test_a_rank_that_never_sends(backend: Backend, missing: int) -> None:
     """The others note that it timed out, and answer NaN; they do so at once from then on."""
     dealt = Dealt(backend, 3)
     inboxes = Inboxes(dealt, timeout=0.2)
-    parts = random_parts(dealt, 2)
-    want = dealt.merge(0, parts, torch.float32)
-    assert_all_same(inboxes.merge(0, parts, torch.float32), want)
+    answers = random_answers(dealt, 2)
+    want = dealt.merge(0, answers, torch.float32)
+    assert_all_same(inboxes.merge(0, answers, torch.float32), want)
     others = [rank for rank in range(3) if rank != missing]
     for rank in others:
-        inboxes.send(rank, 0, parts[rank])
+        inboxes.send(rank, 0, answers[rank])
     for _ in range(3):
         for rank in others:
-            out, lse = inboxes.receive(rank, 0, parts[rank])
+            out, lse = inboxes.receive(rank, 0, answers[rank])
             assert out.isnan().all() and lse.isnan().all()
         noted = inboxes.noted()
         assert [noted[rank] for rank in others] == [failed(TIMED_OUT, missing)] * 2
     # The one that is late has all that it waits for, but its own answers have failed the others.
-    inboxes.send(missing, 0, parts[missing])
-    assert_all_same([inboxes.receive(missing, 0, parts[missing])], want)
+    inboxes.send(missing, 0, answers[missing])
+    assert_all_same([inboxes.receive(missing, 0, answers[missing])], want)
     assert inboxes.noted()[missing] == 0
 
 
@@ -348,11 +348,11 @@ def test_a_rank_that_is_a_call_ahead(backend: Backend) -> None:
     """Its answers lie in the other table, and are waited for again by the call that they belong to."""
     dealt = Dealt(backend, 2)
     inboxes = Inboxes(dealt)
-    parts = [random_parts(dealt, 1) for _ in range(2)]
-    want = [dealt.merge(0, of_call, torch.float32) for of_call in parts]
-    for of_call in parts:
+    answers = [random_answers(dealt, 1) for _ in range(2)]
+    want = [dealt.merge(0, of_call, torch.float32) for of_call in answers]
+    for of_call in answers:
         inboxes.send(0, 0, of_call[0])
-    for of_call, wanted in zip(parts, want, strict=True):
+    for of_call, wanted in zip(answers, want, strict=True):
         inboxes.send(1, 0, of_call[1])
         assert_all_same([inboxes.receive(rank, 0, of_call[rank]) for rank in range(2)], wanted)
     assert inboxes.noted() == [0, 0]
@@ -366,15 +366,15 @@ def test_exchanged_at_the_same_time(backend: Backend, ranks: int) -> None:
     """As ranks do it: each on a stream of its own sends and waits in one launch, for 100 calls in a row."""
     dealt = Dealt(backend, ranks, batch_size=2)
     inboxes = Inboxes(dealt, timeout=10.0)
-    calls = [random_parts(dealt, 1 + call % 3) for call in range(100)]
-    want = [dealt.merge(0, parts, torch.float32) for parts in calls]
+    calls = [random_answers(dealt, 1 + call % 3) for call in range(100)]
+    want = [dealt.merge(0, answers, torch.float32) for answers in calls]
     Inboxes(dealt).merge(0, calls[0], torch.float32)  # loading a kernel could wait for one that waits for a rank
     got: list[list[Answer]] = [[] for _ in range(ranks)]
 
     def work(rank: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream(dealt.device)):
-            for parts in calls:
-                got[rank].append(inboxes.run(inboxes.both, rank, 0, parts[rank], torch.float32))
+            for answers in calls:
+                got[rank].append(inboxes.run(inboxes.both, rank, 0, answers[rank], torch.float32))
 
     dealt.wait()
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
@@ -392,10 +392,10 @@ def test_exchanged_at_the_same_time(backend: Backend, ranks: int) -> None:
 
 def test_wrong_tensors(backend: Backend) -> None:
     dealt = Dealt(backend, 2)
-    parts = random_parts(dealt, 1)
-    together, tag, failure = dealt.gathered(0, parts), torch.zeros(1, dtype=torch.int64), dealt.new_failure()
+    answers = random_answers(dealt, 1)
+    together, tag, failure = dealt.gathered(0, answers), torch.zeros(1, dtype=torch.int64), dealt.new_failure()
     tag = tag.to(dealt.device)
-    out = torch.empty_like(parts[0][0])
+    out = torch.empty_like(answers[0][0])
     native = dealt.shares[0].native
     with pytest.raises(ValueError, match=r"merge: gathered must be contiguous and \[2, \d+\], got \[1, \d+\]"):
         native.merge_gathered(0, together[:1], out, None, tag, None, failure)
@@ -405,4 +405,4 @@ def test_wrong_tensors(backend: Backend) -> None:
         extension.ExchangeMemory([0] * 17, 1, torch.zeros(3, dtype=torch.int32), failure, 1.0)
     memory = extension.ExchangeMemory([0, 0], 100, torch.zeros(3, dtype=torch.int32), failure, 1.0)
     with pytest.raises(ValueError, match="answers and LSEs must be contiguous and as many as the queries"):
-        native.merge_exchanged(0, parts[0][0][:, :, :2], parts[0][1], out, None, tag, None, memory)
+        native.merge_exchanged(0, answers[0][0][:, :, :2], answers[0][1], out, None, tag, None, memory)

@@ -125,7 +125,7 @@ def test_of_some_sequences(backend: Backend, ranks: int, rows: int) -> None:
     ("query", "new"), [(torch.float32, torch.bfloat16), (torch.float16,) * 2, (torch.bfloat16,) * 2]
 )
 def test_dtypes(backend: Backend, ranks: int, rows: int, query: torch.dtype, new: torch.dtype) -> None:
-    """Parts are FP32, whatever the query is; the merged answer is rounded once."""
+    """Ranks answer in FP32, whatever the query is; the merged answer is rounded once."""
     p = DealtPrompt(backend, ranks, slots=9 * ranks, sinks=ranks, head_dim=32).append(6)
     for _ in range(3):
         inputs = p.new(rows, 2, query=query, new=new)
@@ -176,11 +176,11 @@ def test_empty_shares_are_neutral(backend: Backend, ranks: int, rows: int) -> No
     out, lse = dealt.attend(0, query)
     assert not out.any() and (lse == -torch.inf).all()
     dealt.append(1)
-    parts = dealt.on_shares("attend", 0, query, return_lse=True)
-    for out, lse in parts[1:]:
+    answers = dealt.on_shares("attend", 0, query, return_lse=True)
+    for out, lse in answers[1:]:
         assert not out.any() and (lse == -torch.inf).all()
-    out, lse = dealt.merge(0, parts, torch.float32)
-    assert torch.equal(out, parts[0][0]) and torch.equal(lse, parts[0][1])
+    out, lse = dealt.merge(0, answers, torch.float32)
+    assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1])
     assert (lse[:, -1] > -torch.inf).all() and (lse[:, :-1] == -torch.inf).all()
 
 
@@ -215,12 +215,12 @@ def test_what_is_not_finite(backend: Backend, ranks: int, rows: int, which: str,
 
 
 def test_merge_states_merges_them_too(backend: Backend) -> None:
-    """The package's public function, over the same parts."""
+    """The package's public function, over the same answers."""
     dealt = Dealt(backend, 3, head_dim=16).append(11)
     query = torch.randn(1, 3, 4, 16, device=dealt.device)
-    parts = dealt.on_shares("attend", 0, query, return_lse=True)
-    out, lse = merge_states([part[0] for part in parts], [part[1] for part in parts])
-    for got, want in zip(dealt.merge(0, parts, torch.float32), (out, lse), strict=True):
+    answers = dealt.on_shares("attend", 0, query, return_lse=True)
+    out, lse = merge_states([answer[0] for answer in answers], [answer[1] for answer in answers])
+    for got, want in zip(dealt.merge(0, answers, torch.float32), (out, lse), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 

@@ -188,9 +188,10 @@ class Cache {
   }
 
   // For a share of a text: raises unless the merged answers can be written to `out`, before anything else is.
-  void check_output(const std::string& name, const at::Tensor& query, py::handle out, py::handle key, py::handle value,
+  void check_output(const std::string& name, py::handle given_query, py::handle out, py::handle key, py::handle value,
                     py::handle new_lengths) const {
     const char* op = name.c_str();
+    const at::Tensor& query = tensor_argument(op, "query", given_query);
     const at::Tensor& to = tensor_argument(op, "out", out);
     check_dense(op, "query", query);
     checked_attend_output(op, to, query, query.scalar_type(), cache_);

@@ -177,7 +177,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         native = self._ready("attend", query, out)
         rounds = may_round(precision)
         self._check_flag("attend", return_lse)
-        part = native.attend(layer, query, scale, window, softcap, True, None, rounds, sequences)
+        part = native.attend(layer, query, scale, window, softcap, True, self._out(out), rounds, sequences)
         return self._merged(layer, query, part, return_lse, out, sequences)
 
     def append_attend(
@@ -201,7 +201,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         rounds = may_round(precision)
         self._check_flag("append_attend", return_lse)
         part = native.append_attend(
-            layer, query, key, value, new_lengths, scale, window, softcap, True, None, rounds, sequences
+            layer, query, key, value, new_lengths, scale, window, softcap, True, self._out(out), rounds, sequences
         )
         return self._merged(layer, query, part, return_lse, out, sequences)
 
@@ -215,11 +215,20 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         new_lengths: Tensor | None = None,
     ) -> Any:
         """What runs the call, once it is known that the answer can be written and that the ranks are there."""
-        native = self._calls()
-        self.between_ranks.check()
+        native = self._checked()
         if out is not None and self.ranks > 1:
             native.check_output(op, query, out, key, value, new_lengths)
         return native
+
+    def _checked(self) -> Any:
+        """What runs calls, once it is known that the ranks are there."""
+        native = self._calls()
+        self.between_ranks.check()
+        return native
+
+    def _out(self, out: Tensor | None) -> Tensor | None:
+        """What this rank answers into. Of a group of one its share is all."""
+        return out if self.ranks == 1 else None
 
     @staticmethod
     def _check_flag(op: str, return_lse: bool) -> None:
@@ -236,9 +245,8 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         sequences: Sequence[int] | Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         answers, lses = part
-        if self.ranks == 1:  # a group of one: its share is all
-            merged = answers if out is None else out.copy_(answers)
-            return (merged, lses) if return_lse else merged
+        if self.ranks == 1:
+            return part if return_lse else answers
         merged = torch.empty_like(answers, dtype=query.dtype) if out is None else out
         lse = torch.empty_like(lses) if return_lse else None
         self.between_ranks.merge(self.native, layer, answers, lses, merged, lse, sequences)
@@ -262,27 +270,23 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         local: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.gather`. A collective call, unless `local`: then rows of other ranks are zeros."""
-        self.between_ranks.check()
-        return self._collected(self._calls().gather(layer, indices, dtype, out, sequences), local)
+        return self._collected(self._checked().gather(layer, indices, dtype, out, sequences), local)
 
     def get_range_f32(
         self, layer: int, start: int, end: int, *, out: tuple[Tensor, Tensor] | None = None, local: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.get_range_f32`. A collective call, unless `local`."""
-        self.between_ranks.check()
-        return self._collected(self._calls().get_range_f32(layer, start, end, out), local)
+        return self._collected(self._checked().get_range_f32(layer, start, end, out), local)
 
     def get_valid_f32(
         self, layer: int, *, out: tuple[Tensor, Tensor] | None = None, local: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.get_valid_f32`. A collective call, unless `local`."""
-        self.between_ranks.check()
-        return self._collected(self._calls().get_valid_f32(layer, out), local)
+        return self._collected(self._checked().get_valid_f32(layer, out), local)
 
     def get_range_raw(self, layer: int, start: int, end: int, *, local: bool = False) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.get_range_raw`, always a copy. A collective call, unless `local`."""
-        self.between_ranks.check()
-        return self._collected(self._calls().get_range_raw(layer, start, end), local)
+        return self._collected(self._checked().get_range_raw(layer, start, end), local)
 
     def overflow_counts(self) -> Tensor:
         """As `StreamingKVCacheFp16.overflow_counts`, of all ranks. A collective call."""

@@ -106,7 +106,7 @@ def load(
     raise_together("load", group, of_group, failed)
     try:
         cache = files.load(functools.partial(cls, group=group, **options), path, of_group, slots, progress)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the others wait for this rank, whatever it is
         failed = error
     raise_together("load", group, of_group, failed)
     return cache
