@@ -189,7 +189,10 @@ def test_what_is_refused(outcomes: Outcomes) -> None:
 
 
 def test_ranks_that_are_fed_something_else(outcomes: Outcomes) -> None:
-    for of_rank in outcomes("fed_otherwise"):
+    got = outcomes("fed_otherwise")
+    if not any(got):
+        pytest.skip("these GPUs do not reach each other's memory")
+    for of_rank in got:
         assert len(of_rank) == 11
         for name, sentence in of_rank.items():
             assert sentence.startswith("RuntimeError: ShardedKVCacheFp16: rank"), (name, sentence)
