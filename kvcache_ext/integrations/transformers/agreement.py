@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .padding import DeferredMaskCheck
 
+UNCOMPILED = "torch.compile cannot trace a cache whose positions are dealt out to a group"
 # Odd and even multipliers without any pattern in their bits.
 _ODD, _EVEN, _STEP = 0x2545F4914F6CDD1D, 0x1FC9F1DDC1B6A6B2, 0x3C6EF372FE94F82B
 _COLUMNS = 0x0B4B82E39
