@@ -60,6 +60,8 @@ class Agreement:
         if not self._one_token:
             return weights_of(count, self.exchange.device)
         if count not in self._weights:
+            if self.chosen.is_cuda and torch.cuda.is_current_stream_capturing():  # not there before the first replay
+                return weights_of(count, self.exchange.device)
             with torch.inference_mode(False):
                 self._weights[count] = weights_of(count, self.exchange.device)
         return self._weights[count]

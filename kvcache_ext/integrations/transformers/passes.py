@@ -171,10 +171,8 @@ def _tokens(options: dict[str, Any]) -> Tensor | None:
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if is_compiling():
         cache = find_cache((kwargs.get("cache"), kwargs.get("past_key_values")))
-        if (
-            cache is not None and cache.shared.agreement is not None
-        ):  # where it may, the compiler runs the pass as it is
-            raise RuntimeError(f"Fp16Cache: {UNCOMPILED}")
+        if cache is not None and cache.shared.agreement is not None:
+            raise RuntimeError(f"Fp16Cache: {UNCOMPILED}")  # unless `fullgraph` is set the pass then runs uncompiled
         return
     cache = find_cache((*kwargs.values(), *args))
     if cache is None:
