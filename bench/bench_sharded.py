@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import statistics
 import sys
 import tempfile
@@ -363,6 +364,7 @@ def tensor_parallel(me: Rank, reading: float, results: Results) -> None:
             folder[0], dtype=llama.WEIGHTS[weights], tp_plan="auto", attn_implementation="sdpa"
         )
         model.eval()
+        assert model.device == me.device, f"the model is on {model.device}"
         dist.barrier()
     with torch.no_grad():
         cache = Fp16Cache.for_model(model, positions)
@@ -385,6 +387,8 @@ def process_group(rank: int, ranks: int, store: str, gpu: bool) -> Iterator[torc
     options: dict[str, Any] = {"device_id": device} if gpu else {}
     if gpu:
         torch.cuda.set_device(device)
+        # transformers asks for these
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     else:
         torch.set_num_threads(1)
     backend = "nccl" if gpu else "gloo"

@@ -184,6 +184,8 @@ class Rank(Process):
         """Tokens, embeddings or seeds that differ between ranks. These come last: the ranks stop at different calls."""
         got: dict[str, str] = {}
         model = self.model("llama")
+        if self.device.type == "cuda" and self.cache(model).caches[0].exchange == "gather":
+            return got  # NCCL would wait for calls that the other rank does not make any more
         other = self.inputs["input_ids"].clone()
         other[1, -1] += self.rank
         with torch.no_grad():
@@ -209,7 +211,8 @@ class Rank(Process):
             torch.manual_seed(self.rank)
 
             def call(cache: Any = cache) -> None:
-                self.generate(model, cache, do_sample=True)
+                # (Answers are NaN after an error. torch's sampling on a GPU would end the process for them.)
+                self.generate(model, cache, do_sample=True, remove_invalid_values=True)
                 cache.synchronize()
 
             got[f"seeds, {attention}"] = refusal(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -46,10 +47,12 @@ def test_minimal_llama(device: torch.device, dtype: str, capsys: pytest.CaptureF
         ("minimal_llama", ["--hidden", "100", "--heads", "3"]),
         ("generate", ["--tokens", "0"]),
         ("generate", ["--max-positions", "0"]),
+        ("long_context", ["--tokens", "0"]),
+        ("long_context", ["--prompt-tokens", "0"]),
     ],
 )
 def test_arguments_that_cannot_be(name: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    if name == "generate":
+    if name != "minimal_llama":
         transformers_or_skip()
     with pytest.raises(SystemExit):
         example(name).main(arguments)
@@ -98,3 +101,22 @@ def test_generate_with_a_checkpoint(device: torch.device, tmp_path: Path, capsys
     answers = module.main([*arguments, "--dtype", "float16", "--device", str(device)])
     assert list(answers) == ["Fp16Cache"] and answers["Fp16Cache"].shape == (1, 12)
     assert "a b c" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["positions", "heads", "layers", "one process"])
+def test_long_context(way: str) -> None:
+    """As a user starts it: two processes, and one without torchrun."""
+    transformers_or_skip()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if way != "one process" else []
+    arguments = ["--way", way] if torchrun else []
+    arguments += ["--prompt-tokens", "100", "--tokens", "8", "--timeout", "60"]
+    command = [sys.executable, *torchrun, str(ROOT / "examples" / "long_context.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "OK: the first 8 of 8 tokens behind a short text are those of one process"
+    assert "tok/s" in lines[-2]
+    held = sorted(line for line in lines if line.startswith("process "))
+    assert len(held) == (2 if way in ("positions", "heads") else 1)
+    whole = "keys and values 0.22 MB" if way in ("layers", "one process") else "keys and values 0.11 MB"
+    assert all(whole in line for line in held)

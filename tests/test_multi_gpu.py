@@ -123,6 +123,8 @@ def test_a_model_whose_layers_differ() -> None:
     assert plan.by_layers.cache_bytes == (640 + 10_000) * 2048
     assert plan.by_heads.cache_bytes == (640 + 10_000) * 2048
     assert plan.by_positions.cache_bytes == 2 * (640 + 5_000) * 2048  # windows stay whole
+    short = plan_model_on_gpus(mixed, 599, gpus=2, gpu_bytes=GB)  # so a window's ring is as long as max_positions
+    assert short.by_positions.cache_bytes == 2 * (600 + 300) * 2048  # rounded up to two GPUs before
     plan = plan_model_on_gpus(mixed, 10_000, gpus=4, gpu_bytes=GB, weights_bytes=600)
     # 1, 2, 1 and 2 layers: the last GPU has one of no keys and values and one of full attention.
     assert plan.by_layers.cache_bytes == 10_000 * 2048 and plan.by_layers.weights_bytes == 200

@@ -27,7 +27,7 @@ The other modules: cache.py (`Fp16Cache`), build.py and layer_plan.py (which lay
 shared.py (what the layers have in common), groups.py (their storage), states.py (recurrent and convolutional states),
 indexed.py (an index of keys), laid_out.py (keys and values of different widths), changes.py (taking tokens back,
 choosing sequences), graphs.py (CUDA graphs), files.py (save and load), planned.py (for a config.json), longrope.py
-(Phi-3), version.py (names and releases).
+(Phi-3), sharded.py and agreement.py (positions dealt out to the ranks of a group), version.py (names and releases).
 """
 
 from __future__ import annotations

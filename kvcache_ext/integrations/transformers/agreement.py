@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .padding import DeferredMaskCheck
 
+UNCOMPILED = "torch.compile cannot trace a cache whose positions are dealt out to a group"
 # Odd and even multipliers without any pattern in their bits.
 _ODD, _EVEN, _STEP = 0x2545F4914F6CDD1D, 0x1FC9F1DDC1B6A6B2, 0x3C6EF372FE94F82B
 _COLUMNS = 0x0B4B82E39
@@ -59,6 +60,8 @@ class Agreement:
         if not self._one_token:
             return weights_of(count, self.exchange.device)
         if count not in self._weights:
+            if self.chosen.is_cuda and torch.cuda.is_current_stream_capturing():  # not there before the first replay
+                return weights_of(count, self.exchange.device)
             with torch.inference_mode(False):
                 self._weights[count] = weights_of(count, self.exchange.device)
         return self._weights[count]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .agreement import UNCOMPILED
 from .changes import take_back
 from .passes import takes_positions
 from .positions import Positions
@@ -104,10 +105,7 @@ class DecodeGraph:
         if shared.active is None:
             raise ValueError("DecodeGraph: run the prompt through the model first")
         if compile and shared.agreement is not None:
-            raise NotImplementedError(
-                "DecodeGraph: torch.compile cannot trace a cache whose positions are dealt out to a group; leave "
-                "compile=True out"
-            )
+            raise NotImplementedError(f"DecodeGraph: {UNCOMPILED}; leave compile=True out")
         if compile and any(layer.chunked for layer in cache.attention_layers):
             raise NotImplementedError("DecodeGraph: compiled code cannot serve chunked attention")
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from .agreement import UNCOMPILED
 from .masks import real_tokens
 from .padding import check_columns
 from .shared import ForwardPass, SharedState, WholeCache, find_cache, refuse_padding_of_states
@@ -169,6 +170,9 @@ def _tokens(options: dict[str, Any]) -> Tensor | None:
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if is_compiling():
+        cache = find_cache((kwargs.get("cache"), kwargs.get("past_key_values")))
+        if cache is not None and cache.shared.agreement is not None:
+            raise RuntimeError(f"Fp16Cache: {UNCOMPILED}")  # unless `fullgraph` is set the pass then runs uncompiled
         return
     cache = find_cache((*kwargs.values(), *args))
     if cache is None:

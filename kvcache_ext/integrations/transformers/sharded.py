@@ -12,6 +12,7 @@ import torch
 from ...distributed import ShardedKVCacheFp16, store
 from ...distributed.exchange import Exchange, checked_group, told_by_all
 from ...files.rows import Selection
+from .agreement import UNCOMPILED
 from .groups import LayerGroup
 from .layer_plan import LayerPlan
 from .tensor_parallel import TensorParallel
@@ -62,10 +63,7 @@ class Sharding:
         if refused:
             raise NotImplementedError(f"Fp16Cache: positions cannot be dealt out to a group, as {name} {refused[0]}")
         if compileable:
-            raise NotImplementedError(
-                "Fp16Cache: torch.compile cannot trace a cache whose positions are dealt out to a group "
-                "(compileable=True); decode with cuda_graphs() instead"
-            )
+            raise NotImplementedError(f"Fp16Cache: {UNCOMPILED} (compileable=True); decode with cuda_graphs() instead")
 
     def describe(self, model: Any, plans: Sequence[LayerPlan], *options: Any) -> None:
         """Notes what all ranks must have in common. `together` compares it."""
