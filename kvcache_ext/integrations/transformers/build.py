@@ -65,7 +65,7 @@ def build(
         check_attention(model, present)
     if sharding is not None:
         sharding.check(model, plans, compileable)
-        sharding.describe(model, plans, batch_size, attention, overflow, precision)
+        sharding.describe(model, plans, batch_size, attention, overflow, precision, exchange, timeout)
     shared = SharedState(
         batch_size,
         max_positions,
