@@ -570,7 +570,7 @@ class Case {
       attend({.count = count, .appends = true, .rounds = count == 17});
       attend({.count = count, .appends = true, .ragged = true, .window = 9, .form = Form::htd});
     }
-    append(0, 1, 2 * s.positions + 3);
+    append(0, 1, s.positions + 5);
     attend({.count = s.longest, .appends = true, .softcap = 2, .lse = false});
     attend({.count = 1, .appends = true});
   }
