@@ -18,10 +18,11 @@
 namespace kvc {
 namespace {
 
-// kParts: FP16 parts of a query and of a weight.
-template <typename Config, int kParts_>
+// kParts: FP16 parts of a query and of a weight. Positions: AllPositions or Share (visibility.h).
+template <typename Config, int kParts_, typename Positions>
 struct ManyQueriesBlock : ManyQueriesShape<Config> {
   using Shape = ManyQueriesShape<Config>;
+  using Plan = AttendPlanOf<Positions>;
   using Shape::kDepth, Shape::kKeys, Shape::kStages, Shape::kHighInRegisters, Shape::kQueries, Shape::kPieces,
       Shape::kWidth;
   static constexpr int kParts = kParts_;
@@ -33,7 +34,7 @@ struct ManyQueriesBlock : ManyQueriesShape<Config> {
 
   // What a block knows of itself: registers are rare.
   struct Shared {
-    AttendPlan plan;
+    Plan plan;
     BlockUnit unit;
     KeyTiles<kKeys> tiles;
     const uint16_t* keys;            // of its head
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
   let_next_launch_begin();
   if (Block::kPieces > 1 && piece * Block::kWidth >= head_dim) return;
   if (threadIdx.x == 0) {
-    shared.plan = read_plan(p, block.entry, block.sequence);
+    shared.plan = read_plan<typename Block::Plan>(p, block.entry, block.sequence);
     shared.unit = block;
     shared.tiles =
         KeyTiles<Block::kKeys>::of(shared.plan, group_size(first_query), group_size(first_query + queries - 1));
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
     shared.values = p.cache.v_cache + block.cache_offset(p) + piece * Block::kWidth;
   }
   __syncthreads();
-  const AttendPlan& plan = shared.plan;
+  const auto& plan = shared.plan;
   const KeyTiles<Block::kKeys>& tiles = shared.tiles;
 
   // Tiles [stop, next] of keys are this block's, the last first.
@@ -342,9 +343,9 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtATime)
   finish<Block>(p, division, rows, sums, shared);
 }
 
-template <typename Config, int kParts>
+template <typename Config, int kParts, typename Positions>
 cudaError_t launch_config(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
-  using Block = ManyQueriesBlock<Config, kParts>;
+  using Block = ManyQueriesBlock<Config, kParts, Positions>;
   Gpu gpu;
   cudaError_t error = current_gpu(gpu);
   if (error != cudaSuccess) return error;
@@ -362,12 +363,12 @@ cudaError_t launch_config(const AttendParams& p, PartialsLayout& layout, cudaStr
 
 std::atomic<bool> portable_preferred{false};
 
-template <int kParts>
+template <int kParts, typename Positions>
 cudaError_t launch_parts(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_config<ManyQueries64, kParts>(p, layout, stream);
-  if (p.cache.head_dim <= 128) return launch_config<ManyQueries128, kParts>(p, layout, stream);
-  if (p.cache.head_dim <= 256) return launch_config<ManyQueries256, kParts>(p, layout, stream);
-  if (p.cache.head_dim <= 512) return launch_config<ManyQueries512, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 64) return launch_config<ManyQueries64, kParts, Positions>(p, layout, stream);
+  if (p.cache.head_dim <= 128) return launch_config<ManyQueries128, kParts, Positions>(p, layout, stream);
+  if (p.cache.head_dim <= 256) return launch_config<ManyQueries256, kParts, Positions>(p, layout, stream);
+  if (p.cache.head_dim <= 512) return launch_config<ManyQueries512, kParts, Positions>(p, layout, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -377,7 +378,11 @@ void prefer_portable_prompts(bool portable) { portable_preferred = portable; }
 
 cudaError_t launch_many_queries(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
   if (!portable_preferred && serves_sm90(p)) return launch_many_queries_sm90(p, layout, stream);
-  return p.rounds ? launch_parts<1>(p, layout, stream) : launch_parts<2>(p, layout, stream);
+  if (p.cache.share.is_all()) {
+    return p.rounds ? launch_parts<1, AllPositions>(p, layout, stream)
+                    : launch_parts<2, AllPositions>(p, layout, stream);
+  }
+  return p.rounds ? launch_parts<1, Share>(p, layout, stream) : launch_parts<2, Share>(p, layout, stream);
 }
 
 }  // namespace kvc

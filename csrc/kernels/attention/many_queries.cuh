@@ -102,13 +102,14 @@ struct QueryTile {
   }
 };
 
-__device__ __forceinline__ AttendPlan read_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
+template <typename Plan>
+__device__ __forceinline__ Plan read_plan(const AttendParams& p, int64_t entry, int64_t sequence) {
   SequenceState state = empty_state(p.cache.all_sinks);
   if (sequence >= 0) {
     const volatile int64_t* seqlen = p.cache.state + p.layer * p.cache.batch + sequence;
     state = {seqlen[0], seqlen[p.cache.layers * p.cache.batch]};
   }
-  return AttendPlan::make(p, entry, state, p.appends && p.first_lengths[entry] > 0);
+  return Plan::make(p, entry, state, p.appends && p.first_lengths[entry] > 0);
 }
 
 // The rows that some queries see, in tiles of kKeys. Where a window hides what lies behind the sinks, tiles of sinks
@@ -122,7 +123,8 @@ struct KeyTiles {
   int32_t count = 0;
 
   // For queries of the positions from first_t to last_t of the call.
-  static __device__ __forceinline__ KeyTiles of(const AttendPlan& plan, int64_t first_t, int64_t last_t) {
+  template <typename Plan>
+  static __device__ __forceinline__ KeyTiles of(const Plan& plan, int64_t first_t, int64_t last_t) {
     KeyTiles tiles;
     if (last_t < plan.padding) return tiles;
     tiles.begin = plan.range_of(imax(first_t, plan.padding)).begin;
@@ -158,8 +160,8 @@ struct KeyTiles {
 
 // Copies the rows [row0, end) of a head's keys or values to a tile, and zeros to what is left of it. `cached`: the
 // first column wanted of the head's first row; `chunks_held`: from there to the end of head_dim. `thread`: of kThreads.
-template <int kRows, int kChunks, int kThreads, typename Place>
-__device__ __forceinline__ void copy_tile(const AttendPlan& plan, const uint16_t* cached, int64_t row_elements,
+template <int kRows, int kChunks, int kThreads, typename Plan, typename Place>
+__device__ __forceinline__ void copy_tile(const Plan& plan, const uint16_t* cached, int64_t row_elements,
                                           int chunks_held, int32_t row0, int32_t end, const NewRows& rows,
                                           int new_column, char* at, const Place& place, int thread) {
   constexpr int kRowsAtATime = kThreads / kChunks;

@@ -107,7 +107,7 @@ struct ExactQuery {
 };
 
 __device__ __noinline__ void answer_exactly(const AttendParams& p, const BlockUnit& block, const QueryPlace& place) {
-  const AttendPlan plan = read_plan(p, block.entry, block.sequence);
+  const auto plan = read_plan<AttendPlan>(p, block.entry, block.sequence);
   ExactQuery query{p, plan, block, place, {}};
   query.answer();
 }

@@ -216,7 +216,7 @@ __device__ __forceinline__ void find_work(const AttendParams& p, const ManyDivis
   if (!work.exists) return;
   const FastDivider& group_size = division.division.group_size;
   const QueryTile tile(division.unit(p, number), p, division, Block::kQueries);
-  const AttendPlan plan = read_plan(p, tile.block.entry, tile.block.sequence);
+  const auto plan = read_plan<typename Block::Plan>(p, tile.block.entry, tile.block.sequence);
   const auto tiles =
       KeyTiles<Block::kKeys>::of(plan, group_size(tile.first_query), group_size(tile.number(Block::kQueries)));
   work.tile = tile;
@@ -304,9 +304,9 @@ __global__ void __launch_bounds__(Block::kThreads, 1)
 #endif
 }
 
-template <typename Config, int kParts>
+template <typename Config, int kParts, typename Positions>
 cudaError_t launch_config(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
-  using Block = Sm90Block<Config, kParts>;
+  using Block = Sm90Block<Config, kParts, Positions>;
   Gpu gpu;
   CUtensorMap key_map;
   CUtensorMap value_map;
@@ -327,11 +327,11 @@ cudaError_t launch_config(const AttendParams& p, PartialsLayout& layout, cudaStr
                             value_map);
 }
 
-template <int kParts>
+template <int kParts, typename Positions>
 cudaError_t launch_parts(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
-  if (p.cache.head_dim <= 64) return launch_config<Sm90Queries64<kParts>, kParts>(p, layout, stream);
-  if (p.cache.head_dim <= 128) return launch_config<Sm90Queries128<kParts>, kParts>(p, layout, stream);
-  return launch_config<Sm90Queries256<kParts>, kParts>(p, layout, stream);
+  if (p.cache.head_dim <= 64) return launch_config<Sm90Queries64<kParts>, kParts, Positions>(p, layout, stream);
+  if (p.cache.head_dim <= 128) return launch_config<Sm90Queries128<kParts>, kParts, Positions>(p, layout, stream);
+  return launch_config<Sm90Queries256<kParts>, kParts, Positions>(p, layout, stream);
 }
 
 }  // namespace
@@ -348,7 +348,11 @@ bool serves_sm90(const AttendParams& p) {
 }
 
 cudaError_t launch_many_queries_sm90(const AttendParams& p, PartialsLayout& layout, cudaStream_t stream) {
-  return p.rounds ? launch_parts<1>(p, layout, stream) : launch_parts<2>(p, layout, stream);
+  if (p.cache.share.is_all()) {
+    return p.rounds ? launch_parts<1, AllPositions>(p, layout, stream)
+                    : launch_parts<2, AllPositions>(p, layout, stream);
+  }
+  return p.rounds ? launch_parts<1, Share>(p, layout, stream) : launch_parts<2, Share>(p, layout, stream);
 }
 
 #else  // a build without code for sm_90a

@@ -20,10 +20,11 @@ constexpr int kRowBytes = 128;      // of a panel
 constexpr int kLoadBarrier = 1;
 constexpr int kGroupBarrier = 2;
 
-// kParts: FP16 parts of a query and of a weight.
-template <typename Config, int kParts_>
+// kParts: FP16 parts of a query and of a weight. Positions: AllPositions or Share (visibility.h).
+template <typename Config, int kParts_, typename Positions>
 struct Sm90Block : Sm90Shape<Config> {
   using Shape = Sm90Shape<Config>;
+  using Plan = AttendPlanOf<Positions>;
   using Shape::kDepth, Shape::kKeys, Shape::kStages, Shape::kQueries, Shape::kWidth;
   static_assert(Shape::kGroupThreads == kGroupThreads && Shape::kGroupQueries == kGroupQueries);
   static constexpr int kParts = kParts_;
@@ -41,7 +42,7 @@ struct Sm90Block : Sm90Shape<Config> {
   struct Work {
     bool exists;
     QueryTile tile;
-    AttendPlan plan;
+    Plan plan;
     KeyTiles<kKeys> tiles;
     // Key tiles, both included; they are taken from the newest to the oldest.
     int32_t newest_tile, oldest_tile;
@@ -86,7 +87,7 @@ template <typename Block>
 __device__ __forceinline__ void load_tiles(const AttendParams& p, typename Block::Shared& shared,
                                            const typename Block::Work& work, char* panels, const CUtensorMap* key_map,
                                            const CUtensorMap* value_map, Stage<Block::kStages>& stage) {
-  const AttendPlan& plan = work.plan;
+  const auto& plan = work.plan;
   const BlockUnit& block = work.tile.block;
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
