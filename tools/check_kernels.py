@@ -81,7 +81,10 @@ class Kernel:
         if re.match(r"few_queries_kernel<8, SixteenQueries\b", self.name):
             # Stored before the loop over key tiles, read after it.
             return 64 if since_sm_100 else 32 if self.architecture in ("86", "89") else 0
-        if re.match(r"(append_kernel|copy_sequences_kernel|merge_kernel)\b", self.name) and self.architecture != "90a":
+        if (
+            re.match(r"(append_kernel|copy_sequences_kernel|merge_kernel|gather_kernel<.*ReadShare)\b", self.name)
+            and self.architecture != "90a"
+        ):
             # In the branch for a share of a text, which is computed once a block.
             return 24
         if re.match(r"many_queries_kernel<ManyQueriesBlock<ManyQueries256\b", self.name):
