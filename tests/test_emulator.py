@@ -27,6 +27,7 @@ cudaError_t launch_attend(const AttendParams&, cudaStream_t) { return cudaErrorN
 cudaError_t launch_copy_sequences(const CopySequencesParams&, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t launch_copy_from(const CopyFromParams&, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t launch_truncate(const TruncateParams&, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t launch_merge(const MergeParams&, cudaStream_t) { return cudaErrorNotSupported; }
 }  // namespace kvc
 using namespace kvc;
 
