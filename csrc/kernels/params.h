@@ -46,8 +46,8 @@ struct ChosenSequences {
 // processes: rank r stores the positions p with p mod W = r, and numbers them p / W. These numbers are its local
 // positions, which its slots are of; the state counts the positions of the text. A cache by itself is rank 0 of 1.
 struct Share {
-  Divider ranks;  // W
-  int64_t rank;
+  Divider ranks = {1, ~uint64_t{0}};  // W
+  int64_t rank = 0;
 
   KVC_HD bool is_all() const { return ranks.divisor == 1; }
   // How many of the first n positions are stored here, which is the local position of the next one.
