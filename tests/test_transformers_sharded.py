@@ -43,7 +43,7 @@ def model_of(family: str, backend: str) -> Any:
 
 
 def copies_a_constant() -> bool:
-    """Whether Gemma 3n of this transformers copies `epsilon_tensor` from the CPU in each step. No graph captures that."""
+    """Whether Gemma 3n of this transformers copies a constant from the CPU in each step. No graph captures that."""
     from transformers.models.gemma3n import modeling_gemma3n
 
     return "epsilon_tensor.to(" in inspect.getsource(modeling_gemma3n)
