@@ -35,8 +35,10 @@ HEADLINES = {
     "generate/8b/fp16/8192": "an 8B model (Llama 3's shape, FP16 weights) decoding at 8,192 positions",
     "generate/8b/fp16/131072": "the same at 131,072 positions",
     "attention/gqa32x8/65536": "attention of one token, 65,536 positions, 32 query heads on 8, a layer",
+    "sharded/gqa32x8/262144": "the same at 262,144 positions that are dealt out to two of these GPUs",
     "generate/8b/fp16/131072/tuned": "the 8B model at 131,072 positions, its products tuned by Inductor",
     "generate/8b/fp16/32768": "the 8B model at 32,768 positions",
+    "generate/8b/fp16/1048576/sharded": "the 8B model at 1,048,576 positions, on two of these GPUs by positions",
     "generate/8b/fp16/b16/8192": "the 8B model, 16 sequences of 8,192 positions",
     "generate/8h/fp16/32768": "a hybrid of that size (one layer in four with attention) decoding at 32,768 positions",
     "generate/7b/fp16/65536": "a 7B model with FP16 weights decoding at 65,536 positions",
@@ -45,7 +47,7 @@ HEADLINES = {
     "gather/indices/65536": "gather 65,536 random positions of a layer, to FP32",
     "storage/save": "save a cache to a file, synced to the disk",
 }
-README_ROWS = tuple(HEADLINES)[:6]
+README_ROWS = tuple(HEADLINES)[:7]
 
 
 def best_peer(entry: dict[str, Any]) -> str:

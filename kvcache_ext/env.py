@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from .version import __version__
 
 _VARIABLES = (
     "KVCACHE_EXT_CUDA",
+    "KVCACHE_EXT_EXCHANGE",
     "KVCACHE_EXT_SITE",
     "CUDA_HOME",
     "CUDA_PATH",
@@ -99,6 +102,29 @@ def _torch() -> Iterator[Row]:
             f"{gpu.name}, {gpu.total_memory / 1e9:.1f} GB, compute capability {gpu.major}.{gpu.minor}, "
             f"{gpu.multi_processor_count} multiprocessors",
         )
+    try:
+        yield from _between_gpus(torch)
+    except Exception as error:  # as above
+        yield "exchange between GPUs", f"unknown: {error}"
+
+
+def _between_gpus(torch: Any) -> Iterator[Row]:
+    """Which exchanges of `ShardedKVCacheFp16` are possible between the GPUs that are here."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return
+    apart = [f"{a} and {b}" for a, b in combinations(range(count), 2) if not _reach_each_other(torch, a, b)]
+    if not apart:
+        yield "GPUs reach each other's memory", "all of them: an exchange through symmetric memory is possible"
+    else:
+        yield "GPUs reach each other's memory", f"not {', '.join(apart)}: a group with such a pair exchanges by NCCL"
+    there = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    version = ".".join(str(number) for number in torch.cuda.nccl.version()) if there else ""
+    yield "NCCL of torch", version or "none: between GPUs there is no exchange"
+
+
+def _reach_each_other(torch: Any, a: int, b: int) -> bool:
+    return bool(torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a))
 
 
 def _machine() -> Iterator[Row]:

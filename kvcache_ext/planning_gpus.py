@@ -99,7 +99,7 @@ def _row(way: WayPlan) -> tuple[str, str, str, str, str, str, str]:
 
 
 def _which_to_pick(planned: GpusPlan) -> str:
-    """One sentence: the way that decodes fastest of those that fit, and why."""
+    """One sentence: `GpusPlan.best`, and why."""
     share = f"1/{planned.gpus}"
     best = planned.best
     if best is None:

@@ -7,6 +7,7 @@ where there are two GPUs.
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def model_of(family: str, backend: str) -> Any:
             pytest.skip(f"no such tiny model with this transformers: {error}")
     _models[family, backend].set_attn_implementation("eager")
     return _models[family, backend]
+
+
+def copies_a_constant() -> bool:
+    """Whether Gemma 3n of this transformers copies a constant from the CPU in each step. No graph captures that."""
+    from transformers.models.gemma3n import modeling_gemma3n
+
+    return "epsilon_tensor.to(" in inspect.getsource(modeling_gemma3n)
 
 
 def save_files(backend: str, folder: Path) -> None:
@@ -95,6 +103,8 @@ def test_families(outcomes: Outcomes, family: str, counted: dict[str, int]) -> N
 @pytest.mark.parametrize("outcomes", ["nccl"], indirect=True)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITHOUT_OURS])
 def test_cuda_graphs(outcomes: Outcomes, family: str, counted: dict[str, int]) -> None:
+    if family == "gemma3n_text" and copies_a_constant():
+        pytest.skip("Gemma 3n of this transformers copies a tensor from the CPU in each step (5.17 does, 5.24 not)")
     check(outcomes.backend, family, outcomes(family, graphs=True), counted)
 
 

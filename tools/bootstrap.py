@@ -67,6 +67,7 @@ BENCHMARKS = (
     "bench/bench_storage.py",
     "bench/bench_generate.py",
     "bench/bench_first_token.py",
+    "bench/bench_sharded.py",
     "bench/accuracy.py",
 )
 REPORT = ("python", "bench/report.py")
