@@ -444,7 +444,7 @@ class Rank:
             ("num_layers", 3), ("max_positions", 9 * self.ranks), ("num_heads", 1), ("head_dim", 8),
             ("batch_size", 2), ("sink_positions", self.ranks),
         ):  # fmt: skip
-            with self.raises(RuntimeError, "all ranks must pass the same num_layers", f"rank {self.rank} passed"):
+            with self.raises(RuntimeError, "all ranks must pass the same arguments", f"rank {self.rank} passed"):
                 self.sharded(**{name: value} if self.rank == 1 else {})
         with pytest.MonkeyPatch.context() as patch:
 

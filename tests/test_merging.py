@@ -180,7 +180,7 @@ class Inboxes:
         out = torch.zeros_like(answer[0], dtype=dtype)
         lse = torch.zeros_like(answer[1])
         self.dealt.shares[rank].native.merge_exchanged(
-            layer, answer[0], answer[1], out, lse, self.tags[rank], sequences, memories[rank]
+            layer, answer[0], answer[1], out, lse, self.tags[rank], 0, sequences, memories[rank]
         )
         return out, lse
 
@@ -250,7 +250,7 @@ def test_exchanged_into_any_strides(backend: Backend) -> None:
     for share, answer, tag, memory in zip(dealt.shares, answers, inboxes.tags, inboxes.receivers, strict=True):
         wide = torch.full((2, 4, 5, 13), torch.nan, dtype=torch.bfloat16, device=dealt.device)
         out = wide[:, :, 1:4, 3:11].transpose(1, 2)
-        share.native.merge_exchanged(0, answer[0], answer[1], out, None, tag, None, memory)
+        share.native.merge_exchanged(0, answer[0], answer[1], out, None, tag, 0, None, memory)
         assert_same_bits(out, want[0])
         out.fill_(torch.nan)
         assert wide.isnan().all()
@@ -405,4 +405,4 @@ def test_wrong_tensors(backend: Backend) -> None:
         extension.ExchangeMemory([0] * 17, 1, torch.zeros(3, dtype=torch.int32), failure, 1.0)
     memory = extension.ExchangeMemory([0, 0], 100, torch.zeros(3, dtype=torch.int32), failure, 1.0)
     with pytest.raises(ValueError, match="answers and LSEs must be contiguous and as many as the queries"):
-        native.merge_exchanged(0, answers[0][0][:, :, :2], answers[0][1], out, None, tag, None, memory)
+        native.merge_exchanged(0, answers[0][0][:, :, :2], answers[0][1], out, None, tag, 0, None, memory)

@@ -36,7 +36,7 @@ MergeParams merge_params(const CheckedCache& cache, int64_t layer, const MergeTe
   p.layers = c.layers;
   p.batch = c.batch;
   p.sequences = sequences;
-  for (const int64_t number : {layer, shape.heads, shape.positions, sequences.entries(c.batch)}) {
+  for (const int64_t number : {to.call, layer, shape.heads, shape.positions, sequences.entries(c.batch)}) {
     p.call = mixed(p.call, number);
   }
   TORCH_CHECK_VALUE(p.rows < int64_t{1} << 31, kOp, ": a call must have fewer than 2^31 queries, got ", p.rows);

@@ -28,6 +28,7 @@ struct MergeTensors {
   const at::Tensor& out;  // of a query's shape
   const at::Tensor& lse;  // its shape without head_dim, FP32; or undefined
   const at::Tensor& tag;  // int64 [1] on the device: a number that must be the same on all ranks
+  int64_t call = 0;       // the same, known to the host
 };
 
 // `answers` [rows * D] and `lses` [rows]: this rank's, FP32. The others' come through the exchange.

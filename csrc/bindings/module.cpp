@@ -210,9 +210,10 @@ class Cache {
   }
 
   void merge_exchanged(int64_t layer, const at::Tensor& answers, const at::Tensor& lses, const at::Tensor& out,
-                       py::handle lse, const at::Tensor& tag, py::handle sequences, const ExchangeMemory& memory) {
+                       py::handle lse, const at::Tensor& tag, int64_t call, py::handle sequences,
+                       const ExchangeMemory& memory) {
     kvc::merge_exchanged(cache_, layer, answers, lses,
-                         {.out = out, .lse = optional_tensor_argument("merge", "lse", lse), .tag = tag},
+                         {.out = out, .lse = optional_tensor_argument("merge", "lse", lse), .tag = tag, .call = call},
                          sequences_argument("merge", sequences, cache_), memory);
   }
 

@@ -133,19 +133,31 @@ struct Lines {
   }
 };
 
-// Ranks that have gathered answers compare their lengths: a thread for each rank.
-__device__ __forceinline__ void compare_lengths(const MergeParams& p, int64_t rank) {
-  if (p.lengths == nullptr || rank >= p.ranks) return;
+__device__ __forceinline__ bool has_other_lengths(const MergeParams& p, int64_t rank) {
   const auto* theirs =
       reinterpret_cast<const int64_t*>(reinterpret_cast<const float*>(p.lengths) + rank * p.part_stride);
   const int64_t* mine = p.state + p.layer * p.batch;
-  if (theirs[2 * p.batch] != *p.tag) note_failure(p, kMergeOtherCall, rank);
+  bool differs = theirs[2 * p.batch] != *p.tag;
 #pragma unroll 1
   for (int64_t b = 0; b < p.batch; ++b) {
-    if (mine[b] != theirs[b] || mine[p.layers * p.batch + b] != theirs[p.batch + b]) {
-      note_failure(p, kMergeOtherCall, rank);
-    }
+    differs = differs || mine[b] != theirs[b] || mine[p.layers * p.batch + b] != theirs[p.batch + b];
   }
+  return differs;
+}
+
+// Ranks that have gathered answers compare their lengths, each block for itself. True: a rank has others.
+__device__ __forceinline__ bool lengths_differ(const MergeParams& p) {
+  __shared__ uint32_t differ;
+  if (threadIdx.x == 0) differ = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int64_t rank = threadIdx.x; rank < p.ranks; rank += kThreads) {
+    if (!has_other_lengths(p, rank)) continue;
+    note_failure(p, kMergeOtherCall, rank);
+    differ = 1;
+  }
+  __syncthreads();
+  return differ != 0;
 }
 
 // When all blocks have read the number of the call, the last to arrive counts it.
@@ -171,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
     call = read_anew(p.exchange.control) + 1;
     failed = read_anew(p.exchange.control + 2) != 0;
   } else {
-    compare_lengths(p, thread);
+    failed = lengths_differ(p);
   }
   const Lines lines{p, call, pairs.divisor};
   // All is sent before anything is waited for, so that no rank waits for a block that has yet to begin.

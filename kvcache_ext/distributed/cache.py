@@ -16,7 +16,7 @@ from ..cache import StreamingKVCacheFp16, may_round
 from ..errors import checked_device, checked_int
 from . import store
 from .collect import add_up
-from .exchange import Exchange, agree, checked_group, choose
+from .exchange import Exchange, agree, check_multiples, check_same_arguments, checked_group, choose, number_of_call
 
 
 class ShardedKVCacheFp16(StreamingKVCacheFp16):
@@ -39,6 +39,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
             several; gloo between CPUs). "auto": symmetric where every rank can, else gather; the environment variable
             KVCACHE_EXT_EXCHANGE overrides "auto". The attribute `exchange` says which it is. Or the `between_ranks` of
             another cache of this group and device: the two then share the memory that it takes, and its `timeout`.
+            Caches that share it run on one stream at a time, as one cache does.
         timeout: seconds after which a rank that does not answer is given up.
 
     Raises:
@@ -54,8 +55,8 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     - Reading rows (`gather`, `get_*`), `overflow_counts`, `save`, `load` are collective calls, as attention is: every
       rank makes them. With `local=True` `gather` and `get_*` read this rank's rows alone, the others being zeros.
     - `get_range_raw` copies.
-    - A wrong argument raises on the rank that has it. The others wait for that rank in the next collective call, and
-      raise after `timeout` seconds.
+    - A wrong argument raises on the rank that has it. The others wait for that rank in the next collective call:
+      attention and reads for `timeout` seconds, the constructor, files and NCCL for the process group's own limit.
     - torch.compile is refused; CUDA graphs work. With "gather" the group's NCCL communicator is captured.
     - It cannot be copied or pickled; `save` and `load` do that.
 
@@ -87,12 +88,10 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        for name, number, least in (("max_positions", max_positions, 1), ("sink_positions", sink_positions, 0)):
-            if checked_int(name, number, least) % self.ranks != 0:
-                raise ValueError(
-                    f"ShardedKVCacheFp16: {name} must be a multiple of the group's {self.ranks} ranks, got {number}"
-                )
+        check_multiples(self.ranks, max_positions=max_positions, sink_positions=sink_positions)
         of_group = checked_device(device)
+        if isinstance(exchange, Exchange) and (exchange.group is not group or exchange.device != of_group):
+            raise ValueError("ShardedKVCacheFp16: exchange must be of the cache's group and device")
         # A rank that cannot go on must not leave the others waiting: all learn of it.
         failed: Exception | None = None
         try:
@@ -108,7 +107,18 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
             )
         except (MemoryError, RuntimeError) as error:
             failed = error
-        self._check_arguments(of_group)
+        check_same_arguments(
+            group,
+            of_group,
+            exchange,
+            num_layers=self.num_layers,
+            max_positions=self._max_positions,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            batch_size=self.batch_size,
+            sink_positions=self.sink_positions,
+            saturates=int(overflow == "saturate"),
+        )
         if not agree(group, of_group, failed is None):
             if failed is not None:
                 raise failed
@@ -117,19 +127,7 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         self.between_ranks = (
             exchange if isinstance(exchange, Exchange) else choose(exchange, group, of_group, float(timeout))
         )
-
-    def _check_arguments(self, device: torch.device) -> None:
-        numbers = (
-            self.num_layers, self._max_positions, self.num_heads, self.head_dim, self.batch_size, self.sink_positions
-        )  # fmt: skip
-        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-        most = torch.stack([mine, -mine])
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        if not torch.equal(most[0], -most[1]):
-            raise RuntimeError(
-                "ShardedKVCacheFp16: all ranks must pass the same num_layers, max_positions, num_heads, head_dim, "
-                f"batch_size and sink_positions, and rank {self.rank} passed {', '.join(map(str, numbers))}"
-            )
+        self._number = self.between_ranks.enter()
 
     # Errors between ranks
 
@@ -178,7 +176,8 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         rounds = may_round(precision)
         self._check_flag("attend", return_lse)
         part = native.attend(layer, query, scale, window, softcap, True, self._out(out), rounds, sequences)
-        return self._merged(layer, query, part, return_lse, out, sequences)
+        call = self._call("attend", scale, window, softcap, precision, sequences, query.shape)
+        return self._merged(layer, query, part, return_lse, out, sequences, call)
 
     def append_attend(
         self,
@@ -203,7 +202,12 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         part = native.append_attend(
             layer, query, key, value, new_lengths, scale, window, softcap, True, self._out(out), rounds, sequences
         )
-        return self._merged(layer, query, part, return_lse, out, sequences)
+        call = self._call("append_attend", scale, window, softcap, precision, sequences, query.shape)
+        return self._merged(layer, query, part, return_lse, out, sequences, call)
+
+    def _call(self, op: str, *arguments: Any) -> int:
+        """A number of what must be the same on all ranks. Tensors stay on the device, and are not compared."""
+        return number_of_call(op, self._number, *(None if isinstance(a, Tensor) else a for a in arguments))
 
     def _ready(
         self,
@@ -243,19 +247,22 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         return_lse: bool,
         out: Tensor | None,
         sequences: Sequence[int] | Tensor | None,
+        call: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
         answers, lses = part
         if self.ranks == 1:
             return part if return_lse else answers
         merged = torch.empty_like(answers, dtype=query.dtype) if out is None else out
         lse = torch.empty_like(lses) if return_lse else None
-        self.between_ranks.merge(self.native, layer, answers, lses, merged, lse, sequences)
+        self.between_ranks.merge(self.native, layer, answers, lses, merged, lse, sequences, call)
         return merged if lse is None else (merged, lse)
 
     # Reading
 
-    def _collected(self, pair: tuple[Tensor, Tensor], local: bool) -> tuple[Tensor, Tensor]:
+    def _collected(self, op: str, layer: int, pair: tuple[Tensor, Tensor], local: bool) -> tuple[Tensor, Tensor]:
         if not local and self.ranks > 1:
+            call = self._call(op, pair[0].dtype)
+            self.between_ranks.compare(call, layer, pair[0].shape, self.native.lengths_of_layer(layer))
             add_up(pair, self.between_ranks)
         return pair
 
@@ -270,30 +277,44 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
         local: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.gather`. A collective call, unless `local`: then rows of other ranks are zeros."""
-        return self._collected(self._checked().gather(layer, indices, dtype, out, sequences), local)
+        return self._collected("gather", layer, self._checked().gather(layer, indices, dtype, out, sequences), local)
 
     def get_range_f32(
         self, layer: int, start: int, end: int, *, out: tuple[Tensor, Tensor] | None = None, local: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.get_range_f32`. A collective call, unless `local`."""
-        return self._collected(self._checked().get_range_f32(layer, start, end, out), local)
+        return self._collected("get_range_f32", layer, self._checked().get_range_f32(layer, start, end, out), local)
 
     def get_valid_f32(
         self, layer: int, *, out: tuple[Tensor, Tensor] | None = None, local: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.get_valid_f32`. A collective call, unless `local`."""
-        return self._collected(self._checked().get_valid_f32(layer, out), local)
+        return self._collected("get_valid_f32", layer, self._checked().get_valid_f32(layer, out), local)
 
     def get_range_raw(self, layer: int, start: int, end: int, *, local: bool = False) -> tuple[Tensor, Tensor]:
         """As `StreamingKVCacheFp16.get_range_raw`, always a copy. A collective call, unless `local`."""
-        return self._collected(self._checked().get_range_raw(layer, start, end), local)
+        return self._collected("get_range_raw", layer, self._checked().get_range_raw(layer, start, end), local)
 
     def overflow_counts(self) -> Tensor:
         """As `StreamingKVCacheFp16.overflow_counts`, of all ranks. A collective call."""
+        self.between_ranks.check()
         counts = super().overflow_counts()
         if self.ranks > 1:
-            dist.all_reduce(counts, group=self.group)
+            state = self.native.lengths_of_layer(0)
+            self.between_ranks.compare(self._call("overflow_counts"), 0, counts.shape, state)
+            self.between_ranks.run(lambda: dist.all_reduce(counts, group=self.group, async_op=True))
         return counts
+
+    @staticmethod
+    def plan(  # type: ignore[override]
+        num_layers: int, max_positions: int, num_heads: int, head_dim: int, *, ranks: int, **options: Any
+    ) -> memory.Plan:
+        """As `StreamingKVCacheFp16.plan`, for one of `ranks` ranks: its share of `max_positions`, a multiple of them.
+
+        The plan's own numbers of positions are one rank's, and the buffer of the exchange is not in it.
+        """
+        check_multiples(checked_int("ranks", ranks, 1), max_positions=max_positions)
+        return StreamingKVCacheFp16.plan(num_layers, max_positions // ranks, num_heads, head_dim, **options)
 
     def memory_bytes(self) -> int:
         """Bytes of this rank's keys and values."""

@@ -21,19 +21,21 @@ from ..files.paths import check_progress, checked_path, checked_sequences, refus
 from ..files.reading import OpenFile
 from ..files.rows import Selection, blocks_of
 from ..files.transfer import BLOCK_BYTES, Collected
-from .exchange import agree
+from .exchange import agree, check_multiples, checked_group, number_of_call, told_by_all
 
 
 def save(cache: Any, path: Any, sequences: Sequence[int] | Tensor | None, progress: Any) -> None:
     """See `ShardedKVCacheFp16.save`."""
     op = "save"
-    checked_path(op, path)
-    check_progress(op, progress)
     refuse_capture(op, [cache.device])
     chosen = None if sequences is None else checked_sequences(op, sequences, cache.batch_size)
     if cache.ranks == 1:
         files.save(cache, path, chosen, progress)
         return
+    # Rows of ranks that hold others would make a file of two texts.
+    call = number_of_call(op, chosen, cache.tensors.state[:2].tolist())
+    cache.between_ranks.compare(call, 0, (), cache.native.lengths_of_layer(0))
+    cache.synchronize()
     write_together(
         op,
         cache.group,
@@ -92,18 +94,26 @@ def load(
     **options: Any,
 ) -> Any:
     """See `ShardedKVCacheFp16.load`."""
-    group = dist.group.WORLD if group is None else group
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    checked_group("load", group, options.get("exchange", "auto"), options.get("timeout", 1.0))
     of_group = checked_device(device)
+    ranks = dist.get_world_size(group)
     failed: Exception | None = None
     slots = max_positions
-    try:
+    found: Any = None
+    try:  # what the constructor would refuse on one rank alone is refused here, on all
+        check_progress("load", progress)
         with OpenFile("load", checked_path("load", path), CORE) as file:
+            found = file.found.layout
             if slots is None:
-                ranks = dist.get_world_size(group)
-                slots = -(-file.found.layout.layers[0].max_positions // ranks) * ranks
-    except (OSError, ValueError, TypeError) as error:
+                slots = -(-found.layers[0].max_positions // ranks) * ranks
+            check_multiples(ranks, max_positions=slots, sink_positions=found.sink_positions)
+    except Exception as error:  # the others wait for this rank, whatever it is
         failed = error
     raise_together("load", group, of_group, failed)
+    if len({repr(told) for told in told_by_all(group, of_group, (slots, found))}) > 1:
+        raise RuntimeError("load: all ranks must read the same file and pass the same max_positions")
     try:
         cache = files.load(functools.partial(cls, group=group, **options), path, of_group, slots, progress)
     except Exception as error:  # the others wait for this rank, whatever it is

@@ -68,7 +68,8 @@ class Sharding:
     def describe(self, model: Any, plans: Sequence[LayerPlan], *options: Any) -> None:
         """Notes what all ranks must have in common. `together` compares it."""
         shapes = [dataclasses.replace(plan, device=torch.device("meta")) for plan in plans]
-        self.described = repr((type(model).__name__, model.dtype, shapes, options))
+        told = [option.name if isinstance(option, Exchange) else option for option in options]
+        self.described = repr((type(model).__name__, model.dtype, shapes, told))
 
     @staticmethod
     def deals_out(plan: LayerPlan) -> bool:
