@@ -176,7 +176,7 @@ class Exchange:
                 )
         raise RuntimeError(
             f"ShardedKVCacheFp16: {self._broken}. What was answered or read since then is wrong; end the process "
-            "group, and make it and the caches anew on all ranks"
+            "group, make another, and make the caches anew on all ranks"
         )
 
     def fail(self, words: str) -> None:
