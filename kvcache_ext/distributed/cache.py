@@ -61,10 +61,12 @@ class ShardedKVCacheFp16(StreamingKVCacheFp16):
     - It cannot be copied or pickled; `save` and `load` do that.
 
     Errors between ranks. A rank that has ended or is stuck, holds other lengths or makes another call is found by the
-    next attention call, without any cost there. Its answers are NaN, and the next eager call, `check` or `synchronize`
-    raises RuntimeError. After a graph's replay nothing raises by itself: call `check`, which does not wait, behind
-    whatever waits for the replay. "gather" on GPUs has the watchdog of NCCL for ranks that are missing, which ends the
-    process after the group's own timeout; graphs have none, so wait with `synchronize` there.
+    next attention call, without any cost there, and by reads and `save`. On a CPU the call raises RuntimeError. On a
+    GPU attention answers NaN, and the next eager call, `check` or `synchronize` raises. After a graph's replay nothing
+    raises by itself: call `check`, which does not wait, behind whatever waits for the replay. Through NCCL ("gather"
+    on GPUs, reads) a rank that is missing or has other sizes is left to NCCL's watchdog, which ends the process after
+    the group's own timeout; graphs have none, so wait with `synchronize` there. Tensors among the arguments, such as
+    `new_lengths`, are not compared.
     """
 
     def __init__(
