@@ -107,6 +107,8 @@ def test_generate_with_a_checkpoint(device: torch.device, tmp_path: Path, capsys
 def test_long_context(way: str) -> None:
     """As a user starts it: two processes, and one without torchrun."""
     transformers_or_skip()
+    if way == "heads":
+        pytest.importorskip("accelerate")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if way != "one process" else []
     arguments = ["--way", way] if torchrun else []
     arguments += ["--prompt-tokens", "100", "--tokens", "8", "--timeout", "60"]

@@ -345,14 +345,16 @@ def test_pickles_cross_devices(source: str, target: str) -> None:
 def test_the_memory_of_a_deleted_cache_can_be_used_again(device: torch.device) -> None:
     """Caches come and go at the same addresses: lengths on the host belong to the cache, not to the address."""
     addresses = set()
-    for i in range(20):
+    for i in range(1_000):  # behind other tests the allocator may have many free places of that size
+        if i >= 20 and len(addresses) < i:
+            break
         cache = make_cache(device, **SHAPE)
         addresses.add(cache.tensors.state.data_ptr())
         assert (len(cache), cache.position) == (0, 0)
         walk(cache, i, 1 + i % 3)
         assert cache.position > 0
         del cache
-    assert len(addresses) < 20  # or this shows nothing
+    assert len(addresses) < i  # or this shows nothing
 
 
 # GPUs

@@ -72,7 +72,7 @@ BENCHMARKS = (
 )
 REPORT = ("python", "bench/report.py")
 
-FOR_TESTS = ("parallel", "transformers")
+FOR_TESTS = ("parallel", "transformers", "accelerate")
 
 TARGETS = {
     "build": Target((), build=True),
